@@ -1,0 +1,223 @@
+"""Settings from a YAML file and `key=value` overrides, and frozen dataclasses from settings.
+
+This file is generic: it knows no field by name, no default and no range. `load_mapping` gives plain Python values as
+YAML types them; `build` makes a dataclass of them and is strict about types, because a quoted number or a misspelt key
+that is accepted in silence costs a run of hours. Ranges and conditions between fields belong to the dataclasses.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import math
+import types
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Literal, TypeGuard, TypeVar, Union, cast, get_args, get_origin, get_type_hints
+
+import yaml  # its stubs are a package of their own
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from utils.errors import InputError
+
+if TYPE_CHECKING:
+    from _typeshed import DataclassInstance
+
+T = TypeVar("T", bound="DataclassInstance")
+
+_MISFIT = object()  # tells a value of another type from None, which is a value
+_NAMES = {int: ("an integer", "integers"), float: ("a number", "numbers"), str: ("text", "texts")}
+
+
+def load_mapping(path: Path, overrides: Sequence[str]) -> dict[str, object]:
+    """Settings of a YAML file, changed by dotted overrides such as `model_kwargs.sink_size=3`.
+
+    Interpolations (`${seed}`, `${oc.env:HOME}`) are resolved after the overrides. Override values are typed as YAML
+    types them; a list replaces a list, a section is merged into a section.
+
+    Raises:
+        InputError: the file is missing, unreadable or no YAML mapping, an override is no `key=value`, or an
+            interpolation leads nowhere.
+    """
+    merged = _read_yaml(path)
+    try:
+        for override in overrides:
+            merged = cast(DictConfig, OmegaConf.merge(merged, _parse_override(override)))
+        container = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"{path}: {reason} (key {getattr(error, 'full_key', None) or '?'})") from error
+    return {str(key): value for key, value in cast("dict[object, object]", container).items()}
+
+
+def build(cls: type[T], mapping: Mapping[str, object], where: str = "") -> T:
+    """Makes dataclass `cls`, and those nested in it, from plain values; `where` is the dotted prefix in messages.
+
+    Values must have the annotated type: int, float (an integer will do, infinities will not), str, bool, None, Literal,
+    unions, tuple and list (from a list), or a dataclass (from a mapping). Nothing is converted beyond that.
+
+    Raises:
+        InputError: an unknown key (the message suggests close ones, also from other sections), a missing one, a value
+            of another type, or whatever the dataclass itself refuses.
+    """
+    return _build(cls, mapping, where, tuple(_dotted_keys(cls, where)))
+
+
+def _read_yaml(path: Path) -> DictConfig:
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+    except FileNotFoundError as error:
+        raise InputError(f"{path}: no such configuration file; see configs/ for the ones that come along") from error
+    except (OSError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: cannot be read as UTF-8 text: {error}") from error
+    try:
+        # OmegaConf turns a lone word into a mapping, so the kind of the top level is asked of the YAML tree.
+        top = yaml.compose(text, Loader=yaml.SafeLoader)
+        if top is not None and not isinstance(top, yaml.MappingNode):
+            raise InputError(f"{path}: the top level must be a mapping of `key: value` lines, found a {top.id}")
+        return OmegaConf.create({}) if top is None else cast(DictConfig, OmegaConf.create(text))
+    except yaml.YAMLError as error:
+        raise InputError(f"{path}: not valid YAML, {_yaml_reason(error)}") from error
+    except OmegaConfBaseException as error:
+        raise InputError(f"{path}: {str(error).splitlines()[0]}") from error
+
+
+def _yaml_reason(error: yaml.YAMLError) -> str:
+    if not isinstance(error, yaml.MarkedYAMLError) or error.problem_mark is None:
+        return str(error).splitlines()[0]
+    mark = error.problem_mark
+    return f"line {mark.line + 1}, column {mark.column + 1}: {error.problem}"
+
+
+def _parse_override(override: str) -> DictConfig:
+    key, equals, _ = override.partition("=")
+    if not equals or not key.strip() or "" in key.split("."):
+        raise InputError(f"override {override!r}: expected key=value, for example seed=1 or model_kwargs.sink_size=3")
+    try:
+        parsed = OmegaConf.from_dotlist([override])
+    except yaml.YAMLError as error:
+        raise InputError(f"override {override!r}: the value is not valid YAML, {_yaml_reason(error)}") from error
+    OmegaConf.to_container(parsed, throw_on_missing=True)  # merging would skip the value ??? in silence
+    return parsed
+
+
+def _dotted_keys(cls: type[DataclassInstance], prefix: str) -> Iterator[str]:
+    """Every key of a dataclass and of those nested in it, with its section: `seed`, `model_kwargs.sink_size`."""
+    for name, annotation in get_type_hints(cls).items():
+        yield _join(prefix, name)
+        for option in _options(annotation):
+            if _is_dataclass(option):
+                yield from _dotted_keys(option, _join(prefix, name))
+
+
+def _build(cls: type[T], mapping: Mapping[str, object], where: str, known: Sequence[str]) -> T:
+    hints = get_type_hints(cls)
+    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
+    for key in mapping:
+        if key not in fields:
+            raise InputError(_unknown_key_message(str(key), tuple(fields), where, known))
+    for name, field in fields.items():
+        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        if name not in mapping and not has_default:
+            raise InputError(f"{_join(where, name)}: missing, expected {_describe(hints[name])}")
+    values = {str(key): _convert(hints[key], value, _join(where, key), known) for key, value in mapping.items()}
+    return cls(**values)
+
+
+def _unknown_key_message(key: str, siblings: Sequence[str], where: str, known: Sequence[str]) -> str:
+    leaves = {dotted.rpartition(".")[2]: dotted for dotted in reversed(known)}
+    if key in leaves:  # spelt right, in another section
+        close = [leaves[key]]
+    else:
+        close = [_join(where, name) for name in difflib.get_close_matches(key, siblings, n=3)]
+        close = close or [leaves[leaf] for leaf in difflib.get_close_matches(key, list(leaves), n=3)]
+    if close:
+        return f"{_join(where, key)}: unknown key; did you mean {' or '.join(close)}?"
+    return f"{_join(where, key)}: unknown key; known here: {', '.join(siblings)}"
+
+
+def _convert(annotation: object, value: object, where: str, known: Sequence[str]) -> object:
+    for option in _options(annotation):
+        if get_origin(option) in (tuple, list) and isinstance(value, (list, tuple)):
+            return _convert_sequence(option, value, where, known)
+        if _is_dataclass(option) and isinstance(value, Mapping):
+            return _build(option, value, where, known)
+    for option in _options(annotation):
+        converted = _convert_scalar(option, value)
+        if converted is not _MISFIT:
+            return converted
+    raise InputError(_type_message(annotation, value, where))
+
+
+def _convert_scalar(annotation: object, value: object) -> object:
+    """The value where it has the type, a float for an integer where a float is due, else `_MISFIT`."""
+    if get_origin(annotation) is Literal:
+        # True equals 1 in Python, so the type is compared too.
+        fits = any(type(choice) is type(value) and choice == value for choice in get_args(annotation))
+        return value if fits else _MISFIT
+    if annotation is float and type(value) in (int, float):
+        number = float(cast(float, value))
+        return number if math.isfinite(number) else _MISFIT
+    return value if annotation in (int, str, bool, type(None)) and type(value) is annotation else _MISFIT
+
+
+def _convert_sequence(annotation: object, value: Sequence[object], where: str, known: Sequence[str]) -> object:
+    arguments = get_args(annotation)
+    if get_origin(annotation) is list:
+        return [_convert(arguments[0], item, f"{where}[{index}]", known) for index, item in enumerate(value)]
+    if arguments[-1] is Ellipsis:
+        arguments = (arguments[0],) * len(value)
+    if len(arguments) != len(value):
+        raise InputError(_type_message(annotation, value, where))
+    pairs = zip(arguments, value, strict=True)
+    return tuple(_convert(item_type, item, f"{where}[{index}]", known) for index, (item_type, item) in enumerate(pairs))
+
+
+def _type_message(annotation: object, value: object, where: str) -> str:
+    message = f"{where}: expected {_describe(annotation)}, got {_show(value)}"
+    texts = [
+        str(choice) for option in _options(annotation) for choice in get_args(option) if get_origin(option) is Literal
+    ]
+    close = difflib.get_close_matches(value, texts, n=1) if isinstance(value, str) else []
+    return f"{message}; did you mean {close[0]}?" if close else message
+
+
+def _show(value: object) -> str:
+    if value is None or isinstance(value, bool):
+        return {None: "null", True: "true", False: "false"}[value]
+    if isinstance(value, str):
+        return f"the text {value!r}"
+    return f"a section {dict(value)}" if isinstance(value, Mapping) else f"{value} ({type(value).__name__})"
+
+
+def _describe(annotation: object) -> str:
+    options = _options(annotation)
+    if len(options) > 1:
+        return " or ".join(_describe(option) for option in options)
+    arguments = get_args(annotation)
+    if get_origin(annotation) is Literal:
+        return f"one of {', '.join(str(choice) for choice in arguments)}"
+    if get_origin(annotation) in (tuple, list):
+        count = "" if arguments[-1] is Ellipsis or get_origin(annotation) is list else f"{len(arguments)} "
+        return f"a list of {count}{_NAMES[arguments[0]][1] if arguments[0] in _NAMES else 'entries'}"
+    if _is_dataclass(annotation):
+        return f"a section with the keys {', '.join(field.name for field in dataclasses.fields(annotation))}"
+    if annotation is bool:
+        return "true or false"
+    if annotation is type(None):
+        return "null"
+    return _NAMES[annotation][0] if isinstance(annotation, type) and annotation in _NAMES else str(annotation)
+
+
+def _options(annotation: object) -> tuple[object, ...]:
+    """Members of a union; of any other annotation, itself alone."""
+    return get_args(annotation) if get_origin(annotation) in (Union, types.UnionType) else (annotation,)
+
+
+def _is_dataclass(annotation: object) -> TypeGuard[type[DataclassInstance]]:
+    return isinstance(annotation, type) and dataclasses.is_dataclass(annotation)
+
+
+def _join(prefix: str, name: object) -> str:
+    return f"{prefix}.{name}" if prefix else str(name)

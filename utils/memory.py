@@ -1,0 +1,98 @@
+"""Predicting how much memory a computation needs, without doing it.
+
+`PeakTracker` watches the tensors that PyTorch operators return and adds up their storages while they live. Run a model
+under it on the meta device, and the peak of its activations is known before anything is loaded. This file knows neither
+the model nor the caching and rounding of the CUDA allocator, and does not see what a fused kernel allocates inside.
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+
+_MIB = 1024**2
+_GIB = 1024**3
+
+
+def format_bytes(n: int) -> str:
+    """`n` bytes for people: GiB with two decimals from 1 GiB on, MiB with one below."""
+    return f"{n / _GIB:.2f} GiB" if abs(n) >= _GIB else f"{n / _MIB:.1f} MiB"
+
+
+def _storages(values: object) -> list[torch.UntypedStorage]:
+    """The storages of all dense tensors in a nest of lists, tuples and dicts; anything else in it is skipped."""
+    return [
+        leaf.untyped_storage()
+        for leaf in tree_leaves(values)
+        if isinstance(leaf, Tensor) and leaf.layout is torch.strided
+    ]
+
+
+class PeakTracker(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
+    """Counts the bytes of the tensors that are created while it is active, on any device, meta included.
+
+    A storage counts once, however many views look at it, from the operator that first returns it until the last tensor
+    on it is gone. Tensors that exist already (weights, inputs, caches) never count, nor do views of them or in-place
+    results. Counting goes by the storages' own sizes, so a tensor that is expanded costs what it occupies.
+
+        with PeakTracker() as memory:
+            model(latents)
+        memory.peak  # bytes
+    """
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call,unused-ignore]
+        self.current = 0  # bytes alive now
+        self.peak = 0  # most bytes alive at once so far
+        # By the address of the storage: an entry goes when its storage dies, before the address can be used again.
+        self._counted: dict[int, int] = {}
+        self._outside: set[int] = set()
+
+    def reset_peak(self) -> None:
+        """Start a new peak from what is alive now."""
+        self.peak = self.current
+
+    def __torch_dispatch__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: dict[str, object] | None = None,
+    ) -> object:
+        kwargs = kwargs or {}
+        # torch.tensor(data) makes its tensor out of sight and shows it first as the argument of lift_fresh.
+        if func is not torch.ops.aten.lift_fresh.default:
+            for storage in _storages((args, kwargs)):
+                self._note_outside(storage)
+        result = func(*args, **kwargs)
+        for storage in _storages(result):
+            self._count(storage)
+        # An operator may enlarge what it was given (resize_, out=).
+        for storage in _storages((args, kwargs)):
+            self._count(storage)
+        self.peak = max(self.peak, self.current)
+        return result
+
+    def _note_outside(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+        if key not in self._counted and key not in self._outside:
+            self._outside.add(key)
+            weakref.finalize(storage, self._outside.discard, key).atexit = False
+
+    def _count(self, storage: torch.UntypedStorage) -> None:
+        key, size = storage._cdata, storage.nbytes()
+        if key in self._outside:
+            return
+        if key not in self._counted:
+            self._counted[key] = 0
+            weakref.finalize(storage, self._release, key).atexit = False
+        self.current += size - self._counted[key]
+        self._counted[key] = size
+
+    def _release(self, key: int) -> None:
+        self.current -= self._counted.pop(key)
