@@ -1,0 +1,115 @@
+"""Sizes of a Wan 2.1 text-to-video transformer, and the few settings that published YAML files pass to it.
+
+`ModelConfig` describes weights: it comes from the `config.json` beside them or from a preset. `ModelKwargs` is the
+YAML section `model_kwargs`: how those weights are used. Neither knows of head roles, prompts, files or devices.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, fields
+
+from utils.config import build
+from utils.errors import InputError
+
+# Diffusers' names in transformer/config.json -> Wan's names.
+_DIFFUSERS_NAMES = {"num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim"}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """Sizes of the DiT (Wan 2.1, arXiv 2503.20314); the defaults are common to all its text-to-video models.
+
+    Raises:
+        InputError: a size below 1, `dim` not divisible by `num_heads`, or an odd head width.
+    """
+
+    dim: int  # channels of a token
+    ffn_dim: int  # inner width of the feed-forward part
+    num_heads: int
+    num_layers: int
+    in_dim: int = 16  # latent channels in
+    out_dim: int = 16  # latent channels out
+    freq_dim: int = 256  # width of the sinusoidal time embedding
+    text_dim: int = 4096  # width of the text encoder's output
+    text_len: int = 512  # tokens of a prompt, padding included
+    patch_size: tuple[int, int, int] = (1, 2, 2)  # frames, rows, columns of the latent in one token
+    eps: float = 1e-6  # of all normalisations
+
+    def __post_init__(self) -> None:
+        for field in fields(self):
+            value = getattr(self, field.name)
+            if (min(value) if isinstance(value, tuple) else value) <= 0:
+                raise InputError(f"model.{field.name}: must be positive, got {value}")
+        if self.dim % self.num_heads:
+            raise InputError(f"model.dim: {self.dim} is not divisible by num_heads {self.num_heads}")
+        if self.head_dim % 2:
+            raise InputError(
+                f"model.dim: {self.dim} / num_heads {self.num_heads} gives the odd head width {self.head_dim}; "
+                "rotary positions turn pairs of channels, so it must be even"
+            )
+
+    @property
+    def head_dim(self) -> int:
+        """Channels of one attention head, D."""
+        return self.dim // self.num_heads
+
+    @classmethod
+    def from_mapping(cls, mapping: Mapping[str, object], where: str = "model") -> ModelConfig:
+        """Reads Wan's `config.json` (or Diffusers' `transformer/config.json`), already parsed.
+
+        Keys that are left out (Wan's file lacks patch_size and text_dim) take the defaults; keys that are not sizes
+        (`_class_name` and the like) are ignored. `where` is the prefix of field names in messages.
+
+        Raises:
+            InputError: another model type than t2v, normalisations switched off, or a size missing or of a wrong type.
+        """
+        _refuse_other_models(mapping, where)
+        sizes = {_DIFFUSERS_NAMES.get(key, key): value for key, value in mapping.items()}
+        width = mapping.get("attention_head_dim")
+        heads = sizes.get("num_heads")
+        if "dim" not in sizes and isinstance(width, int) and isinstance(heads, int):
+            sizes["dim"] = width * heads
+        names = {field.name for field in fields(cls)}
+        return build(cls, {key: value for key, value in sizes.items() if key in names}, where)
+
+
+def _refuse_other_models(mapping: Mapping[str, object], where: str) -> None:
+    model_type = mapping.get("model_type", "t2v")
+    if model_type != "t2v" or mapping.get("added_kv_proj_dim") is not None:
+        found = repr(model_type) if model_type != "t2v" else "an image-to-video transformer"
+        raise InputError(f"{where}.model_type: got {found}; only text-to-video models (t2v) are supported")
+    for name in ("qk_norm", "cross_attn_norm"):
+        if not mapping.get(name, True):
+            raise InputError(f"{where}.{name}: got {mapping[name]}; only models with {name} are supported")
+
+
+# Wan-AI/Wan2.1-T2V-1.3B and Wan-AI/Wan2.1-T2V-14B.
+WAN_1_3B = ModelConfig(dim=1536, ffn_dim=8960, num_heads=12, num_layers=30)
+WAN_14B = ModelConfig(dim=5120, ffn_dim=13824, num_heads=40, num_layers=40)
+
+
+@dataclass(frozen=True)
+class ModelKwargs:
+    """The YAML section `model_kwargs`: attention window, schedule shift and sinks.
+
+    Raises:
+        InputError: a value out of range; what a window must hold beside its sinks is checked where blocks are known.
+    """
+
+    local_attn_size: int = -1  # latent frames that a block sees, sinks and itself included; -1: all
+    timestep_shift: float = 5.0  # s in sigma = s u / (1 + (s - 1) u)
+    sink_size: int = 0  # first latent frames of the video that stay in the window
+
+    def __post_init__(self) -> None:
+        if self.local_attn_size != -1 and self.local_attn_size < 1:
+            raise InputError(
+                f"model_kwargs.local_attn_size: got {self.local_attn_size}; use -1 (all frames) or a positive number "
+                "of latent frames"
+            )
+        if self.timestep_shift <= 0:
+            raise InputError(
+                f"model_kwargs.timestep_shift: must be above 0 (published: 5.0), got {self.timestep_shift}"
+            )
+        if self.sink_size < 0:
+            raise InputError(f"model_kwargs.sink_size: must be 0 or more latent frames, got {self.sink_size}")

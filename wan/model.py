@@ -1,0 +1,329 @@
+"""The causal Wan 2.1 diffusion transformer (arXiv 2503.20314), inference only, any size.
+
+Parameter names are those of the published checkpoints. A pass takes the frames of one block, or more when earlier
+frames are re-encoded, and attends through a `KVCache`; the model knows neither policies nor head roles, only that the
+heads of its layers can be put in another order. Whatever depends on the prompt alone is in a `TextContext`, whatever
+depends on the timestep alone in a `TimeContext`; both are computed once and never change.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wan.attention import AttentionFn, sdpa
+from wan.cache import CacheShape, KVCache, LayerCache, Retention
+from wan.config import ModelConfig
+from wan.geometry import LatentGeometry
+from wan.rope import RotaryEmbedding, Rotation, rotate
+
+
+@dataclass(frozen=True)
+class TimeContext:
+    """What the model needs of one timestep (in thousandths of the noise schedule, 0 to 1000).
+
+    `layers` [layers, 6, dim]: shift, 1 + scale, gate of self-attention, then of the FFN; `head` [2, dim]: shift and
+    1 + scale of the output head; `modulation` [6 * dim] float32: the projected embedding that all layers share.
+    """
+
+    timestep: float
+    layers: Tensor
+    head: Tensor
+    modulation: Tensor
+
+
+@dataclass(frozen=True)
+class TextContext:
+    """A prompt's cross-attention keys and values, one [B, text_len, H, D] each per layer."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+@dataclass
+class StackResidual:
+    """Output minus input of all layers in the last pass that ran them (TeaCache, arXiv 2411.19108)."""
+
+    value: Tensor | None = None
+
+
+class SelfAttention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.head_dim = config.head_dim
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q = nn.RMSNorm(dim, eps=config.eps)
+        self.norm_k = nn.RMSNorm(dim, eps=config.eps)
+
+    def keys_and_values(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """x [B, L, dim] -> rotated keys and values, both [B, L, H, D]."""
+        k = rotate(self.norm_k(self.k(x)).unflatten(-1, (-1, self.head_dim)), rotation)
+        return k, self.v(x).unflatten(-1, (-1, self.head_dim))
+
+    def forward(self, x: Tensor, rotation: Rotation, cache: LayerCache, commit: range | None) -> Tensor:
+        q = rotate(self.norm_q(self.q(x)).unflatten(-1, (-1, self.head_dim)), rotation)
+        k, v = self.keys_and_values(x, rotation)
+        out = cache.attend(q, k, v)
+        if commit is not None:
+            cache.commit(k, v, commit)
+        projected: Tensor = self.o(out.flatten(2))
+        return projected
+
+    def permute_heads(self, order: Tensor) -> None:
+        """Head i becomes what head order[i] was; in place, so that buffers keep their addresses."""
+        width = torch.arange(self.head_dim, device=order.device)
+        rows = (order[:, None] * self.head_dim + width).flatten()
+        for linear in (self.q, self.k, self.v):
+            linear.weight.copy_(linear.weight[rows])
+            linear.bias.copy_(linear.bias[rows])
+        for norm in (self.norm_q, self.norm_k):
+            norm.weight.copy_(norm.weight[rows])
+        self.o.weight.copy_(self.o.weight[:, rows])
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.head_dim = config.head_dim
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q = nn.RMSNorm(dim, eps=config.eps)
+        self.norm_k = nn.RMSNorm(dim, eps=config.eps)
+
+    def keys_and_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """text [B, text_len, dim] -> keys and values, both [B, text_len, H, D]."""
+        k = self.norm_k(self.k(text)).unflatten(-1, (-1, self.head_dim))
+        return k, self.v(text).unflatten(-1, (-1, self.head_dim))
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
+        q = self.norm_q(self.q(x)).unflatten(-1, (-1, self.head_dim))
+        projected: Tensor = self.o(attention(q, k, v).flatten(2))
+        return projected
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim, eps=config.eps, elementwise_affine=False)
+        self.self_attn = SelfAttention(config)
+        self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
+        self.cross_attn = CrossAttention(config)
+        self.norm2 = nn.LayerNorm(config.dim, eps=config.eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
+        )
+        self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
+
+    def forward(
+        self,
+        x: Tensor,
+        time: Tensor,
+        text: tuple[Tensor, Tensor],
+        rotation: Rotation,
+        cache: LayerCache,
+        attention: AttentionFn,
+        commit: range | None,
+    ) -> Tensor:
+        """x [B, L, dim], time [6, dim]; `commit` names the frames whose keys and values are to be kept."""
+        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = time.unbind(0)
+        x = x + gate * self.self_attn(torch.addcmul(shift, self.norm1(x), scale), rotation, cache, commit)
+        x = x + self.cross_attn(self.norm3(x), *text, attention)
+        hidden: Tensor = self.ffn(torch.addcmul(ffn_shift, self.norm2(x), ffn_scale))
+        return x + ffn_gate * hidden
+
+    def commit_only(self, x: Tensor, time: Tensor, rotation: Rotation, cache: LayerCache, commit: range) -> None:
+        """What a clean pass needs of the last layer: its keys and values, nothing that would use them."""
+        shift, scale = time[0], time[1]
+        cache.commit(*self.self_attn.keys_and_values(torch.addcmul(shift, self.norm1(x), scale), rotation), commit)
+
+
+class OutputHead(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.dim, eps=config.eps, elementwise_affine=False)
+        self.head = nn.Linear(config.dim, math.prod(config.patch_size) * config.out_dim)
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        projected: Tensor = self.head(torch.addcmul(time[0], self.norm(x), time[1]))
+        return projected
+
+
+class CausalWanModel(nn.Module):
+    """The transformer; build it on the meta device and load weights into it, or initialise it with `random_`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.patch_size[0] == 1
+        self.config = config
+        self.attention: AttentionFn = sdpa
+        self.patch_embedding = nn.Conv3d(config.in_dim, config.dim, config.patch_size, stride=config.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, config.dim), nn.GELU(approximate="tanh"), nn.Linear(config.dim, config.dim)
+        )
+        self.time_embedding = nn.Sequential(
+            nn.Linear(config.freq_dim, config.dim), nn.SiLU(), nn.Linear(config.dim, config.dim)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 6 * config.dim))
+        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
+        self.head = OutputHead(config)
+        self._rotary = RotaryEmbedding(config.head_dim)
+        self._head_order: list[list[int]] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embedding.weight.device
+
+    def layers(self) -> list[TransformerBlock]:
+        return [block for block in self.blocks if isinstance(block, TransformerBlock)]
+
+    def random_(self, seed: int = 0) -> CausalWanModel:
+        """Fill the weights with small random numbers; speed and memory do not depend on their values."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            with torch.no_grad():
+                if ".norm" in name and name.endswith("weight"):
+                    parameter.fill_(1.0)
+                else:
+                    parameter.normal_(0.0, 0.02, generator=generator)
+        return self.requires_grad_(False)
+
+    def encode_time(self, timestep: float) -> TimeContext:
+        """The modulations of one timestep, computed in float32 whatever the model's dtype is."""
+        half = self.config.freq_dim // 2
+        angles = timestep * 10000.0 ** -(torch.arange(half, dtype=torch.float64, device="cpu") / half)
+        sinusoid = torch.cat((angles.cos(), angles.sin())).float().to(self.device)
+        embedding = _float_sequential(self.time_embedding, sinusoid)
+        modulation = _float_sequential(self.time_projection, embedding)
+        learned = torch.cat([block.modulation for block in self.layers()]).float()
+        layers = learned + modulation.view(1, 6, -1)
+        layers[:, [1, 4]] += 1
+        head = self.head.modulation.float()[0] + embedding
+        head[1] += 1
+        return TimeContext(timestep, layers.to(self.dtype), head.to(self.dtype), modulation)
+
+    def encode_text(self, embeds: Tensor) -> TextContext:
+        """The keys and values of a prompt; `embeds` [B, text_len, text_dim], zero past the prompt."""
+        text = self.text_embedding(embeds.to(self.device, self.dtype))
+        pairs = [block.cross_attn.keys_and_values(text) for block in self.layers()]
+        return TextContext(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
+
+    def new_cache(
+        self, geometry: LatentGeometry, batch: int, retention: Retention, relative_window: int | None = None
+    ) -> KVCache:
+        """An empty cache for `batch` videos of this geometry in which all heads keep `retention`."""
+        shape = CacheShape(
+            batch,
+            self.config.num_heads,
+            self.config.head_dim,
+            geometry.tokens_per_frame,
+            geometry.frames_per_block,
+            geometry.num_frames - geometry.frames_per_block,
+        )
+        like = self.patch_embedding.weight
+        return KVCache(self.config.num_layers, shape, retention, self.attention, like, relative_window)
+
+    def set_head_order(self, order: Sequence[Sequence[int]] | None) -> None:
+        """Put the self-attention heads of every layer in the given order; None restores that of the checkpoint.
+
+        The function that the model computes is the same in any order, as long as the cache is in that order too.
+        """
+        identity = list(range(self.config.num_heads))
+        new = [list(row) for row in order] if order is not None else [identity] * self.config.num_layers
+        old = self._head_order or [identity] * self.config.num_layers
+        with torch.no_grad():
+            for block, old_row, new_row in zip(self.layers(), old, new, strict=True):
+                if old_row != new_row:
+                    moves = torch.tensor([old_row.index(head) for head in new_row], device=self.device)
+                    block.self_attn.permute_heads(moves)
+        self._head_order = None if order is None else new
+
+    def forward(
+        self,
+        latents: Tensor,
+        time: TimeContext,
+        text: TextContext,
+        cache: KVCache,
+        start_frame: int,
+        commit: bool = False,
+        residual: StackResidual | None = None,
+    ) -> Tensor:
+        """The flow v = noise - x0 of latents [B, F, C, h, w] whose first frame is number `start_frame` of the video.
+
+        With `commit` the pass's keys and values join the cache. `residual` receives what `skip_layers` needs.
+        """
+        x, rotation, frames = self._embed(latents, start_frame)
+        y = x
+        for layer, block in enumerate(self.layers()):
+            y = self._run(block, layer, y, time, text, cache, rotation, frames if commit else None)
+        if residual is not None:
+            residual.value = y - x
+        return self._unpatchify(self.head(y, time.head), latents)
+
+    def commit(self, latents: Tensor, time: TimeContext, text: TextContext, cache: KVCache, start_frame: int) -> None:
+        """A clean pass: like `forward` with `commit`, without what nobody uses (the head, most of the last layer)."""
+        x, rotation, frames = self._embed(latents, start_frame)
+        last = self.config.num_layers - 1
+        for layer, block in enumerate(self.layers()):
+            if layer == last and not cache.observing:
+                block.commit_only(x, time.layers[layer], rotation, cache.layers[layer], frames)
+            else:
+                x = self._run(block, layer, x, time, text, cache, rotation, frames)
+
+    def skip_layers(self, latents: Tensor, time: TimeContext, residual: StackResidual) -> Tensor:
+        """The flow if the layers add what they added in the pass that filled `residual`."""
+        assert residual.value is not None
+        return self._unpatchify(self.head(self._patchify(latents) + residual.value, time.head), latents)
+
+    def _run(
+        self,
+        block: TransformerBlock,
+        layer: int,
+        x: Tensor,
+        time: TimeContext,
+        text: TextContext,
+        cache: KVCache,
+        rotation: Rotation,
+        commit: range | None,
+    ) -> Tensor:
+        pair = text.keys[layer], text.values[layer]
+        out: Tensor = block(x, time.layers[layer], pair, rotation, cache.layers[layer], self.attention, commit)
+        return out
+
+    def _embed(self, latents: Tensor, start_frame: int) -> tuple[Tensor, Rotation, range]:
+        frames = latents.shape[1]
+        grid = latents.shape[3] // self.config.patch_size[1], latents.shape[4] // self.config.patch_size[2]
+        rotation = self._rotary.table(start_frame, frames, grid, self.device)
+        return self._patchify(latents), rotation, range(start_frame, start_frame + frames)
+
+    def _patchify(self, latents: Tensor) -> Tensor:
+        """[B, F, C, h, w] -> tokens [B, L, dim]; a convolution with stride = kernel is a product over patches."""
+        _, rows, columns = self.config.patch_size
+        batch, frames, channels, height, width = latents.shape
+        patches = latents.to(self.dtype).view(batch, frames, channels, height // rows, rows, width // columns, columns)
+        patches = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)  # [B, L, C * rows * columns]
+        return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+
+    def _unpatchify(self, x: Tensor, latents: Tensor) -> Tensor:
+        """[B, L, rows * columns * C] -> float32 [B, F, C, h, w] in the sizes of `latents`."""
+        _, rows, columns = self.config.patch_size
+        frames, height, width = latents.shape[1], latents.shape[3] // rows, latents.shape[4] // columns
+        x = x.float().view(x.shape[0], frames, height, width, rows, columns, self.config.out_dim)
+        return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5).flatten(3, 4)
+
+
+def _float_sequential(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """Run linear layers and activations in float32 whatever dtype their weights are stored in."""
+    for layer in layers:
+        x = F.linear(x, layer.weight.float(), layer.bias.float()) if isinstance(layer, nn.Linear) else layer(x)
+    return x
