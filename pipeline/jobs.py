@@ -1,0 +1,109 @@
+"""What is to be made: one job a video, with its prompts, its seed and the names of its files.
+
+Prompt files become jobs here; nothing is loaded or generated. A single prompt is a storyboard of one segment.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config import InferenceConfig, check_switches
+from utils.errors import InputError
+from utils.prompts import Storyboard, output_stems, read_prompts, read_storyboards
+from utils.seed import video_seed
+
+logger = logging.getLogger(__name__)
+
+STORYBOARD_SUFFIX = ".jsonl"
+
+
+@dataclass(frozen=True)
+class VideoJob:
+    """One video: `prompts[i]` takes effect at latent frame `starts[i]`, the first at 0."""
+
+    prompts: tuple[str, ...]
+    starts: tuple[int, ...]
+    prompt_index: int
+    sample_index: int
+    noise_seed: int
+    path: Path
+
+    @property
+    def metadata_path(self) -> Path:
+        return self.path.with_suffix(".json")
+
+
+def read_jobs(config: InferenceConfig) -> list[VideoJob]:
+    """All jobs of a run, prompt by prompt, sample by sample.
+
+    `data_path` is a text file of prompts, or storyboards if it ends in .jsonl. Raises InputError for files that cannot
+    be used.
+    """
+    path = Path(config.data_path)
+    boards = read_storyboards(path) if path.suffix == STORYBOARD_SUFFIX else _single_prompts(config, path)
+    stems = output_stems([board.prompts[0] for board in boards], config.save_with_index)
+    chosen = list(zip(boards, stems, strict=True))
+    if config.inference_iter > len(chosen):
+        logger.warning("inference_iter: %d, but %s has only %d", config.inference_iter, path, len(chosen))
+    elif config.inference_iter != -1:
+        chosen = chosen[: config.inference_iter]
+    generated = _generated_from(config, [board for board, _ in chosen])
+    return [
+        _job(config, board, index, sample, stem)
+        for index, (board, (_, stem)) in enumerate(zip(generated, chosen, strict=True))
+        for sample in range(config.num_samples)
+    ]
+
+
+def _single_prompts(config: InferenceConfig, path: Path) -> list[Storyboard]:
+    if config.switch_frame_indices:
+        raise InputError(
+            f"switch_frame_indices: {list(config.switch_frame_indices)} need storyboards, but data_path {path} is a "
+            f"list of prompts; give a {STORYBOARD_SUFFIX} file or remove the key"
+        )
+    return [Storyboard((prompt,), None) for prompt in read_prompts(path)]
+
+
+def _generated_from(config: InferenceConfig, boards: Sequence[Storyboard]) -> Sequence[Storyboard]:
+    """The storyboards with the prompts of `extended_prompt_path` in place of those that name the files."""
+    if config.extended_prompt_path is None:
+        return boards
+    extended = read_prompts(Path(config.extended_prompt_path))
+    if len(extended) < len(boards) or any(len(board.prompts) > 1 for board in boards):
+        raise InputError(
+            f"extended_prompt_path: {config.extended_prompt_path} has {len(extended)} prompts for the {len(boards)} of "
+            f"data_path {config.data_path}; give one line for each prompt"
+        )
+    return [Storyboard((prompt,), None) for prompt, _ in zip(extended, boards, strict=False)]
+
+
+def _job(config: InferenceConfig, board: Storyboard, index: int, sample: int, stem: str) -> VideoJob:
+    switches = config.switch_frame_indices if board.switch_frames is None else board.switch_frames
+    if len(board.prompts) != len(switches) + 1:
+        raise InputError(
+            f"data_path: storyboard {index + 1} of {config.data_path} has {len(board.prompts)} prompts for "
+            f"{len(switches)} switches {list(switches)}; it needs one prompt more than switch_frame_indices"
+        )
+    check_switches(switches, config, f"data_path: storyboard {index + 1} of {config.data_path}: switch_frame_indices")
+    return VideoJob(
+        prompts=board.prompts,
+        starts=(0, *switches),
+        prompt_index=index,
+        sample_index=sample,
+        noise_seed=video_seed(config.seed, index, sample),
+        path=Path(config.output_folder) / f"{stem}-{sample}.mp4",
+    )
+
+
+def stale_reason(job: VideoJob) -> str:
+    """A remark on the job's existing file if its metadata shows that it is of another prompt or seed, else ""."""
+    try:
+        made = json.loads(job.metadata_path.read_text(encoding="utf-8"))
+        same = made["prompts"] == list(job.prompts) and made["noise_seed"] == job.noise_seed
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""  # no metadata, or not ours: nothing is known of the file
+    return "" if same else " although it was made from another prompt or seed; overwrite=true makes it again"

@@ -1,0 +1,145 @@
+"""From files to the parts of a pipeline, each loaded on its own so that no two large ones need be there together."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from dummy.policy import policy_from_config
+from dummy.roles import HeadRoles
+from pipeline.config import InferenceConfig, check_against_model
+from pipeline.generator import GeneratorSettings
+from pipeline.schedule import DenoisingSchedule
+from utils.errors import InputError
+from wan.attention import attention_backend
+from wan.checkpoint import download_hint, generator_state, load_into, read_tensors
+from wan.config import ModelConfig
+from wan.diffusers_layout import read_model_config, read_model_state
+from wan.lora import merge_lora
+from wan.model import CausalWanModel
+from wan.text import TextEncoder
+from wan.vae import VAE
+
+logger = logging.getLogger(__name__)
+
+TEXT_ENCODER_HEADROOM = 12 << 30  # bytes free on the device from which on the 10.6 GiB text encoder goes there
+
+
+def choose_device(config: InferenceConfig) -> torch.device:
+    """The device that `device` names; "auto" is the first GPU if there is one. Raises InputError if it is not there."""
+    if config.device == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    device = torch.device(config.device)
+    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
+        raise InputError(f"device: {config.device!r} asked for, but {torch.cuda.device_count()} CUDA devices are there")
+    return device
+
+
+def choose_dtype(config: InferenceConfig, device: torch.device) -> torch.dtype:
+    if config.precision == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+
+
+def needed_files(config: InferenceConfig) -> list[Path]:
+    """Every file or folder that the run will open, whether it is there or not."""
+    roles = config.dummy_forcing.roles if config.dummy_forcing.enabled else None
+    paths = [
+        config.model_folder,
+        config.generator_path,
+        config.lora_path,
+        config.vae_path,
+        config.text_encoder_path,
+        config.tokenizer_path,
+        Path(roles) if roles is not None else None,
+    ]
+    return list(dict.fromkeys(path for path in paths if path is not None))
+
+
+def require_files(config: InferenceConfig) -> None:
+    """Raises InputError that names every missing file and how to get it."""
+    missing = [path for path in needed_files(config) if not path.exists()]
+    if missing:
+        hints = dict.fromkeys(download_hint(path) for path in missing)
+        raise InputError("\n".join([*(f"{path} does not exist." for path in missing), *hints]))
+
+
+def encode_prompts(config: InferenceConfig, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
+    """Embeddings [length, text_dim] of every different prompt, on the CPU; the text encoder is gone afterwards."""
+    place = _text_encoder_device(config, device)
+    dtype = choose_dtype(config, place)
+    encoder = TextEncoder.load(config.text_encoder_path, config.tokenizer_path, dtype, place)
+    unique = list(dict.fromkeys(prompts))
+    embeds = {prompt: encoder.encode([prompt])[0].cpu() for prompt in unique}
+    del encoder
+    gc.collect()
+    if place.type == "cuda":
+        torch.cuda.empty_cache()
+    return embeds
+
+
+def _text_encoder_device(config: InferenceConfig, device: torch.device) -> torch.device:
+    if config.text_encoder_device != "auto":
+        return device if config.text_encoder_device == "device" else torch.device("cpu")
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < TEXT_ENCODER_HEADROOM:
+        logger.info("text encoder: on the CPU, since %s has less than 12 GiB free", device)
+        return torch.device("cpu")
+    return device
+
+
+def model_sizes(config: InferenceConfig) -> ModelConfig:
+    """The transformer's sizes, from the `config.json` of the model folder; what depends on them is checked."""
+    sizes = ModelConfig.from_mapping(read_model_config(config.model_folder), f"{config.model_folder}/config.json")
+    check_against_model(config, sizes)
+    return sizes
+
+
+def load_transformer(
+    config: InferenceConfig, sizes: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> CausalWanModel:
+    """The causal transformer with its LoRA merged."""
+    source = config.generator_path
+    if source.is_dir():
+        state = dict(read_model_state(source))
+    else:
+        state = generator_state(read_tensors(source), config.use_ema, source)
+    if config.lora_path is not None:
+        adapter = config.adapter
+        rank, alpha = (adapter.rank, adapter.alpha) if adapter is not None else (None, None)
+        merged = merge_lora(state, read_tensors(config.lora_path), rank, alpha, config.lora_path)
+        logger.info("LoRA: merged into %d layers", merged)
+    with torch.device("meta"):
+        model = CausalWanModel(sizes)
+    load_into(model, state, source, dtype, device, consume=True)
+    model.attention = attention_backend(config.attention, device, dtype)
+    return model.eval()
+
+
+def load_vae(config: InferenceConfig, device: torch.device, dtype: torch.dtype) -> VAE:
+    return VAE.load(config.vae_path, dtype, device)
+
+
+def generator_settings(config: InferenceConfig, sizes: ModelConfig) -> GeneratorSettings:
+    """The loop's settings; reads the roles file if there is one."""
+    forcing = config.dummy_forcing
+    roles = None
+    if forcing.enabled and forcing.roles is not None:
+        roles = HeadRoles.load(Path(forcing.roles), sizes.num_layers, sizes.num_heads)
+    window = config.model_kwargs.local_attn_size
+    return GeneratorSettings(
+        schedule=DenoisingSchedule.build(
+            config.denoising_step_list, config.model_kwargs.timestep_shift, config.warp_denoising_step
+        ),
+        policy=policy_from_config(config.model_kwargs, forcing, config.num_frame_per_block, roles),
+        context_noise=float(config.context_noise),
+        window=None if window == -1 else window,
+        relative_rope=config.rope == "relative",
+        global_sink=config.global_sink,
+        reclassify_on_switch=forcing.enabled and forcing.reclassify_on_switch,
+        teacache_threshold=forcing.teacache_threshold if forcing.enabled and forcing.teacache_enabled else None,
+    )

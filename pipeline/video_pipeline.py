@@ -1,0 +1,108 @@
+"""From a job to a finished file: generate, decode and write block by block, so that memory stays flat.
+
+Parts are given, not built here: the generator and the VAE. What a video costs is measured while it is made.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Iterator, Mapping, Sequence
+
+import torch
+from torch import Tensor
+
+from pipeline.config import InferenceConfig, as_dict
+from pipeline.generator import BlockGenerator, Rollout, Segment
+from pipeline.jobs import VideoJob
+from utils.files import write_atomic
+from utils.profiler import Profiler, VideoProfile, device_name
+from utils.seed import NoiseStream
+from utils.video import VideoWriter, to_uint8
+from wan.geometry import LatentGeometry
+from wan.text import pad
+from wan.vae import VAE
+
+OnBlock = Callable[[int], None]
+
+
+class VideoPipeline:
+    """Makes videos with one generator and one VAE, under one configuration."""
+
+    def __init__(self, generator: BlockGenerator, vae: VAE, config: InferenceConfig) -> None:
+        self.generator = generator
+        self.vae = vae
+        self.config = config
+        height, width = config.latent_size
+        self.geometry = LatentGeometry(
+            height, width, config.num_output_frames, config.num_frame_per_block, generator.model.config.in_dim
+        )
+
+    def start(
+        self, starts: Sequence[int], embeds: Sequence[Tensor], seeds: Sequence[int], profiler: Profiler
+    ) -> Rollout:
+        """Begin one video per seed, all with the prompts `embeds` (each [length, text_dim]) from frames `starts` on."""
+        model = self.generator.model
+        with profiler.span("init"), torch.inference_mode():
+            padded = [pad([embed] * len(seeds), model.config.text_len) for embed in embeds]
+            segments = [Segment(s, model.encode_text(e)) for s, e in zip(starts, padded, strict=True)]
+            return self.generator.start(self.geometry, segments, NoiseStream(seeds), len(seeds), profiler)
+
+    def frames(self, rollout: Rollout, profiler: Profiler) -> Iterator[Tensor]:
+        """Decode every block as it comes: uint8 [B, frames, H, W, 3] on the CPU, cropped to the configured size."""
+        height, width = self.config.pixel_size
+        decoder = self.vae.decoder()
+        for block in rollout.blocks():
+            with profiler.span("decode"):
+                video = decoder.decode(block.latents)[..., :height, :width]
+                frames = torch.stack([to_uint8(one) for one in video]).cpu()
+            profiler.mark("first frame")
+            yield frames
+
+    def write(self, job: VideoJob, embeds: Mapping[str, Tensor], on_block: OnBlock) -> VideoProfile:
+        """Make the job's file, and the JSON beside it unless that is off; `on_block` hears of every finished block."""
+        profiler = Profiler(self.generator.model.device)
+        rollout = self.start(job.starts, [embeds[prompt] for prompt in job.prompts], [job.noise_seed], profiler)
+        height, width = self.config.pixel_size
+        counts = []
+        with VideoWriter(job.path, width, height, fps=self.config.fps, crf=self.config.video_crf) as writer:
+            for index, (frames,) in enumerate(self.frames(rollout, profiler)):
+                with profiler.span("write"):
+                    writer.write(frames)
+                counts.append(len(frames))
+                on_block(index)
+        profile = self._profile(profiler, rollout, counts)
+        if self.config.save_metadata:
+            write_atomic(job.metadata_path, json.dumps(self._metadata(job, rollout, profile), indent=1) + "\n")
+        return profile
+
+    def _profile(self, profiler: Profiler, rollout: Rollout, counts: Sequence[int]) -> VideoProfile:
+        report = profiler.report()
+        spans = {name: report.spans.get(name, []) for name in ("init", "denoise", "clean", "decode", "write")}
+        clean = [*spans["clean"], 0.0]  # the last block has no clean pass
+        return VideoProfile(
+            init_ms=sum(spans["init"]),
+            block_ms=tuple(a + b for a, b in zip(spans["denoise"], clean, strict=True)),
+            vae_ms=sum(spans["decode"]),
+            write_ms=sum(spans["write"]),
+            total_ms=report.total_ms,
+            first_frame_ms=report.marks.get("first frame"),
+            frames=sum(counts),
+            block_frames=tuple(counts),
+            device_name=device_name(self.generator.model.device),
+            peak_bytes=profiler.peak_memory_bytes(),
+            forwards=rollout.forwards,
+        )
+
+    def _metadata(self, job: VideoJob, rollout: Rollout, profile: VideoProfile) -> dict[str, object]:
+        return {
+            "prompts": list(job.prompts),
+            "starts": list(job.starts),
+            "seed": self.config.seed,
+            "prompt_index": job.prompt_index,
+            "sample_index": job.sample_index,
+            "noise_seed": job.noise_seed,
+            "head_roles": rollout.roles.to_json() if rollout.roles is not None else None,
+            "timings": profile.as_dict(),
+            "torch": torch.__version__,
+            "config": as_dict(self.config),
+        }
