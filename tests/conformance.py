@@ -1,0 +1,202 @@
+"""Compare the program with stored inputs and outputs of reference implementations.
+
+    python -m tests.conformance CASE.safetensors [--out OUT.safetensors] [--device cpu] [--precision fp32]
+
+A case is a safetensors file whose metadata key `case` describes it; weights lie beside it. It is computed with the
+product's own classes: the loaders, the policy made from the settings, and the one generator. What was computed is
+written under the names of the expectations; with expectations in the case the largest difference for each is printed
+and the exit status is 1 if one is above its tolerance.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+from safetensors import safe_open
+from safetensors.torch import save_file
+from torch import Tensor
+
+from dummy.config import DummyForcingConfig, RetentionConfig
+from dummy.policy import ContextPolicy, HeadSplit, policy_from_config
+from dummy.roles import HeadRoles
+from pipeline.generator import BlockGenerator, FlowRecord, GeneratorSettings, Rollout, Segment
+from pipeline.schedule import DenoisingSchedule
+from utils.errors import InputError
+from wan.attention import attention_backend
+from wan.checkpoint import generator_state, load_into, read_tensors
+from wan.config import ModelConfig, ModelKwargs
+from wan.geometry import LatentGeometry
+from wan.lora import merge_lora
+from wan.model import CausalWanModel
+from wan.text import embed, load_encoder
+from wan.vae import VAE
+
+TOLERANCE = 2e-4
+TOLERANCES = {"video": 1e-3, "head_roles": 0.0}
+FLOWS = 5  # forwards whose flow the cases record
+
+Case = Mapping[str, object]
+Tensors = Mapping[str, Tensor]
+
+
+class ReplayedNoise:
+    """The case's noise in the order in which the loop draws: a block's own, then one per re-noising step."""
+
+    def __init__(self, noise: Tensor, renoise: Tensor, frames_per_block: int) -> None:
+        blocks = noise.split(frames_per_block, dim=1)
+        steps = renoise.shape[0] // len(blocks)
+        per_block = renoise.unflatten(0, (len(blocks), steps)) if steps else [()] * len(blocks)
+        self._draws = iter([draw for block, fresh in zip(blocks, per_block, strict=True) for draw in (block, *fresh)])
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        draw = next(self._draws)
+        assert tuple(draw.shape[1:]) == tuple(shape)
+        return draw
+
+
+def read_case(path: Path) -> tuple[Case, dict[str, Tensor]]:
+    with safe_open(path, framework="pt") as file:
+        return json.loads(file.metadata()["case"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+
+
+def load_model(case: Case, folder: Path, device: torch.device, dtype: torch.dtype) -> CausalWanModel:
+    path = folder / str(case["weights"])
+    state = generator_state(read_tensors(path), use_ema=False, source=path)
+    if "lora" in case:
+        lora = folder / str(case["lora"])
+        rank, alpha = case.get("lora_rank"), case.get("lora_alpha")
+        merge_lora(state, read_tensors(lora), rank, alpha, lora)
+    with torch.device("meta"):
+        model = CausalWanModel(ModelConfig.from_mapping(case["model"]))
+    load_into(model, state, path, dtype, device)
+    model.attention = attention_backend("auto", device, dtype)
+    return model
+
+
+def context_policy(case: Case) -> tuple[ContextPolicy, int | None]:
+    """The policy of the case, and W, the frames that a prompt switch re-encodes at most."""
+    block = int(case["frames_per_block"])
+    given = dict(case["policy"])
+    kind = given.pop("kind")
+    size = given.pop("local_attn_size", -1)
+    window = ModelKwargs(local_attn_size=size, sink_size=given.pop("sink_size", 0))
+    recache = case.get("recache", size)
+    frames = None if recache in (-1, None) else int(recache)
+    if kind in ("full", "window"):
+        return policy_from_config(window, DummyForcingConfig(enabled=False), block), frames
+    if "retention" in given:
+        given["retention"] = RetentionConfig(**{role: tuple(kept) for role, kept in given["retention"].items()})
+    given.setdefault("num_dummy", 0)
+    settings = DummyForcingConfig(policy=kind, score_query_share=1.0, **given)
+    policy = policy_from_config(window, settings, block)
+    codes = case.get("head_roles", given.get("head_roles"))
+    if codes is None or policy.split is None:
+        return policy, frames
+    split = policy.split
+    fixed = HeadSplit(split.by_role, split.ar_start, roles=HeadRoles.from_codes(codes))
+    return ContextPolicy(policy.name, policy.initial, fixed, policy.window_sinks), frames
+
+
+def start_rollout(case: Case, tensors: Tensors, model: CausalWanModel) -> Rollout:
+    schedule = case["schedule"]
+    policy, window = context_policy(case)
+    settings = GeneratorSettings(
+        DenoisingSchedule.build(schedule["denoising_step_list"], schedule["shift"], schedule["warp"]),
+        policy,
+        context_noise=float(case.get("context_noise", 0)),
+        window=window,
+        relative_rope=case.get("rope") == "relative",
+        global_sink=bool(case.get("global_sink", False)),
+        reclassify_on_switch=bool(case.get("reclassify_on_switch", False)),
+        teacache_threshold=case.get("teacache"),
+    )
+    geometry = LatentGeometry(case["height"], case["width"], case["num_frames"], case["frames_per_block"])
+    starts = [0, *case.get("switch", ())]
+    segments = [Segment(s, model.encode_text(tensors[f"prompt_embeds.{i}"])) for i, s in enumerate(starts)]
+    noise = ReplayedNoise(tensors["noise"], tensors["renoise"], geometry.frames_per_block)
+    return BlockGenerator(model, settings).start(geometry, segments, noise, int(case["batch"]))
+
+
+@torch.inference_mode()
+def compute_rollout(
+    case: Case, tensors: Tensors, folder: Path, device: torch.device, dtype: torch.dtype
+) -> dict[str, Tensor]:
+    rollout = start_rollout(case, tensors, load_model(case, folder, device, dtype))
+    rollout.record = FlowRecord(FLOWS)
+    latents = [block.latents for block in rollout.blocks()]
+    result = {"latents": torch.cat(latents, dim=1)}
+    result |= {f"flow.{i}": flow for i, flow in enumerate(rollout.record.flows)}
+    if rollout.frame_attention is not None and rollout.roles is not None:
+        result["frame_attention"] = rollout.frame_attention
+        result["head_roles"] = torch.tensor(rollout.roles.codes())
+    return result
+
+
+def compute_text(path: Path, tensors: Tensors, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    weights = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
+    encoder = load_encoder(weights, dtype, device, path)
+    return {"prompt_embeds": embed(encoder, tensors["input_ids"], tensors["attention_mask"])}
+
+
+def compute_vae(tensors: Tensors, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+    weights = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
+    vae = VAE.from_state(weights, None, dtype, device)
+    result = {}
+    if "latents" in tensors:
+        result["video"] = vae.decoder().decode(tensors["latents"])
+    if "pixels" in tensors:
+        result["encoded"] = vae.encode(tensors["pixels"].transpose(1, 2))
+    return result
+
+
+def compute(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """What the case computes, and what it expects, both by name."""
+    case, tensors = read_case(path)
+    if case["kind"] == "text_encoder":
+        result = compute_text(path, tensors, device, dtype)
+    elif case["kind"] == "vae":
+        result = compute_vae(tensors, device, dtype)
+    elif case["kind"] == "rollout":
+        result = compute_rollout(case, tensors, path.parent, device, dtype)
+    else:
+        raise InputError(f"{path}: kind {case['kind']!r} is unknown; it is rollout, text_encoder or vae")
+    expected = {name.removeprefix("expect."): t for name, t in tensors.items() if name.startswith("expect.")}
+    return {name: tensor.cpu().contiguous() for name, tensor in result.items()}, expected
+
+
+def differences(result: Tensors, expected: Tensors) -> dict[str, float]:
+    """The largest absolute difference per expectation; infinite where nothing comparable was computed."""
+    return {
+        name: (result[name].double() - tensor.double()).abs().max().item()
+        if name in result and result[name].shape == tensor.shape
+        else float("inf")
+        for name, tensor in expected.items()
+    }
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(prog="python -m tests.conformance", description=__doc__)
+    parser.add_argument("case", type=Path)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    arguments = parser.parse_args(argv)
+    dtype = torch.float32 if arguments.precision == "fp32" else torch.bfloat16
+    result, expected = compute(arguments.case, torch.device(arguments.device), dtype)
+    if arguments.out is not None:
+        save_file(result, arguments.out)
+    failed = False
+    for name, difference in differences(result, expected).items():
+        tolerance = TOLERANCES.get(name, TOLERANCE)
+        failed |= not difference <= tolerance
+        print(f"{name:16} {difference:.2e}  {'ok' if difference <= tolerance else f'above {tolerance:.0e}'}")
+    return int(failed)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

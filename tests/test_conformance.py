@@ -1,0 +1,54 @@
+"""The stored vectors, through the runner that also takes cases from elsewhere."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from tests import conformance
+
+VECTORS = Path(__file__).parent / "data" / "vectors"
+CASES = sorted(path for path in VECTORS.glob("*.safetensors") if not path.name.endswith("_a.safetensors"))
+
+
+def test_all_vectors_are_here() -> None:
+    assert len(CASES) == 15
+
+
+@pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
+def test_vector(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "out.safetensors"
+    assert conformance.main([str(path), "--out", str(out)]) == 0, capsys.readouterr().out
+    expected = {name for name in load_file(path) if name.startswith("expect.")}
+    assert expected == {f"expect.{name}" for name in load_file(out)}
+
+
+def test_a_wrong_expectation_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    case, tensors = conformance.read_case(VECTORS / "packed_start1.safetensors")
+    tensors["expect.latents"][0, 7, 3, 2, 1] += 1e-3
+    save_file(tensors, tmp_path / "case.safetensors", {"case": conformance.json.dumps(case)})
+    (tmp_path / "weights_a.safetensors").symlink_to(VECTORS / "weights_a.safetensors")
+    assert conformance.main([str(tmp_path / "case.safetensors")]) == 1
+    assert "above" in capsys.readouterr().out
+
+
+def test_a_case_without_expectations_of_another_size(tmp_path: Path) -> None:
+    case, _ = conformance.read_case(VECTORS / "packed_start1.safetensors")
+    case = {**case, "batch": 2, "num_frames": 8, "frames_per_block": 2, "height": 4, "width": 10}
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "noise": torch.randn(2, 8, 16, 4, 10, generator=generator),
+        "renoise": torch.randn(12, 2, 2, 16, 4, 10, generator=generator),
+        "prompt_embeds.0": torch.randn(2, 8, 24, generator=generator),
+    }
+    save_file(inputs, tmp_path / "case.safetensors", {"case": conformance.json.dumps(case)})
+    (tmp_path / "weights_a.safetensors").symlink_to(VECTORS / "weights_a.safetensors")
+    out = tmp_path / "out.safetensors"
+    assert conformance.main([str(tmp_path / "case.safetensors"), "--out", str(out)]) == 0
+    result = load_file(out)
+    assert result["latents"].shape == (2, 8, 16, 4, 10)
+    assert result["latents"].isfinite().all()
+    assert set(result) >= {"flow.0", "flow.4", "head_roles", "frame_attention"}

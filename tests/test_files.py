@@ -1,0 +1,107 @@
+"""Files are whole or absent; folders are proved writable; leftovers are told from work in progress."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from utils.errors import InputError
+from utils.files import ensure_writable_folder, partial_path, remove_stale_partials, write_atomic
+
+
+def test_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_atomic(path, "old")
+    write_atomic(path, "neu: ü\n")
+    assert path.read_bytes() == "neu: ü\n".encode()
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_failed_write_keeps_the_old_file(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    write_atomic(path, "old")
+    with pytest.raises(UnicodeEncodeError):
+        write_atomic(path, "\ud800")
+    assert path.read_text() == "old"
+    assert os.listdir(tmp_path) == ["a.json"]
+
+
+def test_write_into_no_folder_or_over_a_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"a\.json: cannot be written \(No such file or directory\)"):
+        write_atomic(tmp_path / "missing" / "a.json", "x")
+    with pytest.raises(InputError, match="is a folder"):
+        write_atomic(tmp_path, "x")
+    with pytest.raises(InputError, match="File name too long"):
+        write_atomic(tmp_path / ("x" * 254), "x")
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")
+def test_full_disk(tmp_path: Path) -> None:
+    path = tmp_path / "a.json"
+    partial_path(path).symlink_to("/dev/full")
+    with pytest.raises(InputError, match=r"a\.json: no space left"):
+        write_atomic(path, "x")
+    assert os.listdir(tmp_path) == []
+
+
+def test_folder_is_created(tmp_path: Path) -> None:
+    ensure_writable_folder(tmp_path / "a" / "b", "output_folder")
+    assert os.listdir(tmp_path / "a" / "b") == []
+
+
+def test_folder_that_is_a_file(tmp_path: Path) -> None:
+    file = tmp_path / "file"
+    file.write_text("x")
+    with pytest.raises(InputError, match=r"output_folder: .*file is a file, not a folder"):
+        ensure_writable_folder(file, "output_folder")
+    with pytest.raises(InputError, match=r"output_folder: the folder .* cannot be written \(Not a directory\)"):
+        ensure_writable_folder(file / "below", "output_folder")
+
+
+@pytest.mark.skipif(not os.path.isdir("/proc/self"), reason="needs a folder that even root cannot write to")
+def test_folder_that_cannot_be_written() -> None:
+    with pytest.raises(InputError, match="output_folder: the folder /proc/self cannot be written"):
+        ensure_writable_folder(Path("/proc/self"), "output_folder")
+
+
+def _partial_of(path: Path, pid: int) -> Path:
+    """The partial name that the process `pid` of this machine would use."""
+    return path.with_name(partial_path(path).name.replace(f".{os.getpid()}.", f".{pid}."))
+
+
+def test_stale_partials_go_and_all_else_stays(tmp_path: Path) -> None:
+    ended = subprocess.Popen([sys.executable, "-c", ""])
+    ended.wait()
+    stale = [_partial_of(tmp_path / name, ended.pid) for name in ("a.mp4", "b c.json", "no suffix", ".x\ny.mp4")]
+    kept = [
+        partial_path(tmp_path / "mine.mp4"),
+        _partial_of(tmp_path / "others.mp4", os.getppid()),
+        tmp_path / "video.mp4",
+        tmp_path / ".hidden",
+        tmp_path / f".a.{ended.pid}.partial.mp4",  # not our pattern: no machine in it
+    ]
+    for path in stale + kept:
+        path.write_text("x")
+    assert sorted(remove_stale_partials(tmp_path)) == sorted(stale)
+    assert sorted(tmp_path.iterdir()) == sorted(kept)
+
+
+def test_partials_of_another_machine_go_after_a_day(tmp_path: Path) -> None:
+    tag = partial_path(Path("x.mp4")).name.split(".")[2]
+    other = "000000" if tag != "000000" else "111111"
+    new, old = (tmp_path / f".{name}.{other}.1.partial.mp4" for name in ("new", "old"))
+    for path in (new, old):
+        path.write_text("x")
+    os.utime(old, (time.time() - 90_000,) * 2)
+    assert remove_stale_partials(tmp_path) == [old]
+    assert list(tmp_path.iterdir()) == [new]
+
+
+def test_tidying_no_folder(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match="is not a folder"):
+        remove_stale_partials(tmp_path / "missing")

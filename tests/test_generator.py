@@ -1,0 +1,188 @@
+"""The loop: what it reads, what it keeps, and that a video depends on its own seed alone."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from dummy.config import DummyForcingConfig
+from dummy.policy import ContextPolicy, policy_from_config
+from dummy.roles import HeadRoles, Role
+from pipeline.generator import BlockGenerator, GeneratorSettings, Rollout
+from pipeline.schedule import DenoisingSchedule
+from tests.tiny import segments, tiny_model
+from utils.seed import NoiseStream
+from wan.config import ModelKwargs
+from wan.geometry import LatentGeometry
+from wan.model import CausalWanModel
+
+SCHEDULE = DenoisingSchedule.build([1000, 750, 500, 250], 5.0, warp=True)
+GEOMETRY = LatentGeometry(4, 6, 15, 3)
+ROLES = HeadRoles.from_codes([[2, 0, 1, 2], [0, 2, 2, 1], [2, 2, 1, 0]])
+
+
+def policy(kind: str, roles: HeadRoles | None = None, **dummy: object) -> ContextPolicy:
+    enabled = kind in ("packed", "prune")
+    settings = {"num_dummy": 6, "score_query_share": 1.0, "ar_start": 1, **dummy}
+    config = DummyForcingConfig(enabled, kind if enabled else "packed", **settings)
+    return policy_from_config(ModelKwargs(9 if kind == "window" else -1, sink_size=3), config, 3, roles)
+
+
+def generator(model: CausalWanModel, kind: str, roles: HeadRoles | None = None, **settings: object) -> BlockGenerator:
+    return BlockGenerator(model, GeneratorSettings(SCHEDULE, policy(kind, roles), **settings))
+
+
+def start(
+    made: BlockGenerator, *seeds: int, geometry: LatentGeometry = GEOMETRY, starts: tuple[int, ...] = (0,)
+) -> Rollout:
+    return made.start(geometry, segments(made.model, starts, len(seeds)), NoiseStream(seeds), len(seeds))
+
+
+def latents(rollout: Rollout) -> Tensor:
+    return torch.cat([block.latents for block in rollout.blocks()], dim=1)
+
+
+class NoHostReads(TorchDispatchMode):
+    """Raises where a value of a tensor would travel to the host, as .item(), bool(tensor) and nonzero do."""
+
+    FORBIDDEN = ("_local_scalar_dense", "nonzero", "equal", "is_nonzero", "masked_select", "unique")
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        name = func.overloadpacket.__name__
+        assert name not in self.FORBIDDEN, f"{name} reads a value in the loop"
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("kind", ["full", "window", "prune", "packed"])
+def test_the_loop_reads_no_value_from_the_device(kind: str) -> None:
+    roles = ROLES if kind in ("prune", "packed") else None
+    rollout = start(generator(tiny_model(), kind, roles), 1)
+    with NoHostReads():
+        assert latents(rollout).shape == (1, 15, 16, 4, 6)
+
+
+def test_the_forbidden_reads_are_noticed() -> None:
+    with pytest.raises(AssertionError, match="_local_scalar_dense"), NoHostReads():
+        torch.ones(1).item()
+
+
+class Operators(TorchDispatchMode):
+    def __init__(self) -> None:
+        super().__init__()
+        self.names: list[str] = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        self.names.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+def test_steady_blocks_gather_scatter_and_concatenate_nothing() -> None:
+    rollout = start(generator(tiny_model(), "packed"), 1, geometry=replace(GEOMETRY, num_frames=21))
+    blocks = rollout.blocks()
+    for _ in range(5):
+        next(blocks)
+    with Operators() as seen:
+        next(blocks)
+    assert seen.names.count("linear") > 100
+    moving = {"gather", "scatter", "index", "index_select", "index_put", "index_put_", "index_copy_", "roll"}
+    assert not moving & set(seen.names)
+    # The one concatenation is the block's position table, three axes of angles side by side.
+    assert seen.names.count("cat") == 1
+
+
+@pytest.mark.parametrize("kind", ["full", "window", "prune", "packed"])
+def test_same_bytes_first_last_alone_and_in_a_batch(kind: str) -> None:
+    model = tiny_model()
+    made = generator(model, kind, ROLES if kind in ("prune", "packed") else None)
+    first = latents(start(made, 7))
+    latents(start(made, 8))
+    again = latents(start(made, 7))
+    assert torch.equal(first, again)
+    assert torch.equal(first, latents(start(generator(tiny_model(), kind, made.settings.policy.split and ROLES), 7)))
+    both = latents(start(made, 8, 7))
+    torch.testing.assert_close(both[1:], first, atol=1e-4, rtol=1e-4)  # products of a batch may round otherwise
+
+
+def test_observed_roles_do_not_depend_on_earlier_videos_nor_on_the_global_generator() -> None:
+    made = BlockGenerator(tiny_model(), GeneratorSettings(SCHEDULE, policy("packed", score_query_share=0.25)))
+    one = start(made, 7)
+    first = latents(one)
+    torch.manual_seed(123)
+    latents(start(made, 9))
+    other = start(made, 7)
+    assert torch.equal(latents(other), first)
+    assert one.roles is not None and one.roles == other.roles
+    assert one.roles.counts()[Role.DUMMY] == 6
+
+
+def test_two_videos_may_be_made_in_turns() -> None:
+    made = generator(tiny_model(), "packed")
+    alone = latents(start(made, 7))
+    turns: list[Iterator[object]] = []
+    parts: list[Tensor] = []
+    one, other = start(made, 7).blocks(), start(made, 8).blocks()
+    turns.extend([one, other])
+    for block in one:
+        parts.append(block.latents)
+        next(other)
+    assert torch.equal(torch.cat(parts, dim=1), alone)
+
+
+def test_a_longer_video_begins_like_a_shorter_one() -> None:
+    made = generator(tiny_model(), "packed")
+    short = latents(start(made, 7))
+    long = latents(start(made, 7, geometry=replace(GEOMETRY, num_frames=24)))
+    torch.testing.assert_close(long[:, :15], short, atol=1e-6, rtol=1e-6)
+
+
+def test_given_roles_hold_from_the_first_block_and_save_the_observation() -> None:
+    made = generator(tiny_model(), "packed", ROLES)
+    rollout = start(made, 7)
+    assert len(rollout.cache.layers[0].groups) == 3
+    latents(rollout)
+    assert rollout.frame_attention is None
+    assert rollout.roles == ROLES
+
+
+def test_a_block_is_yielded_before_its_clean_pass_and_the_last_has_none() -> None:
+    rollout = start(generator(tiny_model(), "window"), 1)
+    counts = [rollout.forwards for _ in rollout.blocks()]
+    assert counts == [4, 9, 14, 19, 24]
+    assert rollout.forwards == 24
+
+
+def test_context_noise_writes_the_cache() -> None:
+    plain, noisy = (latents(start(generator(tiny_model(), "full", context_noise=c), 1)) for c in (0.0, 100.0))
+    assert torch.equal(plain[:, :3], noisy[:, :3])
+    assert not torch.allclose(plain[:, 3:], noisy[:, 3:], atol=1e-3)
+
+
+@pytest.mark.parametrize("global_sink", [False, True])
+@pytest.mark.parametrize("kind", ["full", "window", "prune", "packed"])
+@pytest.mark.parametrize("switch", [3, 4, 9])  # before the roles exist, between blocks, and after
+def test_a_prompt_switch_changes_what_follows_alone(kind: str, global_sink: bool, switch: int) -> None:
+    made = generator(tiny_model(), kind, global_sink=global_sink, window=9 if kind != "full" else None)
+    plain = latents(start(made, 7))
+    switched = latents(start(made, 7, starts=(0, switch)))
+    effect = -(-switch // 3) * 3
+    assert torch.equal(plain[:, :effect], switched[:, :effect])
+    assert not torch.allclose(plain[:, effect:], switched[:, effect:], atol=1e-3)
+
+
+def test_roles_are_found_anew_on_request() -> None:
+    made = BlockGenerator(
+        tiny_model(), GeneratorSettings(SCHEDULE, policy("packed"), window=9, reclassify_on_switch=True)
+    )
+    rollout = start(made, 7, geometry=replace(GEOMETRY, num_frames=24), starts=(0, 12))
+    found = []
+    for block in rollout.blocks():
+        found.append((block.index, rollout.roles, len(rollout.cache.layers[0].groups)))
+    assert found[3][1] is not None
+    assert found[4][1] is None  # unknown again while the new prompt's first block is made
+    assert found[4][2] == 1
+    assert found[5][1] is not None

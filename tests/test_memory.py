@@ -1,0 +1,127 @@
+"""The tracker counts each storage once, while it lives."""
+
+from __future__ import annotations
+
+import gc
+
+import pytest
+import torch
+from torch import nn
+
+from utils.memory import PeakTracker, format_bytes
+
+KIB = 1024
+DEVICES = ["cpu", "meta"]
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_known_sequence(device: str) -> None:
+    with PeakTracker() as memory:
+        a = torch.empty(256, device=device)  # 1 KiB of float32
+        b = a + 1
+        assert memory.current == 2 * KIB
+        del a
+        assert memory.current == KIB
+        c = torch.cat([b, b, b])
+        assert memory.current == 4 * KIB
+        del b, c
+        d = torch.ones(256, dtype=torch.float64, device=device)
+        assert memory.current == 2 * KIB
+    assert memory.peak == 4 * KIB
+    del d
+    assert memory.current == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_views_and_in_place_add_nothing(device: str) -> None:
+    with PeakTracker() as memory:
+        a = torch.zeros(16, 16, device=device)
+        views = [a.t(), a[3], a.view(-1), a.unsqueeze(0).expand(9, 16, 16), *a.unbind(0), *a.split(4)]
+        a.add_(1).mul_(2)
+        a[0].fill_(5)
+        a.t().relu_()
+        assert memory.current == memory.peak == KIB
+        del a
+        assert memory.current == KIB  # the views hold the storage
+        del views
+        assert memory.current == 0
+
+
+@pytest.mark.parametrize("device", DEVICES)
+def test_tensors_from_outside_do_not_count(device: str) -> None:
+    weight = torch.zeros(16, 16, device=device)
+    cache = torch.zeros(64, 16, device=device)
+    with PeakTracker() as memory:
+        view = weight.t()
+        cache[:16].copy_(weight)
+        cache.add_(1)
+        torch.add(weight, 1, out=cache[:16])
+        assert memory.current == memory.peak == 0
+        product = weight @ view
+        assert memory.current == KIB
+    del product
+    assert memory.current == 0
+
+
+def test_lists_tuples_none_and_host_values() -> None:
+    with PeakTracker() as memory:
+        a = torch.arange(256, dtype=torch.float32)
+        values, indices = a.topk(256)  # a tuple: 1 KiB of values, 2 KiB of indices
+        assert memory.current == 4 * KIB
+        assert torch._foreach_add_([values, a], 1.0) is not None
+        new = torch._foreach_add([values, a], 1.0)  # a list
+        assert memory.current == 6 * KIB
+        assert float(a.sum()) > 0
+        del a, values, indices, new
+    assert memory.current == 0
+
+
+def test_tensor_from_data_counts() -> None:
+    with PeakTracker() as memory:
+        a = torch.tensor([1.0] * 256)
+        assert memory.current == KIB
+    del a
+    assert memory.current == 0
+
+
+def test_resized_storage_counts_with_its_new_size() -> None:
+    with PeakTracker() as memory:
+        a = torch.empty(256)
+        a.resize_(1024)
+        assert memory.current == 4 * KIB
+    del a
+    assert memory.current == 0
+
+
+def test_peak_can_start_anew() -> None:
+    with PeakTracker() as memory:
+        a = torch.empty(2560)
+        del a
+        b = torch.empty(256)
+        memory.reset_peak()
+        assert memory.peak == KIB
+    del b
+
+
+def test_model_on_meta_needs_what_it_needs_on_the_cpu() -> None:
+    def peak(device: str, grad: bool) -> int:
+        model = nn.Sequential(nn.Linear(32, 64), nn.GELU(), nn.LayerNorm(64), nn.Linear(64, 8)).to(device)
+        x = torch.zeros(10, 32, device=device)
+        with torch.set_grad_enabled(grad), PeakTracker() as memory:
+            y = model(x)
+        del y
+        gc.collect()
+        assert memory.current == 0
+        return memory.peak
+
+    assert peak("meta", False) == peak("cpu", False)
+    # Without gradients: two neighbouring activations [10, 64] at a time, and layer norm's statistics.
+    assert 2 * 2560 <= peak("meta", False) <= 2 * 2560 + 2 * 40
+    assert peak("meta", True) > 3 * 2560
+
+
+def test_format_bytes() -> None:
+    assert format_bytes(0) == "0.0 MiB"
+    assert format_bytes(1024**3 - 1) == "1024.0 MiB"
+    assert format_bytes(3 * 1024**3 // 2) == "1.50 GiB"
+    assert format_bytes(10 * 1024**2) == "10.0 MiB"

@@ -1,0 +1,133 @@
+"""Every policy equals plain masked attention over the whole history.
+
+The twin keeps all clean keys and values, works out what a head may see from the rules alone, and computes a masked
+softmax in float64.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import Tensor
+
+from dummy.config import DummyForcingConfig, RetentionConfig
+from dummy.policy import policy_from_config
+from dummy.roles import HeadRoles, Role
+from wan.attention import sdpa
+from wan.cache import CacheShape, KVCache
+from wan.config import ModelKwargs
+
+WIDTH = 6
+
+
+@dataclass(frozen=True)
+class Case:
+    policy: str
+    block: int
+    blocks: int
+    window: int
+    sink: int
+    ar_start: int
+    local_blocks: int
+    retention: tuple[tuple[int, int], ...] | None
+    roles: tuple[Role, ...]
+    tokens: int
+    batch: int
+
+
+@st.composite
+def cases(draw: st.DrawFn) -> Case:
+    policy = draw(st.sampled_from(["full", "window", "prune", "packed"]))
+    block = draw(st.integers(1, 3))
+    sink = draw(st.integers(0, 4))
+    size = st.integers(0, 5)
+    custom = st.tuples(*[st.tuples(size, size)] * 3)
+    return Case(
+        policy,
+        block,
+        draw(st.integers(2, 7)),
+        -1 if policy == "full" else draw(st.sampled_from([-1, *range(sink + block, sink + block + 6)])),
+        sink,
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 3)),
+        draw(st.none() | custom) if policy == "packed" else None,
+        tuple(draw(st.lists(st.sampled_from(Role), min_size=1, max_size=5))),
+        draw(st.integers(1, 3)),
+        draw(st.integers(1, 2)),
+    )
+
+
+def visible(case: Case, index: int, role: Role) -> set[int]:
+    """Earlier frames that a head sees in block `index`, from the table of policies."""
+    start = index * case.block
+    past = range(start)
+
+    def keep(sink: int, recent: int) -> set[int]:
+        return {frame for frame in past if frame < sink or frame >= start - recent}
+
+    split = index > case.ar_start
+    everything = set(past)
+    windowed = everything if case.window == -1 else keep(case.sink, case.window - case.sink - case.block)
+    if case.policy in ("full", "window"):
+        return windowed
+    if case.policy == "prune":
+        return set() if split and role is Role.DUMMY else windowed
+    retention = case.retention or ((1, 0), (0, case.local_blocks * case.block), (0, 1))
+    if split:
+        return keep(*retention[role])
+    return keep(max(sink for sink, _ in retention), max(recent for _, recent in retention))
+
+
+def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
+    """q [B, L, D], k and v [B, S, D], mask [S] of bool; float64."""
+    scores = q @ k.transpose(1, 2) * q.shape[-1] ** -0.5
+    return scores.masked_fill(~mask, -torch.inf).softmax(-1) @ v
+
+
+@settings(max_examples=150, deadline=None)
+@given(cases())
+def test_policy_equals_masked_attention(case: Case) -> None:
+    heads = len(case.roles)
+    enabled = case.policy in ("prune", "packed")
+    retention = RetentionConfig(*case.retention) if case.retention is not None else None
+    dummy = DummyForcingConfig(
+        enabled,
+        case.policy if enabled else "packed",
+        ar_start=case.ar_start,
+        local_context_length=case.local_blocks,
+        retention=retention,
+    )
+    policy = policy_from_config(ModelKwargs(case.window, sink_size=case.sink), dummy, case.block)
+    past = (case.blocks - 1) * case.block
+    shape = CacheShape(case.batch, heads, WIDTH, case.tokens, case.block, past)
+    cache = KVCache(1, shape, policy.initial, sdpa, torch.empty(0))
+    layer = cache.layers[0]
+    order = list(range(heads))
+    generator = torch.Generator().manual_seed(0)
+    history_k = torch.zeros(case.batch, 0, heads, WIDTH)
+    history_v = torch.zeros(case.batch, 0, heads, WIDTH)
+    for index in range(case.blocks):
+        size = (case.batch, case.block * case.tokens, heads, WIDTH)
+        noisy, clean = ([torch.randn(size, generator=generator) for _ in "qkv"] for _ in range(2))
+        for q, k, v in (noisy, clean):
+            out = layer.attend(q[:, :, order], k[:, :, order], v[:, :, order])
+            for place, head in enumerate(order):
+                seen = visible(case, index, case.roles[head])
+                frames = torch.arange((index + 1) * case.block).repeat_interleave(case.tokens)
+                mask = torch.tensor([f in seen or f >= index * case.block for f in frames.tolist()])
+                keys = torch.cat((history_k[:, :, head], k[:, :, head]), 1).double()
+                values = torch.cat((history_v[:, :, head], v[:, :, head]), 1).double()
+                twin = masked_attention(q[:, :, head].double(), keys, values, mask)
+                torch.testing.assert_close(out[:, :, place].double(), twin, atol=1e-5, rtol=1e-5)
+        if index == case.blocks - 1:
+            break
+        frames_now = range(index * case.block, (index + 1) * case.block)
+        layer.commit(clean[1][:, :, order], clean[2][:, :, order], frames_now)
+        history_k, history_v = torch.cat((history_k, clean[1]), 1), torch.cat((history_v, clean[2]), 1)
+        if policy.split is not None and index == case.ar_start:
+            orders, parts = policy.split.layout(HeadRoles((case.roles,)))
+            cache.split(orders, parts)
+            order = orders[0]
