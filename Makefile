@@ -20,7 +20,7 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 
 demo: $(VENV)/.installed
 	$(BIN)/python -m tests.small_checkpoints $(DEMO)/checkpoints
-	$(BIN)/python inference.py --config_path configs/demo.yaml
+	$(BIN)/python inference.py --config_path configs/demo.yaml model_root=$(DEMO)/checkpoints
 	@echo "The video:" && ls $(DEMO)/videos/*.mp4
 
 check: $(VENV)/.installed-dev

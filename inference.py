@@ -106,7 +106,7 @@ def make_videos(config: InferenceConfig, jobs: Sequence[VideoJob], device: torch
         pipeline = VideoPipeline(generator, load_vae(config, device, dtype), config)
         for job in tqdm(jobs, desc="videos", unit="video", disable=None):
             with tqdm(total=config.num_blocks, desc=job.path.name, unit="block", leave=False, disable=None) as bar:
-                profile = pipeline.write(job, embeds, lambda _: bar.update())
+                profile = pipeline.write([job], embeds, lambda _: bar.update())
             tqdm.write(profile.format())
             tqdm.write(f"{job.path}")
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:

@@ -87,6 +87,11 @@ class InferenceConfig:
     text_encoder_device: Literal["auto", "cpu", "device"] = "auto"
     overwrite: bool = False  # make videos again whose files exist
     save_metadata: bool = True
+    start_from: str | None = None  # image or video to go on from, or a JSON list with one for each prompt
+    start_from_fit: bool = False  # resize and crop it to the resolution if its size differs
+    stream_output: bool = False  # write fragments, so that the growing file plays and a killed run's part is kept
+    vae_tile: Literal["auto", "never"] | int = "auto"  # side of a decoded tile in pixels; auto: whole if it fits
+    samples_per_batch: int = 1  # VBench: videos made together; above 1, they share their observed head roles
     fps: int = 16  # pixel frames a second
     video_crf: int = 18  # H.264 quality, 0 (lossless) to 51
 
@@ -246,6 +251,12 @@ def _check_run(config: InferenceConfig) -> None:
     _require(
         config.inference_iter == -1 or config.inference_iter >= 1,
         f"inference_iter: must be -1 (all prompts) or 1 or more, got {config.inference_iter}",
+    )
+    _require(config.samples_per_batch >= 1, f"samples_per_batch: must be 1 or more, got {config.samples_per_batch}")
+    tile = config.vae_tile
+    _require(
+        isinstance(tile, str) or (tile >= 128 and tile % 16 == 0),
+        f"vae_tile: must be auto, never, or a multiple of 16 pixels from 128 on, got {tile}",
     )
     _require(config.num_samples >= 1, f"num_samples: must be 1 or more videos a prompt, got {config.num_samples}")
     _require(0 <= config.seed < 2**63, f"seed: must be from 0 to 2**63 - 1, got {config.seed}")

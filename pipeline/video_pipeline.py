@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
@@ -58,22 +59,33 @@ class VideoPipeline:
             profiler.mark("first frame")
             yield frames
 
-    def write(self, job: VideoJob, embeds: Mapping[str, Tensor], on_block: OnBlock) -> VideoProfile:
-        """Make the job's file, and the JSON beside it unless that is off; `on_block` hears of every finished block."""
+    def write(self, jobs: Sequence[VideoJob], embeds: Mapping[str, Tensor], on_block: OnBlock) -> VideoProfile:
+        """Make the files of `jobs`, which differ in their noise alone, as one batch, and the JSON beside each.
+
+        `on_block` hears of every finished block. With more than one job, observed head roles are common to all.
+        """
         profiler = Profiler(self.generator.model.device)
-        rollout = self.start(job.starts, [embeds[prompt] for prompt in job.prompts], [job.noise_seed], profiler)
-        height, width = self.config.pixel_size
+        prompts, starts = jobs[0].prompts, jobs[0].starts
+        assert all((job.prompts, job.starts) == (prompts, starts) for job in jobs)
+        rollout = self.start(starts, [embeds[prompt] for prompt in prompts], [job.noise_seed for job in jobs], profiler)
         counts = []
-        with VideoWriter(job.path, width, height, fps=self.config.fps, crf=self.config.video_crf) as writer:
-            for index, (frames,) in enumerate(self.frames(rollout, profiler)):
+        with ExitStack() as files:
+            writers = [files.enter_context(self._writer(job)) for job in jobs]
+            for index, batch in enumerate(self.frames(rollout, profiler)):
                 with profiler.span("write"):
-                    writer.write(frames)
-                counts.append(len(frames))
+                    for writer, frames in zip(writers, batch, strict=True):
+                        writer.write(frames)
+                counts.append(batch.shape[1])
                 on_block(index)
         profile = self._profile(profiler, rollout, counts)
         if self.config.save_metadata:
-            write_atomic(job.metadata_path, json.dumps(self._metadata(job, rollout, profile), indent=1) + "\n")
+            for job in jobs:
+                write_atomic(job.metadata_path, json.dumps(self._metadata(job, rollout, profile), indent=1) + "\n")
         return profile
+
+    def _writer(self, job: VideoJob) -> VideoWriter:
+        height, width = self.config.pixel_size
+        return VideoWriter(job.path, width, height, fps=self.config.fps, crf=self.config.video_crf)
 
     def _profile(self, profiler: Profiler, rollout: Rollout, counts: Sequence[int]) -> VideoProfile:
         report = profiler.report()

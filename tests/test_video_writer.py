@@ -83,6 +83,7 @@ def test_what_is_written_can_be_read(tmp_path: Path) -> None:
     assert read.shape == frames.shape
     # Colours survive: the matrix that is written is the one that is declared.
     assert np.abs(read.astype(int) - frames).max() <= 4
+    assert b"nclx" + bytes([0, 1, 0, 1, 0, 1]) in path.read_bytes()  # primaries, transfer, matrix: BT.709
     assert os.listdir(tmp_path) == ["a.mp4"]
 
 

@@ -114,30 +114,15 @@ class VideoWriter:
         height, width, _ = self._frame_shape
         source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-framerate", str(self._fps)]
         # Players take untagged video of this size for BT.601 or BT.709 as they like: convert to one and say so.
-        colour = [
-            "-vf",
-            "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int+bitexact",
-        ]
-        tags = ["-colorspace", "bt709", "-color_primaries", "bt709", "-color_trc", "bt709", "-color_range", "tv"]
+        convert = "scale=out_color_matrix=bt709:out_range=tv:flags=bicubic+accurate_rnd+full_chroma_int+bitexact"
+        declare = "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
+        colour = ["-vf", f"{convert},format=yuv420p,{declare}"]
         # filter_units drops SEI units: x264 puts its version and options in one.
         exact = ["-threads", str(_THREADS), "-fflags", "+bitexact", "-flags:v", "+bitexact", "-map_metadata", "-1"]
         exact += ["-bsf:v", "filter_units=remove_types=6"]
         target = ["-movflags", "+faststart", "-f", "mp4", _file_url(partial)]
         quiet = [_ffmpeg(), "-y", "-hide_banner", "-nostats", "-loglevel", "error"]
-        return [
-            *quiet,
-            *source,
-            "-i",
-            "pipe:0",
-            "-an",
-            *colour,
-            *self._options,
-            "-pix_fmt",
-            "yuv420p",
-            *tags,
-            *exact,
-            *target,
-        ]
+        return [*quiet, *source, "-i", "pipe:0", "-an", *colour, *self._options, *exact, *target]
 
     def __enter__(self) -> VideoWriter:
         """Start ffmpeg. Raises InputError if no file can be made in the folder."""
