@@ -83,12 +83,15 @@ class BlockGenerator:
         noise: NoiseSource,
         batch: int = 1,
         profiler: Profiler | None = None,
+        given: Tensor | None = None,
     ) -> Rollout:
         """A video, or `batch` of them with common head roles, made with one prompt a segment.
 
+        `given` [B, F, C, h, w] are finished latents of whole blocks that the video begins with.
         `profiler` receives a span "denoise" per block, in which a prompt switch is done too, and a span "clean".
         """
-        return Rollout(self, geometry, tuple(segments), noise, batch, profiler or Profiler(self.model.device))
+        profiler = profiler or Profiler(self.model.device)
+        return Rollout(self, geometry, tuple(segments), noise, batch, profiler, given)
 
 
 @dataclass
@@ -121,6 +124,7 @@ class Rollout:
         noise: NoiseSource,
         batch: int,
         profiler: Profiler,
+        given: Tensor | None = None,
     ) -> None:
         assert segments and segments[0].start_frame == 0
         self._generator = generator
@@ -130,6 +134,7 @@ class Rollout:
         self._segments = segments
         self._noise = noise
         self._profiler = profiler
+        self._given = deque() if given is None else deque(torch.split(given, geometry.frames_per_block, dim=1))
         self._past: deque[Tensor] = deque(maxlen=settings.window)  # clean frames [B, C, h, w], for prompt switches
         self._order: list[list[int]] | None = None  # of the model's heads
         self._observed_block = self._split.ar_start if self._split else None
@@ -161,7 +166,7 @@ class Rollout:
                     while pending and pending[0].start_frame <= start:
                         text = pending.popleft().text
                     self._switch(text, start, index)
-                x0 = self.denoise(text, start)
+                x0 = self._given.popleft() if self._given else self.denoise(text, start)
             yield CleanBlock(index, start, x0)
             if start != starts[-1]:
                 self.clean_pass(x0, text, start, index)

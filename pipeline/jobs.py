@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config import InferenceConfig, check_switches
+from pipeline.given import given_files
 from utils.errors import InputError
 from utils.prompts import Storyboard, output_stems, read_prompts, read_storyboards
 from utils.seed import video_seed
@@ -31,6 +32,7 @@ class VideoJob:
     sample_index: int
     noise_seed: int
     path: Path
+    start_from: Path | None = None
 
     @property
     def metadata_path(self) -> Path:
@@ -52,9 +54,10 @@ def read_jobs(config: InferenceConfig) -> list[VideoJob]:
     elif config.inference_iter != -1:
         chosen = chosen[: config.inference_iter]
     generated = _generated_from(config, [board for board, _ in chosen])
+    given = given_files(config, len(chosen))
     return [
-        _job(config, board, index, sample, stem)
-        for index, (board, (_, stem)) in enumerate(zip(generated, chosen, strict=True))
+        _job(config, board, index, sample, stem, start)
+        for index, (board, (_, stem), start) in enumerate(zip(generated, chosen, given, strict=True))
         for sample in range(config.num_samples)
     ]
 
@@ -81,7 +84,9 @@ def _generated_from(config: InferenceConfig, boards: Sequence[Storyboard]) -> Se
     return [Storyboard((prompt,), None) for prompt, _ in zip(extended, boards, strict=False)]
 
 
-def _job(config: InferenceConfig, board: Storyboard, index: int, sample: int, stem: str) -> VideoJob:
+def _job(
+    config: InferenceConfig, board: Storyboard, index: int, sample: int, stem: str, start_from: Path | None
+) -> VideoJob:
     switches = config.switch_frame_indices if board.switch_frames is None else board.switch_frames
     if len(board.prompts) != len(switches) + 1:
         raise InputError(
@@ -96,6 +101,7 @@ def _job(config: InferenceConfig, board: Storyboard, index: int, sample: int, st
         sample_index=sample,
         noise_seed=video_seed(config.seed, index, sample),
         path=Path(config.output_folder) / f"{stem}-{sample}.mp4",
+        start_from=start_from,
     )
 
 

@@ -8,12 +8,14 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pipeline.config import InferenceConfig, as_dict
 from pipeline.generator import BlockGenerator, Rollout, Segment
+from pipeline.given import load_given
 from pipeline.jobs import VideoJob
 from utils.files import write_atomic
 from utils.profiler import Profiler, VideoProfile, device_name
@@ -39,14 +41,27 @@ class VideoPipeline:
         )
 
     def start(
-        self, starts: Sequence[int], embeds: Sequence[Tensor], seeds: Sequence[int], profiler: Profiler
+        self,
+        starts: Sequence[int],
+        embeds: Sequence[Tensor],
+        seeds: Sequence[int],
+        profiler: Profiler,
+        start_from: Path | None = None,
     ) -> Rollout:
-        """Begin one video per seed, all with the prompts `embeds` (each [length, text_dim]) from frames `starts` on."""
+        """Begin one video per seed, all with the prompts `embeds` (each [length, text_dim]) from frames `starts` on.
+
+        With `start_from` (an image or a video) its frames are the first of every video.
+        """
         model = self.generator.model
         with profiler.span("init"), torch.inference_mode():
             padded = [pad([embed] * len(seeds), model.config.text_len) for embed in embeds]
             segments = [Segment(s, model.encode_text(e)) for s, e in zip(starts, padded, strict=True)]
-            return self.generator.start(self.geometry, segments, NoiseStream(seeds), len(seeds), profiler)
+            given = None
+            if start_from is not None:
+                given = (
+                    load_given(start_from, self.config, self.vae).to(model.device).expand(len(seeds), -1, -1, -1, -1)
+                )
+            return self.generator.start(self.geometry, segments, NoiseStream(seeds), len(seeds), profiler, given)
 
     def frames(self, rollout: Rollout, profiler: Profiler) -> Iterator[Tensor]:
         """Decode every block as it comes: uint8 [B, frames, H, W, 3] on the CPU, cropped to the configured size."""
@@ -66,8 +81,9 @@ class VideoPipeline:
         """
         profiler = Profiler(self.generator.model.device)
         prompts, starts = jobs[0].prompts, jobs[0].starts
-        assert all((job.prompts, job.starts) == (prompts, starts) for job in jobs)
-        rollout = self.start(starts, [embeds[prompt] for prompt in prompts], [job.noise_seed for job in jobs], profiler)
+        assert all((job.prompts, job.starts, job.start_from) == (prompts, starts, jobs[0].start_from) for job in jobs)
+        seeds = [job.noise_seed for job in jobs]
+        rollout = self.start(starts, [embeds[prompt] for prompt in prompts], seeds, profiler, jobs[0].start_from)
         counts = []
         with ExitStack() as files:
             writers = [files.enter_context(self._writer(job)) for job in jobs]

@@ -186,3 +186,16 @@ def test_roles_are_found_anew_on_request() -> None:
     assert found[4][1] is None  # unknown again while the new prompt's first block is made
     assert found[4][2] == 1
     assert found[5][1] is not None
+
+
+def test_given_blocks_are_passed_on_and_seen_by_what_follows() -> None:
+    made = generator(tiny_model(), "packed")
+    plain = latents(start(made, 7))
+    given = plain[:, :6] + 0.1
+    rollout = made.start(GEOMETRY, segments(made.model), NoiseStream([7]), given=given)
+    going_on = latents(rollout)
+    assert torch.equal(going_on[:, :6], given)
+    assert going_on.shape == plain.shape
+    assert rollout.forwards == 2 + 5 + 5 + 4  # two clean passes, then two whole blocks and the last
+    again = made.start(GEOMETRY, segments(made.model), NoiseStream([7]), given=plain[:, :6])
+    assert not torch.allclose(latents(again)[:, 6:], going_on[:, 6:], atol=1e-3)

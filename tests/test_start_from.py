@@ -1,0 +1,165 @@
+"""Going on from an image or a video, through the script and files."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+from dataclasses import replace
+from pathlib import Path
+
+import imageio_ffmpeg
+import numpy as np
+import pytest
+import torch
+
+import inference
+from pipeline.config import InferenceConfig, load_config
+from pipeline.given import given_files, load_given
+from pipeline.loading import load_vae
+from tests.small_checkpoints import write_small_checkpoints
+from utils.errors import InputError
+from utils.video import VideoWriter, read_frames
+from wan.vae import VAE
+
+ROOT = Path(__file__).parents[1]
+
+
+@pytest.fixture(scope="module")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    root = tmp_path_factory.mktemp("checkpoints")
+    write_small_checkpoints(root)
+    return root
+
+
+@pytest.fixture
+def overrides(checkpoints: Path, tmp_path: Path) -> list[str]:
+    settings = {
+        "model_root": checkpoints,
+        "output_folder": tmp_path / "videos",
+        "inference_iter": 1,
+        "num_output_frames": 9,
+        "resolution": "[32,48]",
+        "dummy_forcing": "off",
+        "adapter": "null",
+    }
+    return [f"{key}={value}" for key, value in settings.items()]
+
+
+def smooth_video(path: Path, frames: int, height: int = 32, width: int = 48) -> Path:
+    y, x = np.mgrid[:height, :width]
+    video = np.stack(
+        [
+            np.stack([128 + 90 * np.sin((x + 2 * t) / 9 + c) * np.cos(y / 11) for c in range(3)], -1)
+            for t in range(frames)
+        ]
+    )
+    with VideoWriter(path, width, height, crf=0) as writer:
+        writer.write(video.astype(np.uint8))
+    return path
+
+
+def image(path: Path, height: int = 32, width: int = 48) -> Path:
+    source = smooth_video(path.with_suffix(".mp4"), 1, height, width)
+    subprocess.run([imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error", "-y", "-i", source, path], check=True)
+    return path
+
+
+def small_config(name: str, overrides: list[str], **changes: object) -> InferenceConfig:
+    return replace(load_config(ROOT / "configs" / f"{name}.yaml", overrides), **changes)
+
+
+def roundtrip(vae: VAE, frames: np.ndarray) -> np.ndarray:
+    video = torch.from_numpy(frames.copy()).permute(0, 3, 1, 2)[None].float() / 127.5 - 1
+    decoded = vae.decoder().decode(vae.encode(video))[0]
+    return ((decoded.permute(0, 2, 3, 1) + 1) * 127.5).numpy()
+
+
+def test_a_video_goes_on(overrides: list[str], tmp_path: Path) -> None:
+    source = smooth_video(tmp_path / "given.mp4", 9)
+    arguments = ["--config_path", str(ROOT / "configs/self_forcing_inference.yaml"), *overrides]
+    assert inference.main([*arguments, f"start_from={source}", "video_crf=0"]) == 0
+    (made,) = (tmp_path / "videos").glob("*.mp4")
+    frames = read_frames(made)
+    assert len(frames) == 33
+    config = small_config("self_forcing_inference", overrides)
+    expected = roundtrip(load_vae(config, torch.device("cpu"), torch.float32), read_frames(source))
+    with VideoWriter(tmp_path / "expected.mp4", 48, 32, crf=0) as writer:  # the same loss of colour resolution
+        writer.write(np.floor(np.clip(expected, 0, 255) + 0.5).astype(np.uint8))
+    assert np.abs(frames[:9].astype(int) - read_frames(tmp_path / "expected.mp4")).max() <= 2
+    assert np.abs(frames[9:18].astype(int) - frames[:9]).mean() > 10
+
+
+def test_an_image_begins_a_framewise_video(overrides: list[str], tmp_path: Path) -> None:
+    source = image(tmp_path / "given.png")
+    arguments = ["--config_path", str(ROOT / "configs/causal_forcing_framewise_inference.yaml"), *overrides]
+    assert inference.main([*arguments, f"start_from={source}", "num_output_frames=4"]) == 0
+    (made,) = (tmp_path / "videos").glob("*.mp4")
+    assert len(read_frames(made)) == 13
+
+
+def test_extra_leading_frames_are_left_out(
+    overrides: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    config = small_config("self_forcing_inference", overrides)
+    vae = load_vae(config, torch.device("cpu"), torch.float32)
+    source = smooth_video(tmp_path / "given.mp4", 12)
+    latents = load_given(source, config, vae)
+    assert latents.shape == (1, 3, 16, 4, 6)
+    assert "the first 3 frames" in caplog.text
+    shorter = torch.from_numpy(read_frames(source)[3:].copy()).permute(0, 3, 1, 2)[None].float() / 127.5 - 1
+    torch.testing.assert_close(latents, vae.encode(shorter))
+
+
+@pytest.mark.parametrize(
+    ("frames", "size", "changes", "message"),
+    [
+        (1, (32, 48), {}, "blocks of num_frame_per_block 3 need 9 or more; an image starts a video with frame-wise"),
+        (33, (32, 48), {}, "leaves nothing to make of num_output_frames 9; use num_output_frames=12 or more"),
+        (9, (48, 32), {}, "is 48 x 32 pixels .* set start_from_fit=true"),
+    ],
+)
+def test_what_does_not_fit_is_refused(
+    overrides: list[str], tmp_path: Path, frames: int, size: tuple[int, int], changes: dict[str, object], message: str
+) -> None:
+    config = small_config("self_forcing_inference", overrides, **changes)
+    source = smooth_video(tmp_path / "given.mp4", frames, *size)
+    with pytest.raises(InputError, match=f"start_from: .*{message}"):
+        load_given(source, config, load_vae(config, torch.device("cpu"), torch.float32))
+
+
+def test_another_size_is_fitted_on_request(overrides: list[str], tmp_path: Path) -> None:
+    config = small_config("self_forcing_inference", overrides, start_from_fit=True)
+    vae = load_vae(config, torch.device("cpu"), torch.float32)
+    assert load_given(smooth_video(tmp_path / "given.mp4", 9, 96, 64), config, vae).shape == (1, 3, 16, 4, 6)
+
+
+def test_1080_rows_are_padded_to_1088() -> None:
+    from pipeline.given import _padded
+
+    video = torch.rand(1, 3, 1080, 32)
+    padded = _padded(video, InferenceConfig(resolution=1080))
+    assert padded.shape == (1, 3, 1088, 32)
+    assert torch.equal(padded[:, :, 1087], video[:, :, 1079])
+
+
+def test_files_that_cannot_be_used(overrides: list[str], tmp_path: Path) -> None:
+    broken = tmp_path / "broken.mp4"
+    broken.write_bytes(b"no video")
+    config = small_config("self_forcing_inference", overrides)
+    with pytest.raises(InputError, match=r"start_from: .*broken.mp4"):
+        load_given(broken, config, load_vae(config, torch.device("cpu"), torch.float32))
+    with pytest.raises(InputError, match=r"start_from: .*none.mp4 does not exist"):
+        given_files(replace(config, start_from=str(tmp_path / "none.mp4")), 1)
+
+
+def test_one_file_a_prompt(overrides: list[str], tmp_path: Path) -> None:
+    source = image(tmp_path / "a.png")
+    listed = tmp_path / "list.json"
+    config = small_config("self_forcing_inference", overrides, start_from=str(listed))
+    listed.write_text(json.dumps([str(source), None]))
+    assert given_files(config, 2) == [source, None]
+    with pytest.raises(InputError, match="names 2 files for 3 prompts"):
+        given_files(config, 3)
+    listed.write_text("{}")
+    with pytest.raises(InputError, match="is not a list"):
+        given_files(config, 1)
