@@ -119,6 +119,7 @@ class VideoPipeline:
             device_name=device_name(self.generator.model.device),
             peak_bytes=profiler.peak_memory_bytes(),
             forwards=rollout.forwards,
+            skipped=rollout.skipped,
         )
 
     def _metadata(self, job: VideoJob, rollout: Rollout, profile: VideoProfile) -> dict[str, object]:

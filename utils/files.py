@@ -56,14 +56,18 @@ def create_partial(path: Path) -> Path:
 
     Raises InputError if `path` is a folder or the file cannot be created.
     """
+    return create_beside(path, partial_path(path))
+
+
+def create_beside(path: Path, beside: Path) -> Path:
+    """Create the empty file `beside`, which is to become `path`; returns it. Raises InputError as create_partial."""
     if path.is_dir():
         raise InputError(f"{path}: is a folder, so no file can be written there. Move it or choose another name.")
-    partial = partial_path(path)
     try:
-        partial.write_bytes(b"")
+        beside.write_bytes(b"")
     except OSError as error:
         raise write_error(path, error) from error
-    return partial
+    return beside
 
 
 def commit_partial(partial: Path, path: Path) -> None:

@@ -142,6 +142,7 @@ class VideoProfile:
     device_name: str
     peak_bytes: int | None
     forwards: int
+    skipped: int = 0  # forwards that did not run the layers (TeaCache)
 
     def __post_init__(self) -> None:
         if len(self.block_ms) != len(self.block_frames):
@@ -210,6 +211,7 @@ def format_profile(profile: VideoProfile) -> str:
         f"    - Block {index} generation time: {_share(ms, diffusion, ' of diffusion')}"
         for index, ms in enumerate(profile.block_ms)
     ]
+    skipped = f", {profile.skipped} of them without the layers (TeaCache)" if profile.skipped else ""
     first = "n/a" if profile.first_frame_ms is None else f"{profile.first_frame_ms:.2f} ms"
     peak = "n/a" if profile.peak_bytes is None else format_bytes(profile.peak_bytes)
     return "\n".join(
@@ -222,7 +224,7 @@ def format_profile(profile: VideoProfile) -> str:
             f"  - Video writing time: {_share(profile.write_ms, total)}",
             f"  - Total time: {total:.2f} ms",
             f"Device: {profile.device_name}",
-            f"Pixel frames: {profile.frames} in {len(profile.block_ms)} blocks, {profile.forwards} model forwards",
+            f"Pixel frames: {profile.frames} in {len(profile.block_ms)} blocks, {profile.forwards} forwards{skipped}",
             f"Diffusion FPS: {_rate(profile.diffusion_fps, 'pixel frames / diffusion time')}",
             f"Steady diffusion FPS: {_rate(profile.steady_fps, 'frames of a block / median block, warm')}",
             f"End-to-end FPS: {_rate(profile.end_to_end_fps, 'pixel frames / total time')}",

@@ -1,55 +1,36 @@
-"""Frames to H.264 files and back, through the ffmpeg program that imageio-ffmpeg brings along.
+"""Frames to H.264 files, through the ffmpeg program that imageio-ffmpeg brings along.
 
 `VideoWriter` takes frames as they are made, so a video is never held in memory as a whole, and the file appears under
-its name only when it is complete. `probe` and `read_frames` look at finished files. This file does not know where the
-frames come from; names of unfinished files and their removal are the business of utils.files.
+its name only when it is complete; while it is made it can be watched under another (utils.growing). `probe` and
+`read_frames` look at finished files. This file does not know where the frames come from; names of unfinished files and
+their removal are the business of utils.files.
 """
 
 from __future__ import annotations
 
 import logging
-import re
-import signal
 import subprocess
 import tempfile
-from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
 from typing import IO, final
 
 import numpy as np
-import numpy.typing as npt
 import torch
 from torch import Tensor
 
 from utils.errors import InputError
-from utils.files import commit_partial, create_partial, disk_full, remove_stale_partials
+from utils.ffmpeg import BITEXACT, failure, file_url, quiet_ffmpeg
+from utils.files import commit_partial, create_partial, remove_stale_partials
+from utils.growing import FRAGMENTED, LOW_DELAY, create_growing, finish_growing, keep_or_remove
+from utils.video_probe import Frames, VideoInfo, probe, read_frames
 
-__all__ = ["VideoInfo", "VideoWriter", "probe", "read_frames", "remove_stale_partials", "to_uint8"]
+__all__ = ["Frames", "VideoInfo", "VideoWriter", "probe", "read_frames", "remove_stale_partials", "to_uint8"]
 
 logger = logging.getLogger(__name__)
 
-Frames = npt.NDArray[np.uint8]
-
 _THREADS = 4  # fixed: x264's output depends on how many threads share the work
-_FULL_MESSAGES = ("No space left on device", "Disk quota exceeded", "File too large", "not enough space on the disk")
-_STDERR_TAIL = 2000  # characters of ffmpeg's complaint that go into an error message
-_STREAM = re.compile(
-    r"Stream #0:\d+.*?: Video: (?P<codec>\w+).*?, (?P<pix_fmt>[a-z]\w+)(?:\([^)]*\))?, "
-    r"(?P<width>\d+)x(?P<height>\d+).*?, (?P<fps>[\d.]+) fps"
-)
-
-
-@dataclass(frozen=True)
-class VideoInfo:
-    """What a video file holds: sides in pixels, the number of frames that decode, frames a second, formats."""
-
-    width: int
-    height: int
-    frames: int
-    fps: float
-    codec: str
-    pix_fmt: str
+_DRAIN_S = 10.0  # how long an interrupted writer waits for ffmpeg to put down the frames it has
 
 
 def to_uint8(video: Tensor) -> Tensor:
@@ -62,17 +43,6 @@ def to_uint8(video: Tensor) -> Tensor:
     return scaled.add_(128.0).clamp_(0.0, 255.0).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
 
 
-def _ffmpeg() -> str:
-    import imageio_ffmpeg  # type: ignore[import-untyped,unused-ignore]
-
-    return str(imageio_ffmpeg.get_ffmpeg_exe())
-
-
-def _file_url(path: Path) -> str:
-    """`path` as ffmpeg takes it whatever it holds: "a:b.mp4" would be a protocol, "-x.mp4" an option."""
-    return f"file:{path}"
-
-
 @final
 class VideoWriter:
     """A context manager that streams frames into an H.264 mp4 (yuv420p, BT.709, the index first).
@@ -83,6 +53,11 @@ class VideoWriter:
     The file gets its name when the block ends without an exception, after its bytes have reached the disk; otherwise
     (KeyboardInterrupt too) ffmpeg is ended and the unfinished file removed. A process that is killed leaves a hidden
     partial file at most, see `remove_stale_partials`. The same frames give the same bytes on the same machine.
+
+    With `stream` the video can be watched in `x.growing.mp4` while it is made, four frames behind what was written;
+    that file is kept when the block ends with an exception or the process is killed, and `utils.growing.recover` makes
+    a video of it. Otherwise it turns into the ordinary mp4 `path` in the end. The price: for the same quality files
+    about a tenth larger, as x264 looks ahead less, and at the end room on the disk for a second copy.
     """
 
     def __init__(
@@ -94,6 +69,7 @@ class VideoWriter:
         crf: int = 18,
         preset: str = "veryfast",
         codec: str = "libx264",
+        stream: bool = False,
     ) -> None:
         """`width`, `height` in pixels; `crf` x264's quality, 0 (lossless) to 51. Raises InputError for odd sides."""
         if width < 2 or height < 2 or width % 2 or height % 2:
@@ -104,13 +80,14 @@ class VideoWriter:
         self.path = path
         self.frames_written = 0
         self._frame_shape = (height, width, 3)
-        self._options = ["-c:v", codec, "-preset", preset, "-crf", str(crf)]
+        self._options = ["-c:v", codec, "-preset", preset, "-crf", str(crf), *(LOW_DELAY if stream else ())]
         self._fps = fps
-        self._partial: Path | None = None
+        self._stream = stream
+        self._unfinished: Path | None = None  # what ffmpeg writes to: a growing or a partial file
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] | None = None
 
-    def _command(self, partial: Path) -> list[str]:
+    def _command(self, unfinished: Path) -> list[str]:
         height, width, _ = self._frame_shape
         source = ["-f", "rawvideo", "-pix_fmt", "rgb24", "-s", f"{width}x{height}", "-framerate", str(self._fps)]
         # Players take untagged video of this size for BT.601 or BT.709 as they like: convert to one and say so.
@@ -118,21 +95,20 @@ class VideoWriter:
         declare = "setparams=colorspace=bt709:color_primaries=bt709:color_trc=bt709:range=tv"
         colour = ["-vf", f"{convert},format=yuv420p,{declare}"]
         # filter_units drops SEI units: x264 puts its version and options in one.
-        exact = ["-threads", str(_THREADS), "-fflags", "+bitexact", "-flags:v", "+bitexact", "-map_metadata", "-1"]
-        exact += ["-bsf:v", "filter_units=remove_types=6"]
-        target = ["-movflags", "+faststart", "-f", "mp4", _file_url(partial)]
-        quiet = [_ffmpeg(), "-y", "-hide_banner", "-nostats", "-loglevel", "error"]
-        return [*quiet, *source, "-i", "pipe:0", "-an", *colour, *self._options, *exact, *target]
+        exact = ["-threads", str(_THREADS), "-flags:v", "+bitexact", *BITEXACT, "-bsf:v", "filter_units=remove_types=6"]
+        layout = FRAGMENTED if self._stream else ("-movflags", "+faststart")
+        target = [*layout, "-f", "mp4", file_url(unfinished)]
+        return [*quiet_ffmpeg(), *source, "-i", "pipe:0", "-an", *colour, *self._options, *exact, *target]
 
     def __enter__(self) -> VideoWriter:
         """Start ffmpeg. Raises InputError if no file can be made in the folder."""
         assert self._process is None, "a VideoWriter writes one file"
-        self._partial = create_partial(self.path)
+        self._unfinished = create_growing(self.path) if self._stream else create_partial(self.path)
         try:
             # A file never fills up as a pipe does, so ffmpeg cannot block on its complaints.
             self._stderr = tempfile.TemporaryFile()
             self._process = subprocess.Popen(
-                self._command(self._partial),
+                self._command(self._unfinished),
                 stdin=subprocess.PIPE,
                 stdout=subprocess.DEVNULL,
                 stderr=self._stderr,
@@ -178,24 +154,44 @@ class VideoWriter:
     def _finish(self) -> None:
         assert self._process is not None
         assert self._process.stdin is not None
-        assert self._partial is not None
+        assert self._unfinished is not None
         if self.frames_written == 0:
             raise RuntimeError(f"{self.path}: no frame was written, so there is no video to finish")
         self._process.stdin.close()
         status = self._process.wait()
         if status != 0:
             raise self._failure(status)
-        commit_partial(self._partial, self.path)
+        if self._stream:
+            finish_growing(self._unfinished, self.path)
+        else:
+            commit_partial(self._unfinished, self.path)
         self._release()
 
     def _abort(self) -> None:
-        """End ffmpeg, wait for it and remove the partial file. Safe at any time, and more than once."""
+        """End ffmpeg, wait for it, and remove the unfinished file unless it can be watched. Safe more than once."""
         if self._process is not None:
-            self._process.kill()
-            self._process.wait()
+            try:
+                if self._stream:
+                    self._drain(self._process)
+            finally:
+                self._process.kill()
+                self._process.wait()
         self._release()
-        if self._partial is not None:
-            self._partial.unlink(missing_ok=True)
+        if self._unfinished is None:
+            return
+        if self._stream:
+            keep_or_remove(self._unfinished)
+        else:
+            self._unfinished.unlink(missing_ok=True)
+
+    def _drain(self, process: subprocess.Popen[bytes]) -> None:
+        """Let ffmpeg put down the frames that it has been given."""
+        assert process.stdin is not None
+        try:
+            process.stdin.close()
+            process.wait(_DRAIN_S)
+        except (OSError, subprocess.TimeoutExpired) as error:
+            logger.debug("%s: the last frames are lost (%s)", self.path, error)
 
     def _release(self) -> None:
         """Close what is open once ffmpeg has ended."""
@@ -212,58 +208,4 @@ class VideoWriter:
         """The error for ffmpeg's exit status, from what it wrote to stderr."""
         assert self._stderr is not None
         self._stderr.seek(0)
-        complaint = self._stderr.read().decode("utf-8", "replace").strip()
-        over_limit = hasattr(signal, "SIGXFSZ") and status == -signal.SIGXFSZ
-        if over_limit or any(message in complaint for message in _FULL_MESSAGES):
-            return disk_full(self.path)
-        detail = complaint[-_STDERR_TAIL:] or "it said nothing"
-        return RuntimeError(f"{self.path}: ffmpeg ended with status {status}: {detail}")
-
-
-def _decode(path: Path, target: list[str]) -> tuple[bytes, str]:
-    """Decode the first video stream of `path`; returns ffmpeg's standard output and its log.
-
-    Raises InputError if the file is missing, or any part of it does not decode.
-    """
-    if not path.is_file():
-        raise InputError(f"{path}: no such video file. Check the path.")
-    command = [_ffmpeg(), "-hide_banner", "-nostdin", "-nostats", "-loglevel", "level+info", "-i", _file_url(path)]
-    done = subprocess.run([*command, "-map", "0:v:0", *target], capture_output=True, check=False)
-    log = done.stderr.decode("utf-8", "replace")
-    bad = [line for line in log.splitlines() if "[error]" in line or "[fatal]" in line]
-    if done.returncode != 0 or bad:
-        reason = bad[0] if bad else f"ffmpeg ended with status {done.returncode}"
-        raise InputError(f"{path}: is not a whole video ({reason}). Delete it and make it again.")
-    return done.stdout, log
-
-
-def _stream(path: Path, log: str) -> re.Match[str]:
-    match = _STREAM.search(log)
-    if match is None:
-        raise InputError(f"{path}: has no video stream that can be read. Check that it is a video file.")
-    return match
-
-
-def probe(path: Path) -> VideoInfo:
-    """What the file `path` holds; all of it is decoded to count the frames.
-
-    Raises InputError if the file is missing, broken or cut off.
-    """
-    progress, log = _decode(path, ["-f", "null", "-progress", "pipe:1", "-"])
-    stream = _stream(path, log)
-    counts = re.findall(rb"^frame=\s*(\d+)", progress, re.MULTILINE)
-    frames = int(counts[-1]) if counts else 0
-    if frames == 0:
-        raise InputError(f"{path}: holds no frames. Delete it and make it again.")
-    sides = {"width": int(stream["width"]), "height": int(stream["height"])}
-    return VideoInfo(**sides, frames=frames, fps=float(stream["fps"]), codec=stream["codec"], pix_fmt=stream["pix_fmt"])
-
-
-def read_frames(path: Path) -> Frames:
-    """All frames of the file `path`, uint8 [frames, H, W, 3], red first.
-
-    Raises InputError if the file is missing, broken or cut off.
-    """
-    raw, log = _decode(path, ["-f", "rawvideo", "-pix_fmt", "rgb24", "-fps_mode", "passthrough", "pipe:1"])
-    stream = _stream(path, log)
-    return np.frombuffer(raw, np.uint8).reshape(-1, int(stream["height"]), int(stream["width"]), 3)
+        return failure(self.path, status, self._stderr.read())

@@ -1,0 +1,106 @@
+"""Memory over the length of a video: python -m benchmarks.long_video [--minutes 20 --policy packed --json FILE]
+
+Makes one long video with the small checkpoints, through files and the whole path (noise, latents, decoding, writing),
+and prints the resident memory after every minute of video.
+"""
+
+from __future__ import annotations
+
+import argparse
+import gc
+import json
+import logging
+import tempfile
+import time
+from collections.abc import Sequence
+from pathlib import Path
+
+import torch
+
+from pipeline.config import InferenceConfig, load_config
+from pipeline.generator import BlockGenerator
+from pipeline.jobs import read_jobs
+from pipeline.loading import encode_prompts, generator_settings, load_transformer, load_vae, model_sizes
+from pipeline.video_pipeline import VideoPipeline
+from tests.small_checkpoints import write_small_checkpoints
+from utils.video import probe
+
+CONFIG = Path(__file__).parents[1] / "configs" / "self_forcing_inference.yaml"
+POLICIES = {
+    "packed": ["dummy_forcing.num_dummy=6"],
+    "window": ["dummy_forcing=off"],
+    "packed_relative": ["dummy_forcing.num_dummy=6", "rope=relative"],
+}
+
+
+def resident_bytes() -> int:
+    """Resident memory of this process (Linux)."""
+    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
+
+
+def configure(policy: str, minutes: float, root: Path) -> InferenceConfig:
+    blocks = round(minutes * 60 * 16 / 12)
+    overrides = [
+        f"model_root={root / 'checkpoints'}",
+        f"output_folder={root / 'videos'}",
+        f"num_output_frames={3 * blocks}",
+        "resolution=[32,48]",
+        "inference_iter=1",
+        "adapter=null",
+        *POLICIES[policy],
+    ]
+    return load_config(CONFIG, overrides)
+
+
+def measure(policy: str, minutes: float, root: Path) -> list[int]:
+    """Resident bytes after every minute of the video."""
+    config = configure(policy, minutes, root)
+    (root / "videos").mkdir(exist_ok=True)
+    (job,) = read_jobs(config)
+    device, dtype = torch.device("cpu"), torch.float32
+    sizes = model_sizes(config)
+    embeds = encode_prompts(config, job.prompts, device)
+    generator = BlockGenerator(load_transformer(config, sizes, device, dtype), generator_settings(config, sizes))
+    pipeline = VideoPipeline(generator, load_vae(config, device, dtype), config)
+    blocks_per_minute = 60 * 16 // 12
+    readings: list[int] = []
+
+    def on_block(index: int) -> None:
+        if (index + 1) % blocks_per_minute == 0:
+            gc.collect()
+            readings.append(resident_bytes())
+            print(f"{policy:16} minute {len(readings):3}: {readings[-1] / 2**20:8.1f} MiB resident", flush=True)
+
+    pipeline.write([job], embeds, on_block)
+    info = probe(job.path)
+    print(f"{policy:16} {info.frames} frames of {info.width}x{info.height}")
+    return readings
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--policy", action="append", choices=POLICIES)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args(argv)
+    logging.basicConfig(level=logging.WARNING)
+    result = {}
+    with tempfile.TemporaryDirectory() as folder:
+        root = Path(folder)
+        write_small_checkpoints(root / "checkpoints")
+        for policy in arguments.policy or ["window", "packed"]:
+            begin = time.perf_counter()
+            readings = measure(policy, arguments.minutes, root)
+            growth = (readings[-1] - readings[0]) / 2**20
+            seconds = time.perf_counter() - begin
+            print(f"{policy:16} grew by {growth:.1f} MiB from minute 1 to minute {len(readings)}, in {seconds:.0f} s")
+            result[policy] = {"resident_mib": [reading / 2**20 for reading in readings], "growth_mib": growth}
+            for made in (root / "videos").iterdir():
+                made.unlink()
+    if arguments.json is not None:
+        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())
