@@ -26,7 +26,7 @@ Profiling results:
   - Video writing time: 90.00 ms (4.50%)
   - Total time: 2000.00 ms
 Device: Some GPU
-Pixel frames: 57 in 5 blocks, 24 model forwards
+Pixel frames: 57 in 5 blocks, 24 forwards
 Diffusion FPS: 40.71 (pixel frames / diffusion time)
 Steady diffusion FPS: 48.00 (frames of a block / median block, warm)
 End-to-end FPS: 28.50 (pixel frames / total time)

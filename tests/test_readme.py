@@ -1,0 +1,97 @@
+"""Every command of the README is true: each is run, on small checkpoints in the layout of the real ones."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import shutil
+import subprocess
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import inference
+import interactive_inference
+from tests import conformance
+from tests.small_checkpoints import write_small_checkpoints
+from utils.video import VideoWriter, probe
+
+ROOT = Path(__file__).parents[1]
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+COMMANDS = [
+    line.strip()
+    for block in re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    for line in block.splitlines()
+    if line.strip()
+]
+SCRIPTS = {"inference.py": inference.main, "interactive_inference.py": interactive_inference.main}
+SMALL = ["resolution=[32,48]", "num_output_frames=12", "inference_iter=1", "dummy_forcing.num_dummy=6"]
+SMALL_STORYBOARD = ["num_output_frames=21", "switch_frame_indices=[4,7,10,13,16]"]
+
+
+@pytest.fixture(scope="module")
+def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder as the README leaves it: configs, prompts, checkpoints, and the files that examples start from."""
+    folder = tmp_path_factory.mktemp("clone")
+    write_small_checkpoints(folder / "checkpoints", lora_rank=256)
+    for name in ("configs", "prompts"):
+        shutil.copytree(ROOT / name, folder / name)
+    frames = np.random.default_rng(0).integers(0, 255, (9, 32, 48, 3), np.uint8)
+    for name, count in (("image.png", 1), ("video.mp4", 9)):
+        with VideoWriter(folder / f"{name}.mp4", 48, 32) as writer:
+            writer.write(frames[:count])
+        (folder / f"{name}.mp4").rename(folder / name)
+    return folder
+
+
+def test_commands_are_found() -> None:
+    assert len(COMMANDS) > 15
+    assert "make demo" in COMMANDS
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ") and "inference.py" in c])
+def test_a_script_runs(
+    command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    shutil.rmtree("videos", ignore_errors=True)
+    _, script, *arguments = shlex.split(command)
+    small = SMALL + (SMALL_STORYBOARD if script == "interactive_inference.py" else [])
+    assert SCRIPTS[script]([*arguments, *small]) == 0, capsys.readouterr().err
+    if "--dry_run" in arguments:
+        assert "Memory, as tensors" in capsys.readouterr().out
+        return
+    folder = "interactive_videos" if script == "interactive_inference.py" else "videos"
+    (made,) = Path(folder).glob("*.mp4")
+    frames = 81 if script == "interactive_inference.py" else 45
+    assert (probe(made).frames, probe(made).width, probe(made).height) == (frames, 48, 32)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("bash hfd.sh")])
+def test_a_download_is_understood(command: str) -> None:
+    done = subprocess.run([*shlex.split(command), "--dry_run"], cwd=ROOT, capture_output=True, text=True, check=False)
+    assert done.returncode == 0, done.stderr
+    assert command.split()[2] in done.stdout
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("make ")])
+def test_a_target_exists(command: str) -> None:
+    subprocess.run([*shlex.split(command), "-n"], cwd=ROOT, check=True, capture_output=True)
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "tests.conformance" in c])
+def test_the_runner_is_called_rightly(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(ROOT)
+    assert conformance.main(shlex.split(command)[3:]) == 0
+
+
+def test_no_command_is_left_out() -> None:
+    known = ("python inference.py", "python interactive_inference.py", "bash hfd.sh", "make ", "python -m tests.")
+    others = [command for command in COMMANDS if not command.startswith((*known, "pip install -r requirements.txt"))]
+    assert others == []
+
+
+def test_files_that_the_readme_names_exist() -> None:
+    for name in re.findall(r"(?:configs|prompts|tests)/[\w./-]+\.\w+", README):
+        assert (ROOT / name).is_file(), name
