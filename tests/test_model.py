@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import copy
 import json
+import pickle
 from dataclasses import replace
 from pathlib import Path
 
@@ -143,3 +145,43 @@ def test_bf16_is_float32_to_its_rounding() -> None:
 
     exact, rounded = flow(model.dtype), flow(torch.bfloat16)
     assert (exact - rounded).norm() / exact.norm() < 0.03
+
+
+def test_the_fused_weights_follow_every_replacement() -> None:
+    """.to(), loading and copying replace tensors one by one; the product for q, k and v must still be theirs."""
+    model = tiny_model()
+    copied = copy.deepcopy(model)
+    reloaded = CausalWanModel(CONFIG)
+    reloaded.load_state_dict(model.state_dict(), assign=True)
+    for made in (copied, reloaded, copy.deepcopy(model).bfloat16(), pickle.loads(pickle.dumps(model))):
+        with torch.no_grad():
+            made.blocks[1].self_attn.k.weight.add_(1)
+        attention = made.blocks[1].self_attn
+        assert torch.equal(attention.qkv_weight, torch.cat([getattr(attention, name).weight for name in "qkv"]))
+    assert sum(
+        p.untyped_storage().nbytes() for p in {p.untyped_storage().data_ptr(): p for p in model.parameters()}.values()
+    ) == (sum(p.nbytes for p in model.parameters()))
+
+
+@torch.inference_mode()
+def test_compiled_layers_are_the_eager_ones_compiled_once() -> None:
+    """Whole graphs (a break would be an error), and none more for later blocks, new roles, or another prompt."""
+    torch._dynamo.reset()
+    model, compiled = tiny_model(), tiny_model()
+    compiled.compile_layers()
+    graphs = []
+    torch._dynamo.utils.counters.clear()
+    for step, (frames, roles) in enumerate([(3, None), (3, None), (3, [[1, 0, 2, 3]] * 3)]):
+        latents = torch.randn(1, frames, 16, 6, 8, generator=torch.Generator().manual_seed(step))
+        outputs = []
+        for made in (model, compiled):
+            made.set_head_order(roles)
+            time, text = made.encode_time(937.5), made.encode_text(random_embeds(seed=step))
+            cache = made.new_cache(GEOMETRY, 1, FULL_HISTORY)
+            for start in (0, 3):
+                outputs.append(made(latents, time, text, cache, start, commit=True))
+        torch.testing.assert_close(outputs[2], outputs[0], atol=1e-5, rtol=1e-5)
+        torch.testing.assert_close(outputs[3], outputs[1], atol=1e-5, rtol=1e-5)
+        graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
+    assert graphs == [2, 2, 2]
+    assert not torch._dynamo.utils.counters["graph_break"]

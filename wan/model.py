@@ -8,7 +8,6 @@ depends on the timestep alone in a `TimeContext`; both are computed once and nev
 
 from __future__ import annotations
 
-import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -17,10 +16,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan.attention import AttentionFn, sdpa
-from wan.cache import CacheShape, KVCache, LayerCache, Retention
+from wan.cache import CacheShape, KVCache, Retention
 from wan.config import ModelConfig
 from wan.geometry import LatentGeometry
-from wan.rope import RotaryEmbedding, Rotation, rotate
+from wan.layers import OutputHead, TransformerBlock
+from wan.rope import RotaryEmbedding, Rotation
 
 
 @dataclass(frozen=True)
@@ -52,109 +52,6 @@ class StackResidual:
     value: Tensor | None = None
 
 
-class SelfAttention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        dim = config.dim
-        self.head_dim = config.head_dim
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q = nn.RMSNorm(dim, eps=config.eps)
-        self.norm_k = nn.RMSNorm(dim, eps=config.eps)
-
-    def keys_and_values(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
-        """x [B, L, dim] -> rotated keys and values, both [B, L, H, D]."""
-        k = rotate(self.norm_k(self.k(x)).unflatten(-1, (-1, self.head_dim)), rotation)
-        return k, self.v(x).unflatten(-1, (-1, self.head_dim))
-
-    def forward(self, x: Tensor, rotation: Rotation, cache: LayerCache, commit: range | None) -> Tensor:
-        q = rotate(self.norm_q(self.q(x)).unflatten(-1, (-1, self.head_dim)), rotation)
-        k, v = self.keys_and_values(x, rotation)
-        out = cache.attend(q, k, v)
-        if commit is not None:
-            cache.commit(k, v, commit)
-        projected: Tensor = self.o(out.flatten(2))
-        return projected
-
-    def permute_heads(self, order: Tensor) -> None:
-        """Head i becomes what head order[i] was; in place, so that buffers keep their addresses."""
-        width = torch.arange(self.head_dim, device=order.device)
-        rows = (order[:, None] * self.head_dim + width).flatten()
-        for linear in (self.q, self.k, self.v):
-            linear.weight.copy_(linear.weight[rows])
-            linear.bias.copy_(linear.bias[rows])
-        for norm in (self.norm_q, self.norm_k):
-            norm.weight.copy_(norm.weight[rows])
-        self.o.weight.copy_(self.o.weight[:, rows])
-
-
-class CrossAttention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        dim = config.dim
-        self.head_dim = config.head_dim
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q = nn.RMSNorm(dim, eps=config.eps)
-        self.norm_k = nn.RMSNorm(dim, eps=config.eps)
-
-    def keys_and_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
-        """text [B, text_len, dim] -> keys and values, both [B, text_len, H, D]."""
-        k = self.norm_k(self.k(text)).unflatten(-1, (-1, self.head_dim))
-        return k, self.v(text).unflatten(-1, (-1, self.head_dim))
-
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
-        q = self.norm_q(self.q(x)).unflatten(-1, (-1, self.head_dim))
-        projected: Tensor = self.o(attention(q, k, v).flatten(2))
-        return projected
-
-
-class TransformerBlock(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.norm1 = nn.LayerNorm(config.dim, eps=config.eps, elementwise_affine=False)
-        self.self_attn = SelfAttention(config)
-        self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
-        self.cross_attn = CrossAttention(config)
-        self.norm2 = nn.LayerNorm(config.dim, eps=config.eps, elementwise_affine=False)
-        self.ffn = nn.Sequential(
-            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
-        )
-        self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
-
-    def forward(
-        self,
-        x: Tensor,
-        time: Tensor,
-        text: tuple[Tensor, Tensor],
-        rotation: Rotation,
-        cache: LayerCache,
-        attention: AttentionFn,
-        commit: range | None,
-    ) -> Tensor:
-        """x [B, L, dim], time [6, dim]; `commit` names the frames whose keys and values are to be kept."""
-        shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = time.unbind(0)
-        x = x + gate * self.self_attn(torch.addcmul(shift, self.norm1(x), scale), rotation, cache, commit)
-        x = x + self.cross_attn(self.norm3(x), *text, attention)
-        hidden: Tensor = self.ffn(torch.addcmul(ffn_shift, self.norm2(x), ffn_scale))
-        return x + ffn_gate * hidden
-
-    def commit_only(self, x: Tensor, time: Tensor, rotation: Rotation, cache: LayerCache, commit: range) -> None:
-        """What a clean pass needs of the last layer: its keys and values, nothing that would use them."""
-        shift, scale = time[0], time[1]
-        cache.commit(*self.self_attn.keys_and_values(torch.addcmul(shift, self.norm1(x), scale), rotation), commit)
-
-
-class OutputHead(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.norm = nn.LayerNorm(config.dim, eps=config.eps, elementwise_affine=False)
-        self.head = nn.Linear(config.dim, math.prod(config.patch_size) * config.out_dim)
-        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
-
-    def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        projected: Tensor = self.head(torch.addcmul(time[0], self.norm(x), time[1]))
-        return projected
-
-
 class CausalWanModel(nn.Module):
     """The transformer; build it on the meta device and load weights into it, or initialise it with `random_`."""
 
@@ -173,6 +70,7 @@ class CausalWanModel(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 6 * config.dim))
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.head = OutputHead(config)
+        self._before, self._after = TransformerBlock.before_attention, TransformerBlock.after_attention
         self._rotary = RotaryEmbedding(config.head_dim)
         self._head_order: list[list[int]] | None = None
 
@@ -197,6 +95,15 @@ class CausalWanModel(nn.Module):
                 else:
                     parameter.normal_(0.0, 0.02, generator=generator)
         return self.requires_grad_(False)
+
+    def compile_layers(self) -> None:
+        """Compile what lies between the attentions, once for all layers, without graph breaks.
+
+        Attention and the cache stay outside: their shapes follow from what is kept, those of the compiled parts from
+        the size of a block alone, so that a growing cache, new head roles or another prompt compile nothing anew.
+        """
+        self._before = torch.compile(TransformerBlock.before_attention, fullgraph=True)
+        self._after = torch.compile(TransformerBlock.after_attention, fullgraph=True)
 
     def encode_time(self, timestep: float) -> TimeContext:
         """The modulations of one timestep, computed in float32 whatever the model's dtype is."""
@@ -276,7 +183,7 @@ class CausalWanModel(nn.Module):
         last = self.config.num_layers - 1
         for layer, block in enumerate(self.layers()):
             if layer == last and not cache.observing:
-                block.commit_only(x, time.layers[layer], rotation, cache.layers[layer], frames)
+                cache.layers[layer].commit(*block.commit_only(x, time.layers[layer], rotation), frames)
             else:
                 x = self._run(block, layer, x, time, text, cache, rotation, frames)
 
@@ -296,9 +203,12 @@ class CausalWanModel(nn.Module):
         rotation: Rotation,
         commit: range | None,
     ) -> Tensor:
-        pair = text.keys[layer], text.values[layer]
-        out: Tensor = block(x, time.layers[layer], pair, rotation, cache.layers[layer], self.attention, commit)
-        return out
+        modulation = time.layers[layer]
+        q, k, v = self._before(block, x, modulation, rotation.cos, rotation.sin)
+        attended = cache.layers[layer].attend(q, k, v)
+        if commit is not None:
+            cache.layers[layer].commit(k, v, commit)
+        return self._after(block, x, attended, modulation, text.keys[layer], text.values[layer], self.attention)
 
     def _embed(self, latents: Tensor, start_frame: int) -> tuple[Tensor, Rotation, range]:
         frames = latents.shape[1]

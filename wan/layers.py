@@ -1,0 +1,156 @@
+"""The layers of the Wan 2.1 transformer (arXiv 2503.20314) as functions of tensors.
+
+A transformer block comes in two halves, before and after self-attention, because what lies between (the cache and what
+a head may see of it) is not the layers' business. Nothing here depends on a position in the video or on a policy, so
+each half can be compiled once for all layers and all blocks.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wan.attention import AttentionFn
+from wan.config import ModelConfig
+from wan.rope import Rotation, rotate
+
+
+class SelfAttention(nn.Module):
+    """Projections of self-attention; attention itself is the cache's.
+
+    The weights of q, k and v are one tensor of which the three layers, whose names checkpoints use, are views: one
+    product for all three, one copy in memory.
+    """
+
+    qkv_weight: Tensor
+    qkv_bias: Tensor
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.head_dim = config.head_dim
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q = nn.RMSNorm(dim, eps=config.eps)
+        self.norm_k = nn.RMSNorm(dim, eps=config.eps)
+        self.fuse()
+        self.register_load_state_dict_post_hook(_fuse)  # type: ignore[no-untyped-call]
+
+    def fuse(self) -> None:
+        """Lay the weights of q, k and v side by side again, after they were replaced."""
+        layers = (self.q, self.k, self.v)
+        self.register_buffer("qkv_weight", torch.cat([layer.weight.detach() for layer in layers]), persistent=False)
+        self.register_buffer("qkv_bias", torch.cat([layer.bias.detach() for layer in layers]), persistent=False)
+        for layer, weight, bias in zip(layers, self.qkv_weight.chunk(3), self.qkv_bias.chunk(3), strict=True):
+            layer.weight = nn.Parameter(weight, requires_grad=layer.weight.requires_grad)
+            layer.bias = nn.Parameter(bias, requires_grad=layer.bias.requires_grad)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> SelfAttention:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]  # .to() and others convert one by one
+        self.fuse()
+        return self
+
+    def __setstate__(self, state: dict[str, object]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]  # a copy got copies of each tensor
+        self.fuse()
+
+    def queries(self, x: Tensor, rotation: Rotation) -> Tensor:
+        return rotate(self._heads(self.norm_q(x)), rotation)
+
+    def keys(self, x: Tensor, rotation: Rotation) -> Tensor:
+        return rotate(self._heads(self.norm_k(x)), rotation)
+
+    def _heads(self, x: Tensor) -> Tensor:
+        return x.view(*x.shape[:-1], -1, self.head_dim)
+
+    def project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, L, dim] -> rotated queries and keys, and values, all [B, L, H, D]."""
+        q, k, v = F.linear(x, self.qkv_weight, self.qkv_bias).chunk(3, dim=-1)
+        return self.queries(q, rotation), self.keys(k, rotation), self._heads(v)
+
+    def keys_and_values(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """As `project`, without the queries."""
+        dim = self.q.in_features
+        k, v = F.linear(x, self.qkv_weight[dim:], self.qkv_bias[dim:]).chunk(2, dim=-1)
+        return self.keys(k, rotation), self._heads(v)
+
+    def permute_heads(self, order: Tensor) -> None:
+        """Head i becomes what head order[i] was; in place, so that tensors keep their addresses."""
+        width = torch.arange(self.head_dim, device=order.device)
+        rows = (order[:, None] * self.head_dim + width).flatten()
+        for linear in (self.q, self.k, self.v):
+            linear.weight.copy_(linear.weight[rows])
+            linear.bias.copy_(linear.bias[rows])
+        for norm in (self.norm_q, self.norm_k):
+            norm.weight.copy_(norm.weight[rows])
+        self.o.weight.copy_(self.o.weight[:, rows])
+
+
+def _fuse(module: nn.Module, incompatible: object) -> None:
+    assert isinstance(module, SelfAttention)
+    module.fuse()
+
+
+class CrossAttention(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        dim = config.dim
+        self.head_dim = config.head_dim
+        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
+        self.norm_q = nn.RMSNorm(dim, eps=config.eps)
+        self.norm_k = nn.RMSNorm(dim, eps=config.eps)
+
+    def keys_and_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
+        """text [B, text_len, dim] -> keys and values, both [B, text_len, H, D]."""
+        k = self.norm_k(self.k(text)).unflatten(-1, (-1, self.head_dim))
+        return k, self.v(text).unflatten(-1, (-1, self.head_dim))
+
+    def forward(self, x: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
+        q = self.norm_q(self.q(x)).unflatten(-1, (-1, self.head_dim))
+        projected: Tensor = self.o(attention(q, k, v).flatten(2))
+        return projected
+
+
+class TransformerBlock(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm1 = nn.LayerNorm(config.dim, eps=config.eps, elementwise_affine=False)
+        self.self_attn = SelfAttention(config)
+        self.norm3 = nn.LayerNorm(config.dim, eps=config.eps)
+        self.cross_attn = CrossAttention(config)
+        self.norm2 = nn.LayerNorm(config.dim, eps=config.eps, elementwise_affine=False)
+        self.ffn = nn.Sequential(
+            nn.Linear(config.dim, config.ffn_dim), nn.GELU(approximate="tanh"), nn.Linear(config.ffn_dim, config.dim)
+        )
+        self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
+
+    def before_attention(self, x: Tensor, time: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, L, dim], time [6, dim], position tables -> queries, keys, values [B, L, H, D]."""
+        return self.self_attn.project(torch.addcmul(time[0], self.norm1(x), time[1]), Rotation(cos, sin))
+
+    def after_attention(
+        self, x: Tensor, attended: Tensor, time: Tensor, text_keys: Tensor, text_values: Tensor, attention: AttentionFn
+    ) -> Tensor:
+        """The rest of the layer: `attended` [B, L, H, D] projected, cross-attention, FFN; [B, L, dim]."""
+        x = torch.addcmul(x, time[2], self.self_attn.o(attended.flatten(2)))
+        x = x + self.cross_attn(self.norm3(x), text_keys, text_values, attention)
+        return torch.addcmul(x, time[5], self.ffn(torch.addcmul(time[3], self.norm2(x), time[4])))
+
+    def commit_only(self, x: Tensor, time: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+        """What a clean pass needs of the last layer: its keys and values, nothing that would use them."""
+        return self.self_attn.keys_and_values(torch.addcmul(time[0], self.norm1(x), time[1]), rotation)
+
+
+class OutputHead(nn.Module):
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(config.dim, eps=config.eps, elementwise_affine=False)
+        self.head = nn.Linear(config.dim, math.prod(config.patch_size) * config.out_dim)
+        self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
+
+    def forward(self, x: Tensor, time: Tensor) -> Tensor:
+        projected: Tensor = self.head(torch.addcmul(time[0], self.norm(x), time[1]))
+        return projected
