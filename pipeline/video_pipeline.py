@@ -101,7 +101,8 @@ class VideoPipeline:
 
     def _writer(self, job: VideoJob) -> VideoWriter:
         height, width = self.config.pixel_size
-        return VideoWriter(job.path, width, height, fps=self.config.fps, crf=self.config.video_crf)
+        config = self.config
+        return VideoWriter(job.path, width, height, config.fps, config.video_crf, stream=config.stream_output)
 
     def _profile(self, profiler: Profiler, rollout: Rollout, counts: Sequence[int]) -> VideoProfile:
         report = profiler.report()

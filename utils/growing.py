@@ -73,7 +73,10 @@ def finish_growing(growing: Path, path: Path) -> None:
     the growing file is then still there, and nothing new under the final name.
     """
     _remux(growing, path, None)
-    growing.unlink()
+    try:
+        growing.unlink()
+    except PermissionError as error:  # Windows, while a player has it open
+        logger.warning("%s: can go, %s is complete, but cannot be deleted (%s)", growing, path, error.strerror)
 
 
 @dataclass(frozen=True)

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from utils.errors import InputError
 from wan.checkpoint import load_into, read_json, read_tensors, some_names, stripped_tensors
+from wan.vae_tiles import FrameDecoder, TiledFrames, WholeFrames, count_causal_convolutions
 
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 # What Diffusers' converter of Wan2.1_VAE.pth assumes; the names of the decoder's layers follow from it.
@@ -152,9 +153,9 @@ class VAE:
         """latents · std + mean in float32, [B, F, z_dim, h, w]."""
         return latents.float() * self._std.to(latents.device) + self._mean.to(latents.device)
 
-    def decoder(self, frames_per_call: int = 1) -> StreamingDecoder:
+    def decoder(self, frames_per_call: int = 1, tile: int | None = None) -> StreamingDecoder:
         """A decoder for one video (or one batch of videos); see StreamingDecoder."""
-        return StreamingDecoder(self, frames_per_call)
+        return StreamingDecoder(self, frames_per_call, tile)
 
 
 class StreamingDecoder:
@@ -164,16 +165,18 @@ class StreamingDecoder:
     those of the whole video decoded at once. With more, later frames go through the module several at a time: fewer
     and larger kernels and more memory for activations, the pixels about 5e-6 apart in float32. The first latent
     frame always goes alone.
+
+    With `tile`, the last levels run in tiles of at most `tile` output pixels a side (a multiple of 16): less memory for
+    activations, some of the work twice, the pixels apart by float rounding alone; see wan.vae_tiles.
     """
 
-    def __init__(self, vae: VAE, frames_per_call: int = 1) -> None:
+    def __init__(self, vae: VAE, frames_per_call: int = 1, tile: int | None = None) -> None:
         if frames_per_call < 1:
             raise InputError(f"frames_per_call is {frames_per_call}; at least 1 latent frame a call is needed.")
+        module = vae.module.get_submodule("decoder")
         self._vae = vae
         self._frames_per_call = frames_per_call
-        self._module = vae.module.get_submodule("decoder")
-        # One slot a causal convolution: its last two input frames, or the layers' own mark for "first frame seen".
-        self._cache: list[Tensor | str | None] = [None] * count_causal_convolutions(self._module)
+        self._decoder: FrameDecoder = WholeFrames(module) if tile is None else TiledFrames(module, tile)
         self._started = False
 
     @torch.no_grad()
@@ -190,9 +193,9 @@ class StreamingDecoder:
         video = self._empty_video(latents)
         done = 0
         for start, stop in self._calls(latents.shape[1]):
-            pixels = self._step(z[:, :, start:stop])  # [B, 3, frames, H, W]
-            frames = pixels.shape[2]
-            torch.clamp(pixels.transpose(1, 2), -1.0, 1.0, out=video[:, done : done + frames])
+            frames = (stop - start) * vae.temporal_scale if self._started else 1
+            self._decoder.decode(z[:, :, start:stop], video[:, done : done + frames])
+            self._started = True
             done += frames
         assert done == video.shape[1], f"{done} of {video.shape[1]} frames were decoded"
         return video
@@ -210,21 +213,9 @@ class StreamingDecoder:
         later = [(i, min(i + self._frames_per_call, frames)) for i in starts]
         return later if self._started else [(0, 1), *later]
 
-    def _step(self, z: Tensor) -> Tensor:
-        first = not self._started
-        self._started = True
-        return cast("Tensor", self._module(z, feat_cache=self._cache, feat_idx=[0], first_chunk=first))
-
     def cache_bytes(self) -> int:
         """Bytes that the feature cache holds now; constant from the second latent frame on."""
-        return sum(entry.nbytes for entry in self._cache if isinstance(entry, Tensor))
-
-
-def count_causal_convolutions(module: nn.Module) -> int:
-    """The number of slots that a feature cache for `module` needs."""
-    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
-
-    return sum(isinstance(part, WanCausalConv3d) for part in module.modules())
+        return self._decoder.cache_bytes()
 
 
 def _build(settings: Mapping[str, object], source: Path) -> nn.Module:

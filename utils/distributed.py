@@ -1,0 +1,133 @@
+"""Processes that share the work of one run: which of them this one is, what its share is, what the first one decides.
+
+The environment is torchrun's; without it a process is alone. Processes talk once, at the start, through torchrun's own
+store, and there are no collectives: afterwards nobody waits for anybody, so a process that dies holds up no other. This
+file does not know what the work is, and makes no use of the GPU.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from datetime import timedelta
+from typing import Protocol
+
+from utils.errors import InputError
+
+START_TIMEOUT_S = 600.0  # until all have begun: importing and listing a folder on a slow network disk take a while
+
+_OF_EACH_PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+_OF_THE_STORE = ("MASTER_ADDR", "MASTER_PORT")
+
+
+class Store(Protocol):
+    """What is used of torch.distributed's stores."""
+
+    def set(self, key: str, value: str) -> None: ...
+
+    def get(self, key: str) -> bytes:
+        """Waits until it is there."""
+
+    def wait(self, keys: list[str]) -> None: ...
+
+
+@dataclass(frozen=True)
+class World:
+    """This process among all of the run: number `rank` of `size`, and `local_rank` of `local_size` on its machine."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    local_size: int = 1
+
+    @classmethod
+    def from_environment(cls, environment: Mapping[str, str] = os.environ) -> World:
+        """What torchrun says in RANK, WORLD_SIZE, LOCAL_RANK and LOCAL_WORLD_SIZE; alone if there is no RANK.
+
+        Raises InputError if only some of them are there, or they are no numbers that go together.
+        """
+        if "RANK" not in environment and "WORLD_SIZE" not in environment:
+            return cls()
+        rank, size, local_rank, local_size = (_number(environment, name) for name in _OF_EACH_PROCESS)
+        if not (0 <= rank < size and 0 <= local_rank < local_size <= size):
+            raise InputError(
+                f"RANK: {rank} of WORLD_SIZE {size}, LOCAL_RANK {local_rank} of LOCAL_WORLD_SIZE {local_size} do not "
+                "go together. Start the processes with torchrun, which sets them."
+            )
+        if size > 1:
+            _number(environment, "MASTER_PORT")
+            _text(environment, "MASTER_ADDR")
+        return cls(rank, size, local_rank, local_size)
+
+    def share(self, count: int) -> range:
+        """The items of `count` that are this process's: one stretch; all shares together are all items, each once.
+
+        Shares differ by one item at most, and are empty where there are more processes than items.
+        """
+        return range(self.rank * count // self.size, (self.rank + 1) * count // self.size)
+
+    def agree(self, decide: Callable[[], str], timeout_s: float = START_TIMEOUT_S) -> str:
+        """What `decide` returns on the first process, on all of them. Call it once.
+
+        If it raises InputError there, all raise it. Raises InputError too if the processes do not find each other
+        within `timeout_s` seconds.
+        """
+        if self.size == 1:
+            return decide()
+        from torch.distributed import DistError
+        from torch.distributed.rendezvous import rendezvous
+
+        try:
+            store: Store
+            store, _, _ = next(rendezvous("env://", self.rank, self.size, timeout=timedelta(seconds=timeout_s)))
+            return self._lead(store, decide) if self.rank == 0 else self._follow(store)
+        except DistError as error:
+            address = ":".join(os.environ[name] for name in _OF_THE_STORE)
+            raise InputError(
+                f"MASTER_ADDR: process {self.rank} of {self.size} lost the others at {address} while the run began "
+                f"({str(error).splitlines()[0]}). If none of them says why it ended, see that all were started by the "
+                "same torchrun command and can reach this address."
+            ) from error
+
+    def _lead(self, store: Store, decide: Callable[[], str]) -> str:
+        refusal: InputError | None = None
+        try:
+            answer = decide()
+        except InputError as error:
+            answer, refusal = str(error), error
+        store.set(_key("answer"), json.dumps({"text": answer, "refused": refusal is not None}))
+        # This process may hold the store, so it stays until all have read.
+        store.wait([_key(f"read by {rank}") for rank in range(1, self.size)])
+        if refusal is not None:
+            raise refusal
+        return answer
+
+    def _follow(self, store: Store) -> str:
+        answer = json.loads(store.get(_key("answer")).decode("utf-8"))
+        store.set(_key(f"read by {self.rank}"), "")
+        if answer["refused"]:
+            raise InputError(str(answer["text"]))
+        return str(answer["text"])
+
+
+def _key(name: str) -> str:
+    """torchrun's store may outlive a restart of the processes, whose answers are others."""
+    return f"agree/{os.environ.get('TORCHELASTIC_RESTART_COUNT', '0')}/{name}"
+
+
+def _text(environment: Mapping[str, str], name: str) -> str:
+    if not environment.get(name):
+        raise InputError(
+            f"{name}: not set in the environment, but RANK or WORLD_SIZE is. Start the processes with torchrun, which "
+            "sets all of them, or unset those."
+        )
+    return environment[name]
+
+
+def _number(environment: Mapping[str, str], name: str) -> int:
+    text = _text(environment, name)
+    if not text.isdecimal():
+        raise InputError(f"{name}: {text!r} in the environment is no number. Start the processes with torchrun.")
+    return int(text)
