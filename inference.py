@@ -10,7 +10,9 @@ import argparse
 import logging
 import signal
 import sys
-from collections.abc import Sequence
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING
@@ -31,14 +33,15 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
     parser.add_argument("--config_path", "--config_file", dest="config_path", required=True, metavar="YAML")
     parser.add_argument("--dry_run", action="store_true", help="check the files, print the plan, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
-    return parser.parse_args(argv)
+    # Not parse_args: that takes settings in one stretch only, and refuses `seed=1 --dry_run resolution=480`.
+    return parser.parse_intermixed_args(argv)
 
 
 def run(arguments: argparse.Namespace) -> int:
     """Make every video that is missing. Returns the exit status; raises InputError for what the user must mend."""
     from pipeline.config import load_config
     from pipeline.jobs import read_jobs, stale_reason
-    from pipeline.loading import choose_device, require_files
+    from pipeline.loading import choose_device
     from utils.files import ensure_writable_folder, remove_stale_partials
 
     config = load_config(arguments.config_path, arguments.overrides)
@@ -49,84 +52,83 @@ def run(arguments: argparse.Namespace) -> int:
     folder = Path(config.output_folder)
     ensure_writable_folder(folder, "output_folder")
     remove_stale_partials(folder)
-    missing = [job for job in jobs if config.overwrite or not job.path.exists()]
+    missing = []
     for job in jobs:
-        if job not in missing:
-            print(f"{job.path} exists and is kept{stale_reason(job)}")
+        if is_kept(config, job):
+            print(f"{job.path} exists and is kept{stale_reason(config, job)}")
+        else:
+            missing.append(job)
     if missing:
-        require_files(config)
         make_videos(config, missing, device)
     return 0
 
 
+def is_kept(config: InferenceConfig, job: VideoJob) -> bool:
+    """Whether the job's file is there and stays; it is whole, since it gets its name only when it is complete."""
+    return job.path.is_file() and not config.overwrite
+
+
 def dry_run(config: InferenceConfig, jobs: Sequence[VideoJob], device: torch.device) -> int:
     """Print what a run would do and take; 0 if every file is there, 2 if not."""
-    from pipeline.loading import generator_settings, needed_files, require_files
+    from pipeline.loading import check_before_loading, generator_settings, needed_files, require_files
     from pipeline.plan import plan_lines, planner_for
 
     planner = planner_for(config, device)
-    print("\n".join(plan_lines(config, generator_settings(config, planner.sizes), planner)))
+    print("\n".join(plan_lines(config, generator_settings(config, planner.sizes), planner, device)))
     print("Files:")
     for path in needed_files(config):
         print(f"  {'ok     ' if path.exists() else 'MISSING'} {path}")
     print(f"Videos: {len(jobs)}")
     for job in jobs[:SHOWN_JOBS]:
-        state = "kept" if job.path.exists() and not config.overwrite else "new "
+        state = "kept" if is_kept(config, job) else "new "
         more = f" and {len(job.prompts) - 1} more" if len(job.prompts) > 1 else ""
         print(f"  {state} {job.path}  <- {job.prompts[0][:60]!r}{more}")
     if len(jobs) > SHOWN_JOBS:
         print(f"  ... and {len(jobs) - SHOWN_JOBS} more")
     require_files(config)
+    check_before_loading(config, device)
     return 0
 
 
 def make_videos(config: InferenceConfig, jobs: Sequence[VideoJob], device: torch.device) -> None:
     """Encode all prompts, load the model, and make one video after the other."""
-    import torch
     from tqdm import tqdm
 
-    from pipeline.generator import BlockGenerator
-    from pipeline.loading import (
-        choose_dtype,
-        encode_prompts,
-        generator_settings,
-        load_transformer,
-        load_vae,
-        model_sizes,
-    )
-    from pipeline.remedies import is_out_of_memory, out_of_memory
-    from pipeline.video_pipeline import VideoPipeline
+    from pipeline.assembly import assemble, memory_explained
 
-    sizes = model_sizes(config)
-    settings = generator_settings(config, sizes)
-    try:
-        embeds = encode_prompts(config, [prompt for job in jobs for prompt in job.prompts], device)
-        dtype = choose_dtype(config, device)
-        generator = BlockGenerator(load_transformer(config, sizes, device, dtype), settings)
-        pipeline = VideoPipeline(generator, load_vae(config, device, dtype), config)
+    with memory_explained(config, device):
+        pipeline, embeds = assemble(config, [prompt for job in jobs for prompt in job.prompts], device)
         for job in tqdm(jobs, desc="videos", unit="video", disable=None):
             with tqdm(total=config.num_blocks, desc=job.path.name, unit="block", leave=False, disable=None) as bar:
                 profile = pipeline.write([job], embeds, lambda _: bar.update())
             tqdm.write(profile.format())
             tqdm.write(f"{job.path}")
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise out_of_memory(config, device) from error
-        raise
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> None:
-    """Let a polite kill end the run as Ctrl-C does: the unfinished file is removed."""
     raise KeyboardInterrupt
+
+
+@contextmanager
+def sigterm_as_interrupt() -> Iterator[None]:
+    """Let a polite kill end the run as Ctrl-C does: the unfinished file is removed."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers; then they are its business
+        return
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -> int:
     """Returns the exit status: 0 done, 2 for input that must be mended, 130 when interrupted."""
     arguments = parse_arguments(argv, description)
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    signal.signal(signal.SIGTERM, _interrupt)
     try:
-        return run(arguments)
+        with sigterm_as_interrupt():
+            return run(arguments)
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2

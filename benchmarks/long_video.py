@@ -17,11 +17,9 @@ from pathlib import Path
 
 import torch
 
+from pipeline.assembly import assemble
 from pipeline.config import InferenceConfig, load_config
-from pipeline.generator import BlockGenerator
 from pipeline.jobs import read_jobs
-from pipeline.loading import encode_prompts, generator_settings, load_transformer, load_vae, model_sizes
-from pipeline.video_pipeline import VideoPipeline
 from tests.small_checkpoints import write_small_checkpoints
 from utils.video import probe
 
@@ -57,11 +55,7 @@ def measure(policy: str, minutes: float, root: Path) -> list[int]:
     config = configure(policy, minutes, root)
     (root / "videos").mkdir(exist_ok=True)
     (job,) = read_jobs(config)
-    device, dtype = torch.device("cpu"), torch.float32
-    sizes = model_sizes(config)
-    embeds = encode_prompts(config, job.prompts, device)
-    generator = BlockGenerator(load_transformer(config, sizes, device, dtype), generator_settings(config, sizes))
-    pipeline = VideoPipeline(generator, load_vae(config, device, dtype), config)
+    pipeline, embeds = assemble(config, job.prompts, torch.device("cpu"))
     blocks_per_minute = 60 * 16 // 12
     readings: list[int] = []
 

@@ -91,6 +91,7 @@ class InferenceConfig:
     start_from_fit: bool = False  # resize and crop it to the resolution if its size differs
     stream_output: bool = False  # write fragments, so that the growing file plays and a killed run's part is kept
     vae_tile: Literal["auto", "never"] | int = "auto"  # side of a decoded tile in pixels; auto: whole if it fits
+    num_flickering_samples: int = 25  # VBench: videos of each temporal-flickering prompt
     samples_per_batch: int = 1  # VBench: videos made together; above 1, they share their observed head roles
     fps: int = 16  # pixel frames a second
     video_crf: int = 18  # H.264 quality, 0 (lossless) to 51
@@ -180,7 +181,7 @@ def check_against_model(config: InferenceConfig, model: ModelConfig) -> None:
     heads = model.num_layers * model.num_heads
     forcing = config.dummy_forcing
     _require(
-        not forcing.enabled or forcing.num_dummy <= heads,
+        not forcing.enabled or forcing.roles is not None or forcing.num_dummy <= heads,
         f"dummy_forcing.num_dummy: {forcing.num_dummy} is more than the model has heads; use at most "
         f"{model.num_layers} layers x {model.num_heads} heads = {heads}",
     )
@@ -252,6 +253,8 @@ def _check_run(config: InferenceConfig) -> None:
         config.inference_iter == -1 or config.inference_iter >= 1,
         f"inference_iter: must be -1 (all prompts) or 1 or more, got {config.inference_iter}",
     )
+    flickering = config.num_flickering_samples
+    _require(flickering >= 1, f"num_flickering_samples: must be 1 or more videos a prompt, got {flickering}")
     _require(config.samples_per_batch >= 1, f"samples_per_batch: must be 1 or more, got {config.samples_per_batch}")
     tile = config.vae_tile
     _require(

@@ -11,7 +11,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipeline.config import InferenceConfig, check_switches
+from pipeline.config import InferenceConfig, as_dict, check_switches
 from pipeline.given import given_files
 from utils.errors import InputError
 from utils.prompts import Storyboard, output_stems, read_prompts, read_storyboards
@@ -20,6 +20,11 @@ from utils.seed import video_seed
 logger = logging.getLogger(__name__)
 
 STORYBOARD_SUFFIX = ".jsonl"
+# Settings that say which videos are made, where and how fast; all others decide what a video looks like.
+WHICH = ("data_path", "extended_prompt_path", "inference_iter", "num_samples", "num_flickering_samples")
+WHERE = ("output_folder", "save_with_index", "save_metadata", "overwrite", "model_root")
+HOW_FAST = ("device", "attention", "text_encoder_device", "stream_output", "vae_tile")
+NOT_OF_THE_VIDEO = {*WHICH, *WHERE, *HOW_FAST}
 
 
 @dataclass(frozen=True)
@@ -53,7 +58,7 @@ def read_jobs(config: InferenceConfig) -> list[VideoJob]:
         logger.warning("inference_iter: %d, but %s has only %d", config.inference_iter, path, len(chosen))
     elif config.inference_iter != -1:
         chosen = chosen[: config.inference_iter]
-    generated = _generated_from(config, [board for board, _ in chosen])
+    generated = _generated_from(config, boards)[: len(chosen)]
     given = given_files(config, len(chosen))
     return [
         _job(config, board, index, sample, stem, start)
@@ -72,16 +77,24 @@ def _single_prompts(config: InferenceConfig, path: Path) -> list[Storyboard]:
 
 
 def _generated_from(config: InferenceConfig, boards: Sequence[Storyboard]) -> Sequence[Storyboard]:
-    """The storyboards with the prompts of `extended_prompt_path` in place of those that name the files."""
+    """The storyboards with the prompts of `extended_prompt_path` in place of those that name the files.
+
+    They go by the line, so that their numbers must agree.
+    """
     if config.extended_prompt_path is None:
         return boards
     extended = read_prompts(Path(config.extended_prompt_path))
-    if len(extended) < len(boards) or any(len(board.prompts) > 1 for board in boards):
+    if any(len(board.prompts) > 1 for board in boards):
+        raise InputError(
+            f"extended_prompt_path: {config.extended_prompt_path} has one prompt a line, but data_path "
+            f"{config.data_path} holds storyboards; write the extended prompts into them and remove the key"
+        )
+    if len(extended) != len(boards):
         raise InputError(
             f"extended_prompt_path: {config.extended_prompt_path} has {len(extended)} prompts for the {len(boards)} of "
-            f"data_path {config.data_path}; give one line for each prompt"
+            f"data_path {config.data_path}; give one line for each prompt, in the same order"
         )
-    return [Storyboard((prompt,), None) for prompt, _ in zip(extended, boards, strict=False)]
+    return [Storyboard((prompt,), None) for prompt in extended]
 
 
 def _job(
@@ -105,11 +118,19 @@ def _job(
     )
 
 
-def stale_reason(job: VideoJob) -> str:
-    """A remark on the job's existing file if its metadata shows that it is of another prompt or seed, else ""."""
+def stale_reason(config: InferenceConfig, job: VideoJob) -> str:
+    """A remark on the job's existing file if its metadata shows that the job would make another video, else ""."""
+    now = {
+        **{key: value for key, value in as_dict(config).items() if key not in NOT_OF_THE_VIDEO},
+        "prompts": list(job.prompts),
+        "switch_frame_indices": list(job.starts[1:]),
+        "seed": job.noise_seed,
+    }
     try:
         made = json.loads(job.metadata_path.read_text(encoding="utf-8"))
-        same = made["prompts"] == list(job.prompts) and made["noise_seed"] == job.noise_seed
+        switches, seed = made["starts"][1:], made["noise_seed"]
+        then = {**made["config"], "prompts": made["prompts"], "switch_frame_indices": switches, "seed": seed}
     except (OSError, ValueError, KeyError, TypeError):
         return ""  # no metadata, or not ours: nothing is known of the file
-    return "" if same else " although it was made from another prompt or seed; overwrite=true makes it again"
+    others = [key for key, value in now.items() if then.get(key, value) != value]
+    return f" although it was made with other {', '.join(others)}; overwrite=true makes it again" if others else ""

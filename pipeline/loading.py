@@ -4,11 +4,13 @@ from __future__ import annotations
 
 import gc
 import logging
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import TypeVar
 
 import torch
 from torch import Tensor
+from torch.utils._pytree import tree_map_only
 
 from dummy.policy import policy_from_config
 from dummy.roles import HeadRoles
@@ -27,6 +29,9 @@ from wan.vae import VAE
 
 logger = logging.getLogger(__name__)
 
+T = TypeVar("T")
+
+META = torch.device("meta")
 TEXT_ENCODER_HEADROOM = 12 << 30  # bytes free on the device from which on the 10.6 GiB text encoder goes there
 
 
@@ -35,8 +40,18 @@ def choose_device(config: InferenceConfig) -> torch.device:
     if config.device == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
     device = torch.device(config.device)
-    if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
-        raise InputError(f"device: {config.device!r} asked for, but {torch.cuda.device_count()} CUDA devices are there")
+    counts = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+        "xpu": torch.xpu.device_count(),
+    }
+    count = counts[device.type]
+    if (device.index or 0) >= count:
+        raise InputError(
+            f"device: {config.device!r} asked for, but PyTorch finds {count} {device.type} devices here; "
+            "use device=auto or device=cpu"
+        )
     return device
 
 
@@ -46,33 +61,62 @@ def choose_dtype(config: InferenceConfig, device: torch.device) -> torch.dtype:
     return torch.bfloat16 if config.precision == "bf16" else torch.float32
 
 
+def model_config_file(config: InferenceConfig) -> Path:
+    """The file with the transformer's sizes, of Wan's layout or of Diffusers'."""
+    native, diffusers = (config.model_folder / part / "config.json" for part in (".", "transformer"))
+    return diffusers if diffusers.exists() and not native.exists() else native
+
+
 def needed_files(config: InferenceConfig) -> list[Path]:
-    """Every file or folder that the run will open, whether it is there or not."""
-    roles = config.dummy_forcing.roles if config.dummy_forcing.enabled else None
+    """Every file (or folder of shards) that the run will open, whether it is there or not."""
     paths = [
-        config.model_folder,
+        model_config_file(config),
         config.generator_path,
         config.lora_path,
         config.vae_path,
         config.text_encoder_path,
-        config.tokenizer_path,
-        Path(roles) if roles is not None else None,
+        config.tokenizer_path / "tokenizer.json",
+        _roles_path(config),
     ]
-    return list(dict.fromkeys(path for path in paths if path is not None))
+    return [path for path in paths if path is not None]
+
+
+def _roles_path(config: InferenceConfig) -> Path | None:
+    forcing = config.dummy_forcing
+    return Path(forcing.roles) if forcing.enabled and forcing.roles is not None else None
 
 
 def require_files(config: InferenceConfig) -> None:
     """Raises InputError that names every missing file and how to get it."""
-    missing = [path for path in needed_files(config) if not path.exists()]
-    if missing:
-        hints = dict.fromkeys(download_hint(path) for path in missing)
-        raise InputError("\n".join([*(f"{path} does not exist." for path in missing), *hints]))
+    by_hint: dict[str, list[str]] = {}
+    for path in needed_files(config):
+        if not path.exists():
+            own = path == _roles_path(config)
+            hint = "dummy_forcing.roles: give a roles file or remove the key." if own else download_hint(path)
+            by_hint.setdefault(hint, []).append(f"{path} does not exist.")
+    if by_hint:
+        raise InputError("\n".join(line for hint, lines in by_hint.items() for line in (*lines, hint)))
+
+
+def check_before_loading(config: InferenceConfig, device: torch.device) -> tuple[ModelConfig, GeneratorSettings]:
+    """The model's sizes and the loop's settings, once all is found to go together.
+
+    Transformer and VAE are assembled from names and shapes alone, so that a file that does not fit is found in seconds,
+    not after the minutes that the text encoder takes. Raises InputError.
+    """
+    sizes = model_sizes(config)
+    settings = generator_settings(config, sizes)
+    dtype = choose_dtype(config, device)
+    attention_backend(config.attention, device, dtype)
+    _assemble(config, sizes, META, dtype)
+    load_vae(config, META, dtype)
+    return sizes, settings
 
 
 def encode_prompts(config: InferenceConfig, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
     """Embeddings [length, text_dim] of every different prompt, on the CPU; the text encoder is gone afterwards."""
-    place = _text_encoder_device(config, device)
-    dtype = choose_dtype(config, place)
+    place = text_encoder_place(config, device)
+    dtype = choose_dtype(config, device)  # of the run, wherever the encoder is: float32 would take 22.7 GB
     encoder = TextEncoder.load(config.text_encoder_path, config.tokenizer_path, dtype, place)
     unique = list(dict.fromkeys(prompts))
     embeds = {prompt: encoder.encode([prompt])[0].cpu() for prompt in unique}
@@ -83,7 +127,8 @@ def encode_prompts(config: InferenceConfig, prompts: Sequence[str], device: torc
     return embeds
 
 
-def _text_encoder_device(config: InferenceConfig, device: torch.device) -> torch.device:
+def text_encoder_place(config: InferenceConfig, device: torch.device) -> torch.device:
+    """Where the text encoder runs: "auto" is the run's device unless that is a GPU with too little free memory."""
     if config.text_encoder_device != "auto":
         return device if config.text_encoder_device == "device" else torch.device("cpu")
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < TEXT_ENCODER_HEADROOM:
@@ -103,20 +148,32 @@ def load_transformer(
     config: InferenceConfig, sizes: ModelConfig, device: torch.device, dtype: torch.dtype
 ) -> CausalWanModel:
     """The causal transformer with its LoRA merged."""
+    model = _assemble(config, sizes, device, dtype)
+    model.attention = attention_backend(config.attention, device, dtype)
+    return model
+
+
+def _assemble(config: InferenceConfig, sizes: ModelConfig, device: torch.device, dtype: torch.dtype) -> CausalWanModel:
+    """On the meta device nothing of the files is read but names and shapes, and those are checked all the same."""
+
+    def placed(content: Mapping[str, T]) -> dict[str, T]:
+        if device == META:
+            content = tree_map_only(Tensor, lambda tensor: tensor.to(device), content)
+        return dict(content)
+
     source = config.generator_path
     if source.is_dir():
-        state = dict(read_model_state(source))
+        state = placed(read_model_state(source))
     else:
-        state = generator_state(read_tensors(source), config.use_ema, source)
+        state = generator_state(placed(read_tensors(source)), config.use_ema, source)
     if config.lora_path is not None:
         adapter = config.adapter
         rank, alpha = (adapter.rank, adapter.alpha) if adapter is not None else (None, None)
-        merged = merge_lora(state, read_tensors(config.lora_path), rank, alpha, config.lora_path)
+        merged = merge_lora(state, placed(read_tensors(config.lora_path)), rank, alpha, config.lora_path)
         logger.info("LoRA: merged into %d layers", merged)
     with torch.device("meta"):
         model = CausalWanModel(sizes)
     load_into(model, state, source, dtype, device, consume=True)
-    model.attention = attention_backend(config.attention, device, dtype)
     return model.eval()
 
 

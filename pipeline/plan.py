@@ -16,16 +16,19 @@ from dummy.policy import HeadSplit
 from dummy.roles import HeadRoles, Role
 from pipeline.config import InferenceConfig, check_against_model
 from pipeline.generator import GeneratorSettings
-from pipeline.loading import choose_dtype, model_sizes
-from utils.memory import PeakTracker, format_bytes
+from pipeline.loading import META, choose_dtype, model_config_file, model_sizes
+from utils.memory import PeakTracker, format_bytes, memory_of
 from wan.cache import CacheBytes, KVCache, Retention
 from wan.config import WAN_1_3B, WAN_14B, ModelConfig
 from wan.geometry import LatentGeometry, pixel_frames
 from wan.model import CausalWanModel
 from wan.vae import VAE
+from wan.vae_memory import decode_bytes
 
+TILES = (960, 640, 512, 384)  # pixels; below, the tiles' halos cost more memory than smaller tiles save
+MOST_TILES = 24  # more of them cost more memory for their halos than their size saves, and time to plan
+RESERVE = 0.1  # of the device's memory, for its libraries and the allocator
 PUBLISHED_TEXT_ENCODER = 11_361_920_418  # bytes of models_t5_umt5-xxl-enc-bf16.pth
-META = torch.device("meta")
 
 
 @dataclass(frozen=True)
@@ -101,8 +104,8 @@ class Planner:
         model.attention = _no_scores
         object.__setattr__(self, "model", model)
 
-    def memory(self, config: InferenceConfig, settings: GeneratorSettings) -> MemoryPlan:
-        """The plan for one video of this configuration."""
+    def memory(self, config: InferenceConfig, settings: GeneratorSettings, tile: int | None = None) -> MemoryPlan:
+        """The plan for one video of this configuration, decoded whole or in tiles of at most `tile` pixels a side."""
         geometry = _geometry(config, self.sizes)
         split = settings.policy.split
         relative = settings.window if settings.relative_rope else None
@@ -111,12 +114,10 @@ class Planner:
         if split is not None:
             before = None if split.from_start else cache.bytes()
             cache.allocate(split.layout(split.roles or assumed_roles(self.sizes, split))[1])
-        video = PeakTracker()
-        decoder = self.vae.decoder()
-        latents = torch.empty(1, *geometry.block_shape, device=META)
-        decoder.decode(latents[:, :1])  # the first frame of a video is another case; the next ones are the steady one
-        with torch.inference_mode(), video:
-            decoder.decode(latents)
+        scale = self.vae.spatial_scale
+        decode = decode_bytes(
+            self.vae, geometry.height * scale, geometry.width * scale, tile, geometry.frames_per_block
+        )
         return MemoryPlan(
             transformer=_bytes(self.model.parameters()),
             vae=_bytes(self.vae.module.parameters()),
@@ -124,10 +125,23 @@ class Planner:
             cache=cache.bytes(),
             cache_before_split=before,
             transformer_activations=self._activations(geometry, cache),
-            vae_cache=decoder.cache_bytes(),
-            vae_activations=video.peak,
+            vae_cache=decode.cache,
+            vae_activations=decode.activations,
             text_encoder=self.text_encoder_bytes,
         )
+
+    def tile(self, config: InferenceConfig, settings: GeneratorSettings, available: int) -> int | None:
+        """The tile that `vae_tile` asks for; "auto" is the largest with which the plan's peak leaves a reserve of the
+        `available` bytes, None (whole frames) if they do."""
+        if isinstance(config.vae_tile, int):
+            return config.vae_tile
+        if config.vae_tile == "never":
+            return None
+        room = available * (1 - RESERVE)
+        height, width = config.pixel_size
+        few = [tile for tile in TILES if -(-height // tile) * -(-width // tile) <= MOST_TILES] or [TILES[0]]
+        fitting = (tile for tile in (None, *few) if self.memory(config, settings, tile).peak <= room)
+        return next(fitting, few[-1])
 
     def _activations(self, geometry: LatentGeometry, cache: KVCache) -> int:
         with torch.inference_mode():
@@ -142,14 +156,20 @@ class Planner:
 def planner_for(config: InferenceConfig, device: torch.device) -> Planner:
     """A planner for the model that the configuration names; files that are missing count at their published sizes."""
     dtype = choose_dtype(config, device)
-    if config.model_folder.exists():
+    if model_config_file(config).is_file():
         sizes = model_sizes(config)
     else:
         sizes = WAN_14B if "14B" in config.model_name else WAN_1_3B
         check_against_model(config, sizes)
     vae = VAE.load(config.vae_path, dtype, META) if config.vae_path.exists() else VAE.published(dtype)
-    encoder = config.text_encoder_path
-    return Planner(sizes, vae, dtype, encoder.stat().st_size if encoder.is_file() else PUBLISHED_TEXT_ENCODER)
+    return Planner(sizes, vae, dtype, _text_encoder_bytes(config, device))
+
+
+def _text_encoder_bytes(config: InferenceConfig, device: torch.device) -> int:
+    """Of Wan's file, which holds bf16 and little else; the published size where it is another layout or missing."""
+    path = config.text_encoder_path
+    stored = path.stat().st_size if path.is_file() else PUBLISHED_TEXT_ENCODER
+    return stored * choose_dtype(config, device).itemsize // torch.bfloat16.itemsize
 
 
 def _no_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -188,7 +208,16 @@ def head_contexts(settings: GeneratorSettings, sizes: ModelConfig) -> list[HeadC
     return before + after
 
 
-def plan_lines(config: InferenceConfig, settings: GeneratorSettings, planner: Planner) -> list[str]:
+def choose_tile(config: InferenceConfig, settings: GeneratorSettings, device: torch.device) -> int | None:
+    """The side of the tiles in which the run decodes, None for whole frames."""
+    if config.vae_tile == "auto":
+        return planner_for(config, device).tile(config, settings, memory_of(device))
+    return None if config.vae_tile == "never" else config.vae_tile
+
+
+def plan_lines(
+    config: InferenceConfig, settings: GeneratorSettings, planner: Planner, device: torch.device
+) -> list[str]:
     """Geometry, policy and memory of a run as text."""
     geometry = _geometry(config, planner.sizes)
     height, width = config.pixel_size
@@ -206,4 +235,6 @@ def plan_lines(config: InferenceConfig, settings: GeneratorSettings, planner: Pl
     ]
     if split is not None and split.roles is None:
         lines.append("  (sink and neighbor heads: an even split is assumed; the run finds it out)")
-    return [*lines, "Memory, as tensors:", *planner.memory(config, settings).lines()]
+    tile = planner.tile(config, settings, memory_of(device))
+    lines.append("Decoding: " + ("whole frames" if tile is None else f"in tiles of at most {tile} pixels a side"))
+    return [*lines, "Memory, as tensors:", *planner.memory(config, settings, tile).lines()]

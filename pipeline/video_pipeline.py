@@ -31,10 +31,12 @@ OnBlock = Callable[[int], None]
 class VideoPipeline:
     """Makes videos with one generator and one VAE, under one configuration."""
 
-    def __init__(self, generator: BlockGenerator, vae: VAE, config: InferenceConfig) -> None:
+    def __init__(self, generator: BlockGenerator, vae: VAE, config: InferenceConfig, tile: int | None = None) -> None:
+        """`tile`: decode in tiles of at most that many pixels a side, None for whole frames."""
         self.generator = generator
         self.vae = vae
         self.config = config
+        self.tile = tile
         height, width = config.latent_size
         self.geometry = LatentGeometry(
             height, width, config.num_output_frames, config.num_frame_per_block, generator.model.config.in_dim
@@ -66,7 +68,7 @@ class VideoPipeline:
     def frames(self, rollout: Rollout, profiler: Profiler) -> Iterator[Tensor]:
         """Decode every block as it comes: uint8 [B, frames, H, W, 3] on the CPU, cropped to the configured size."""
         height, width = self.config.pixel_size
-        decoder = self.vae.decoder()
+        decoder = self.vae.decoder(tile=self.tile)
         for block in rollout.blocks():
             with profiler.span("decode"):
                 video = decoder.decode(block.latents)[..., :height, :width]

@@ -19,7 +19,8 @@ from utils.errors import InputError
 from wan.config import WAN_1_3B, ModelKwargs
 
 ROOT = Path(__file__).parents[1]
-CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+ALL_CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
+CONFIGS = [path for path in ALL_CONFIGS if path.stem.startswith(("self_forcing", "longlive", "causal_forcing"))]
 PUBLISHED = sorted((ROOT / "tests" / "data" / "published").glob("*.yaml"))
 SELF_FORCING = ROOT / "configs" / "self_forcing_inference.yaml"
 LONGLIVE = ROOT / "configs" / "longlive_inference.yaml"

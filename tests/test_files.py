@@ -37,7 +37,14 @@ def test_write_into_no_folder_or_over_a_folder(tmp_path: Path) -> None:
     with pytest.raises(InputError, match="is a folder"):
         write_atomic(tmp_path, "x")
     with pytest.raises(InputError, match="File name too long"):
-        write_atomic(tmp_path / ("x" * 254), "x")
+        write_atomic(tmp_path / ("x" * 256), "x")
+
+
+def test_the_longest_names_are_possible(tmp_path: Path) -> None:
+    for name in ("x" * 255, "x" * 254 + "y"):
+        write_atomic(tmp_path / name, name)
+    assert (tmp_path / ("x" * 255)).read_text() == "x" * 255
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs a device that is always full")

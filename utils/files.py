@@ -24,6 +24,7 @@ from utils.errors import InputError
 logger = logging.getLogger(__name__)
 
 _PARTIAL = re.compile(r"^\..*\.(?P<host>[0-9a-f]{6})\.(?P<pid>[0-9]+)\.partial(\.[A-Za-z0-9]+)?$", re.DOTALL)
+_NAME_BYTES = 255  # the longest name that common file systems take
 _FOREIGN_AGE_S = 24 * 3600.0  # another machine's process cannot be asked whether it lives; none writes a file this long
 _FULL = frozenset({errno.ENOSPC, errno.EFBIG, *([errno.EDQUOT] if hasattr(errno, "EDQUOT") else [])})
 
@@ -34,8 +35,12 @@ def _host_tag() -> str:
 
 
 def partial_path(path: Path) -> Path:
-    """The hidden name beside `path`, at most 30 bytes longer, under which this process writes it."""
-    return path.with_name(f".{path.stem}.{_host_tag()}.{os.getpid()}.partial{path.suffix}")
+    """The hidden name beside `path` under which this process writes it; a stem too long for it is hashed."""
+    tail = f".{_host_tag()}.{os.getpid()}.partial{path.suffix}"
+    stem = path.stem
+    if len(f".{stem}{tail}".encode("utf-8", "surrogatepass")) > _NAME_BYTES:
+        stem = hashlib.blake2b(stem.encode("utf-8", "surrogatepass"), digest_size=16).hexdigest()
+    return path.with_name(f".{stem}{tail}")
 
 
 def disk_full(path: Path) -> InputError:

@@ -7,6 +7,7 @@ the model nor the caching and rounding of the CUDA allocator, and does not see w
 
 from __future__ import annotations
 
+import os
 import weakref
 from collections.abc import Callable, Sequence
 
@@ -22,6 +23,19 @@ _GIB = 1024**3
 def format_bytes(n: int) -> str:
     """`n` bytes for people: GiB with two decimals from 1 GiB on, MiB with one below."""
     return f"{n / _GIB:.2f} GiB" if abs(n) >= _GIB else f"{n / _MIB:.1f} MiB"
+
+
+def memory_of(device: torch.device) -> int:
+    """Bytes of memory that the device has in all; on the CPU, what this process may have."""
+    if device.type == "cuda":
+        return int(torch.cuda.get_device_properties(device).total_memory)
+    pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
+    try:
+        import resource  # not on Windows
+    except ImportError:
+        return pages
+    limit = resource.getrlimit(resource.RLIMIT_AS)[0]
+    return pages if limit == resource.RLIM_INFINITY else min(pages, limit)
 
 
 def _storages(values: object) -> list[torch.UntypedStorage]:

@@ -9,8 +9,11 @@ their removal are the business of utils.files.
 from __future__ import annotations
 
 import logging
+import signal
 import subprocess
 import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from types import TracebackType
 from typing import IO, final
@@ -41,6 +44,19 @@ def to_uint8(video: Tensor) -> Tensor:
     scaled = video.float() * 127.5
     # Adding the half and cutting the fraction off rounds halves up, which is away from zero where nothing is negative.
     return scaled.add_(128.0).clamp_(0.0, 255.0).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+@contextmanager
+def _interrupts_wait() -> Iterator[None]:
+    """Within the context SIGINT and SIGTERM wait; they come when it is left (where the system can mask signals)."""
+    if not hasattr(signal, "pthread_sigmask"):
+        yield
+        return
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 @final
@@ -103,21 +119,25 @@ class VideoWriter:
     def __enter__(self) -> VideoWriter:
         """Start ffmpeg. Raises InputError if no file can be made in the folder."""
         assert self._process is None, "a VideoWriter writes one file"
-        self._unfinished = create_growing(self.path) if self._stream else create_partial(self.path)
         try:
             # A file never fills up as a pipe does, so ffmpeg cannot block on its complaints.
             self._stderr = tempfile.TemporaryFile()
-            self._process = subprocess.Popen(
-                self._command(self._unfinished),
-                stdin=subprocess.PIPE,
-                stdout=subprocess.DEVNULL,
-                stderr=self._stderr,
-                start_new_session=True,  # Ctrl-C reaches this process alone, which then ends ffmpeg in order
-            )
+            with _interrupts_wait():  # one in the middle would leave an ffmpeg that nobody knows
+                self._start(self._stderr)
         except BaseException:
             self._abort()
             raise
         return self
+
+    def _start(self, stderr: IO[bytes]) -> None:
+        self._unfinished = create_growing(self.path) if self._stream else create_partial(self.path)
+        self._process = subprocess.Popen(
+            self._command(self._unfinished),
+            stdin=subprocess.PIPE,
+            stdout=subprocess.DEVNULL,
+            stderr=stderr,
+            start_new_session=True,  # Ctrl-C reaches this process alone, which then ends ffmpeg in order
+        )
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None

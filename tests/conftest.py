@@ -1,0 +1,87 @@
+"""What tests of whole programs share: small checkpoints, written once, and the program at its smallest."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import pytest
+import torch
+
+import inference
+from tests.small_checkpoints import SmallCheckpoints, write_small_checkpoints
+
+ROOT = Path(__file__).parents[1]
+PROMPTS = ("A red fox runs.", "A blue bird sings.", "A green fish swims.")
+
+
+@dataclass(frozen=True)
+class Program:
+    """inference.py with the small checkpoints, 9 latent frames (33 pixel frames) of 48 x 32 pixels, and a folder."""
+
+    folder: Path
+    model_root: Path
+
+    @property
+    def videos(self) -> Path:
+        return self.folder / "videos"
+
+    @property
+    def written(self) -> list[Path]:
+        """All that is in the output folder, hidden files included."""
+        return sorted(self.videos.iterdir()) if self.videos.exists() else []
+
+    @property
+    def mp4s(self) -> dict[str, bytes]:
+        """Names and bytes of the videos under final names."""
+        finished = [path for path in self.written if path.suffix == ".mp4" and not path.name.startswith(".")]
+        return {path.name: path.read_bytes() for path in finished}
+
+    @property
+    def unfinished(self) -> list[Path]:
+        """What is neither a video nor the metadata of one."""
+        return [p for p in self.written if p.suffix not in (".json", ".mp4") or p.name.startswith(".")]
+
+    def file(self, name: str, content: str | bytes) -> Path:
+        path = self.folder / name
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+        return path
+
+    def arguments(
+        self, *overrides: str, config: str = "self_forcing_inference", prompts: Sequence[str] = PROMPTS
+    ) -> list[str]:
+        lines = "".join(f"{prompt}\n" for prompt in prompts)
+        given = [
+            f"model_root={self.model_root}",
+            f"data_path={self.file('prompts.txt', lines)}",
+            f"output_folder={self.videos}",
+            "resolution=[32,48]",
+            "num_output_frames=9",
+            "dummy_forcing.num_dummy=6",
+            "device=cpu",
+        ]
+        return ["--config_path", str(ROOT / "configs" / f"{config}.yaml"), *given, *overrides]
+
+    def __call__(
+        self, *overrides: str, config: str = "self_forcing_inference", prompts: Sequence[str] = PROMPTS
+    ) -> int:
+        """Run in this process; returns the exit status."""
+        return inference.main(self.arguments(*overrides, config=config, prompts=prompts))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _one_thread() -> None:
+    """Tensors here are small: threads cost more than they give, and several workers share the cores."""
+    torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> SmallCheckpoints:
+    """Not to be written to."""
+    return write_small_checkpoints(tmp_path_factory.mktemp("checkpoints"))
+
+
+@pytest.fixture
+def program(tmp_path: Path, checkpoints: SmallCheckpoints) -> Program:
+    return Program(tmp_path, checkpoints.root)

@@ -1,0 +1,304 @@
+"""inference.py and interactive_inference.py as people call them: what comes out, under which names, and what is said.
+
+The scripts run for real on small checkpoints in the published layouts; what they write is probed with ffmpeg.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import subprocess
+import sys
+import threading
+from pathlib import Path
+
+import pytest
+import torch
+
+import inference
+import interactive_inference
+from pipeline.config import InferenceConfig, load_config
+from pipeline.generator import BlockGenerator
+from pipeline.jobs import read_jobs
+from pipeline.loading import check_before_loading, choose_dtype, encode_prompts, load_transformer, load_vae
+from pipeline.video_pipeline import VideoPipeline
+from tests.conftest import PROMPTS, ROOT, Program
+from utils.profiler import Profiler
+from utils.video import VideoInfo, probe
+
+SMALL = VideoInfo(width=48, height=32, frames=33, fps=16.0, codec="h264", pix_fmt="yuv420p")
+SHORT = ("num_output_frames=3", "dummy_forcing=off")  # 9 pixel frames, where the content does not matter
+LIBRARY = ("utils", "wan", "dummy", "pipeline")
+
+
+@pytest.mark.parametrize(
+    ("config", "overrides"),
+    [
+        ("self_forcing_inference", []),
+        ("longlive_inference", ["adapter.rank=4", "adapter.alpha=4", "num_output_frames=12"]),
+        ("longlive_inference", ["adapter=null", "num_output_frames=12"]),
+        ("causal_forcing_inference", []),
+        ("causal_forcing_framewise_inference", []),
+        ("demo", []),
+    ],
+)
+def test_published_configurations_make_videos(program: Program, config: str, overrides: list[str]) -> None:
+    assert program("inference_iter=1", *overrides, config=config) == 0
+    frames = 45 if "num_output_frames=12" in overrides else 33
+    video, metadata = program.videos / "000-a-red-fox-runs-0.mp4", program.videos / "000-a-red-fox-runs-0.json"
+    assert program.written == [metadata, video]
+    assert probe(video) == VideoInfo(48, 32, frames, 16.0, "h264", "yuv420p")
+
+
+def test_the_lora_changes_the_video(program: Program) -> None:
+    longlive = ("inference_iter=1", "num_output_frames=12", "adapter.rank=4")
+    assert program(*longlive, "adapter.alpha=4", config="longlive_inference") == 0
+    merged = program.mp4s
+    assert program(*longlive, "adapter.alpha=8", "overwrite=true", config="longlive_inference") == 0
+    assert program.mp4s != merged
+
+
+POLICIES: dict[str, list[str]] = {
+    "full": ["dummy_forcing=off", "model_kwargs.local_attn_size=-1"],
+    "window": ["dummy_forcing=off", "model_kwargs.local_attn_size=7", "model_kwargs.sink_size=1"],
+    "prune": ["dummy_forcing.policy=prune"],
+    "packed": [],
+    "retention": ["dummy_forcing.retention.dummy=[2,1]", "dummy_forcing.retention.sink=[1,1]"],
+    "teacache": ["dummy_forcing.teacache_enabled=true", "dummy_forcing.teacache_threshold=1e9"],
+}
+
+
+def test_every_policy_makes_a_video_of_its_own(program: Program) -> None:
+    videos, forwards = {}, {}
+    for name, overrides in POLICIES.items():
+        assert program(*overrides, "num_output_frames=15", "inference_iter=1", "overwrite=true") == 0
+        (path,) = [path for path in program.written if path.suffix == ".mp4"]
+        assert probe(path).frames == 57
+        made = json.loads(path.with_suffix(".json").read_text())
+        assert (made["head_roles"] is None) == (name in ("full", "window"))
+        videos[name], forwards[name] = path.read_bytes(), made["timings"]["forwards"]
+    assert len(set(videos.values())) == len(POLICIES)
+    assert forwards["packed"] == 5 * 4 + 4  # four steps a block, and a clean pass for all but the last
+
+
+def test_saved_roles_are_used_again(program: Program) -> None:
+    one = ("inference_iter=1", "num_output_frames=12")
+    assert program(*one) == 0
+    observed = program.file("roles.json", (program.videos / "000-a-red-fox-runs-0.json").read_bytes())
+    roles = json.loads(observed.read_text())["head_roles"]
+    assert sum(row.count(2) for row in roles["roles"]) == 6
+    found = program.mp4s
+    assert program(*one, f"dummy_forcing.roles={observed}", "overwrite=true") == 0
+    given = program.mp4s
+    assert given != found  # roles from a file hold from the first block on
+    again = program.videos / "000-a-red-fox-runs-0.json"
+    assert json.loads(again.read_text())["head_roles"] == roles
+    alone = program.file("alone.json", json.dumps(roles))  # a file with nothing but the roles
+    assert program(*one, f"dummy_forcing.roles={alone}", "overwrite=true") == 0
+    assert program.mp4s == given
+
+
+def test_metadata_has_what_made_the_video(program: Program) -> None:
+    assert program("inference_iter=1", "seed=7") == 0
+    made = json.loads((program.videos / "000-a-red-fox-runs-0.json").read_text())
+    assert made["prompts"] == [PROMPTS[0]]
+    assert (made["seed"], made["prompt_index"], made["sample_index"]) == (7, 0, 0)
+    assert made["config"]["dummy_forcing"]["num_dummy"] == 6
+    assert made["config"]["resolution"] == [32, 48]
+    assert len(made["head_roles"]["roles"]) == 3 and len(made["timings"]["block_ms"]) == 3
+    # The configuration in it is one that can be run.
+    copy = program.file("again.yaml", json.dumps(made["config"]))
+    assert inference.main(["--config_path", str(copy), f"output_folder={program.folder / 'again'}"]) == 0
+    assert {p.name: p.read_bytes() for p in (program.folder / "again").glob("*.mp4")} == program.mp4s
+
+
+def test_metadata_can_be_left_out(program: Program) -> None:
+    assert program("inference_iter=1", "save_metadata=false", *SHORT) == 0
+    assert [path.name for path in program.written] == ["000-a-red-fox-runs-0.mp4"]
+
+
+def test_the_profile_is_printed(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program("inference_iter=1") == 0
+    said = capsys.readouterr().out
+    ms, share = r"[\d.]+ ms", r"[\d.]+ ms \([\d.]+%\)"
+    for line in (
+        rf"Initialization/caching time: {share}",
+        rf"Diffusion generation time: {share}",
+        *(rf"Block {block} generation time: [\d.]+ ms \([\d.]+% of diffusion\)" for block in range(3)),
+        rf"VAE decoding time: {share}",
+        rf"Total time: {ms}",
+        r"Device: \S+",
+        r"Diffusion FPS: [\d.]+",
+        r"End-to-end FPS: [\d.]+",
+        rf"Time to first frame: {ms}",
+        r"Peak memory: [\d.]+ [MG]iB",
+    ):
+        assert len(re.findall(line, said)) == 1, line
+
+
+def test_portrait_and_landscape(program: Program) -> None:
+    assert program("resolution=[48,32]", "inference_iter=1", *SHORT) == 0
+    info = probe(program.videos / "000-a-red-fox-runs-0.mp4")
+    assert (info.width, info.height) == (32, 48)
+
+
+def test_1080_is_cropped_from_1088() -> None:
+    config = InferenceConfig(resolution=1080)
+    assert config.latent_size == (136, 240)
+    assert config.pixel_size == (1080, 1920)
+
+
+def test_samples_and_the_number_of_prompts(program: Program) -> None:
+    assert program("inference_iter=2", "num_samples=2", *SHORT) == 0
+    names = [f"{stem}-{i}.mp4" for stem in ("000-a-red-fox-runs", "001-a-blue-bird-sings") for i in range(2)]
+    assert list(program.mp4s) == names
+    assert len(set(program.mp4s.values())) == 4
+
+
+@pytest.mark.parametrize("with_index", ["true", "false"])
+def test_file_names_never_collide(program: Program, with_index: str) -> None:
+    prompts = [
+        "cats/dogs",
+        "x" * 300,
+        "x" * 300 + "y",
+        "fish 🐟",
+        "Fish 🐟",
+        "cats/dogs",
+        "..",
+        "con",
+        "a" * 90 + "🐟" * 60,
+    ]
+    assert program(f"save_with_index={with_index}", "save_metadata=false", *SHORT, prompts=prompts) == 0
+    assert len({name.casefold() for name in program.mp4s}) == len(program.written) == len(prompts)
+
+
+def test_extended_prompts_are_generated_from(program: Program) -> None:
+    longer = program.file("longer.txt", "".join(f"{prompt} In the evening sun.\n" for prompt in PROMPTS))
+    assert program(*SHORT) == 0
+    plain = program.mp4s
+    assert program(*SHORT, f"extended_prompt_path={longer}", "overwrite=true") == 0
+    assert list(program.mp4s) == list(plain)
+    assert not set(program.mp4s.values()) & set(plain.values())
+    made = json.loads((program.videos / "001-a-blue-bird-sings-0.json").read_text())
+    assert made["prompts"] == ["A blue bird sings. In the evening sun."]
+
+
+def test_a_video_is_the_same_first_or_last_alone_or_in_a_list(program: Program) -> None:
+    assert program() == 0
+    all_at_once = program.mp4s
+    for name in list(all_at_once)[::-1]:
+        path = program.videos / name
+        others = {other: other.stat().st_mtime_ns for other in program.videos.glob("*.mp4") if other != path}
+        path.unlink()
+        assert program() == 0
+        assert program.mp4s == all_at_once
+        assert {other: other.stat().st_mtime_ns for other in others} == others
+
+
+def test_latents_do_not_depend_on_what_came_before(program: Program) -> None:
+    arguments = program.arguments()
+    config = load_config(arguments[1], arguments[2:])
+    cpu = torch.device("cpu")
+    dtype = choose_dtype(config, cpu)
+    sizes, settings = check_before_loading(config, cpu)
+    generator = BlockGenerator(load_transformer(config, sizes, cpu, dtype), settings)
+    pipeline = VideoPipeline(generator, load_vae(config, cpu, dtype), config)
+    jobs = read_jobs(config)
+    embeds = encode_prompts(config, [job.prompts[0] for job in jobs], cpu)
+
+    def latents(index: int) -> torch.Tensor:
+        job = jobs[index]
+        rollout = pipeline.start(job.starts, [embeds[job.prompts[0]]], [job.noise_seed], Profiler(cpu))
+        return torch.cat([block.latents for block in rollout.blocks()], dim=1)
+
+    forward, backward = [latents(i) for i in range(3)], [latents(i) for i in (2, 1, 0)][::-1]
+    assert all(torch.equal(a, b) for a, b in zip(forward, backward, strict=True))
+    assert not torch.equal(forward[0], forward[1])
+
+
+def test_finished_videos_are_kept_with_a_remark(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program("inference_iter=1", *SHORT) == 0
+    before = program.mp4s
+    (name,) = before
+    capsys.readouterr()
+    for overrides, prompt, remark in (
+        ([], PROMPTS[0], "exists and is kept\n"),
+        (["seed=1"], PROMPTS[0], "exists and is kept although it was made with other seed; overwrite=true"),
+        ([], "A red fox runs!", "exists and is kept although it was made with other prompts; overwrite=true"),
+        (["resolution=[48,48]"], PROMPTS[0], "although it was made with other resolution; overwrite=true"),
+    ):
+        assert program("inference_iter=1", *SHORT, *overrides, prompts=[prompt]) == 0
+        said = capsys.readouterr().out
+        assert name in said and remark in said
+        assert program.mp4s == before
+    assert program("inference_iter=1", *SHORT, "seed=1", "overwrite=true") == 0
+    assert program.mp4s != before
+
+
+def test_settings_may_stand_anywhere_and_config_file_is_an_alias(program: Program) -> None:
+    _, config, *overrides = program.arguments("inference_iter=1", *SHORT)
+    mixed = [overrides[0], "--config_file", config, *overrides[1:3], "--dry_run", *overrides[3:]]
+    assert inference.main(mixed) == 0
+    assert not program.videos.exists()
+    assert inference.main([argument for argument in mixed if argument != "--dry_run"]) == 0
+    assert len(program.mp4s) == 1
+
+
+def test_it_runs_outside_the_main_thread(program: Program) -> None:
+    statuses: list[int] = []
+    thread = threading.Thread(target=lambda: statuses.append(program("--dry_run")))
+    thread.start()
+    thread.join()
+    assert statuses == [0]
+
+
+def test_storyboards(program: Program) -> None:
+    boards = program.file("boards.jsonl", '{"prompts": ["A red fox runs.", "A blue bird sings."]}\n')
+    name = program.videos / "000-a-red-fox-runs-0.mp4"
+    videos = []
+    for switch in (3, 6):
+        arguments = program.arguments(f"data_path={boards}", f"switch_frame_indices={switch}", "overwrite=true")
+        arguments += ["adapter=null", "dummy_forcing.ar_start=1"]
+        arguments[1] = str(ROOT / "configs" / "longlive_interactive_inference.yaml")
+        assert interactive_inference.main(arguments) == 0
+        assert probe(name) == SMALL
+        videos.append(name.read_bytes())
+        made = json.loads(name.with_suffix(".json").read_text())
+        assert (made["prompts"], made["starts"]) == (["A red fox runs.", "A blue bird sings."], [0, switch])
+    assert videos[0] != videos[1]
+
+
+def test_importing_opens_nothing_and_needs_nothing() -> None:
+    modules = [
+        ".".join(path.relative_to(ROOT).with_suffix("").parts)
+        for layer in LIBRARY
+        for path in sorted((ROOT / layer).glob("**/*.py"))
+        if path.name != "__init__.py"
+    ]
+    code = f"""
+import sys, importlib, torch, numpy, omegaconf, yaml, torch.utils._pytree, torch.utils._python_dispatch
+import torch.distributed, torch.nn.attention
+opened = []
+def audit(event, arguments):
+    name = arguments[0] if event == "open" else ""
+    if isinstance(name, str) and name and not name.endswith((".py", ".pyc", ".so")):
+        opened.append(name)
+    if event == "subprocess.Popen":
+        opened.append(event)
+sys.argv = ["program", "--no-such-flag"]
+sys.addaudithook(audit)
+for name in {modules!r}:
+    importlib.import_module(name)
+heavy = [name for name in ("diffusers", "transformers", "imageio_ffmpeg", "flash_attn") if name in sys.modules]
+print(opened, heavy, torch.cuda.is_initialized())
+"""
+    done = subprocess.run(
+        [sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, env={**os.environ, "PYTHONPATH": "."}
+    )
+    assert done.stderr == "" and done.stdout == "[] [] False\n"
+
+
+def test_every_library_module_is_meant(tmp_path: Path) -> None:
+    """The list above is not empty by accident."""
+    assert sum(1 for layer in LIBRARY for _ in (ROOT / layer).glob("*.py")) > 30

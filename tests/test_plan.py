@@ -1,0 +1,161 @@
+"""The plan: bytes of a full-size run without its weights, and what a dry run says and does not touch."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import time
+from pathlib import Path
+
+import pytest
+import torch
+
+from dummy.roles import HeadRoles, Role
+from pipeline.config import InferenceConfig, load_config
+from pipeline.loading import generator_settings
+from pipeline.plan import MemoryPlan, Planner, assumed_roles
+from tests.conftest import ROOT, Program
+from wan.config import WAN_1_3B
+from wan.vae import VAE
+
+GIB = 1 << 30
+
+
+@pytest.fixture(scope="module")
+def planner() -> Planner:
+    return Planner(WAN_1_3B, VAE.published(torch.bfloat16), torch.bfloat16)
+
+
+def published(*overrides: str) -> InferenceConfig:
+    return load_config(ROOT / "configs" / "self_forcing_inference.yaml", overrides)
+
+
+def memory(planner: Planner, config: InferenceConfig) -> MemoryPlan:
+    return planner.memory(config, generator_settings(config, planner.sizes))
+
+
+def roles_file(folder: Path, dummy: int, neighbor: int, sink: int) -> Path:
+    codes = [Role.DUMMY] * dummy + [Role.NEIGHBOR] * neighbor + [Role.SINK] * sink
+    table = HeadRoles.from_codes([codes[layer::30] for layer in range(30)])
+    path = folder / "roles.json"
+    path.write_text(json.dumps(table.to_json()))
+    return path
+
+
+def test_the_cache_of_a_window_at_480p(planner: Planner) -> None:
+    plan = memory(planner, published("dummy_forcing=off", "model_kwargs.local_attn_size=12"))
+    assert plan.cache.kept / GIB == pytest.approx(2.41, abs=0.005)
+    assert plan.cache.own / GIB == pytest.approx(0.80, abs=0.005)
+    assert plan.cache.total <= 1.05 * (plan.cache.kept + plan.cache.own)
+    assert plan.cache_before_split is None
+
+
+def test_the_packed_cache_at_480p(planner: Planner, tmp_path: Path) -> None:
+    plan = memory(planner, published(f"dummy_forcing.roles={roles_file(tmp_path, 180, 120, 60)}"))
+    assert plan.cache.kept / GIB == pytest.approx(0.45, abs=0.005)
+    assert plan.cache.own / GIB == pytest.approx(0.80, abs=0.005)
+    assert plan.cache.total <= 1.05 * (plan.cache.kept + plan.cache.own)
+    assert plan.cache_before_split is None  # known roles hold from the first block on
+
+
+def test_roles_that_are_to_be_found_need_room_for_every_head_until_then(planner: Planner) -> None:
+    plan = memory(planner, published())
+    assert plan.cache_before_split is not None
+    assert plan.cache_before_split.kept / GIB == pytest.approx(2.41 * 4 / 9, abs=0.005)  # first frame and last block
+    assert plan.cache_before_split.total > plan.cache.total
+    assert plan.peak > plan.transformer + plan.vae + plan.cache_before_split.total
+
+
+def test_weights_and_text_at_full_size(planner: Planner) -> None:
+    plan = memory(planner, published())
+    assert plan.transformer == 2 * 1_418_996_800  # bytes of bf16; the parameters of the published file
+    assert plan.vae == 2 * 126_892_531
+    assert plan.text == 2 * 30 * 512 * 1536 * 2  # k and v, layers, tokens, width, bytes
+
+
+def test_an_attention_window_costs_what_it_holds_and_larger_videos_cost_more(planner: Planner) -> None:
+    off = "dummy_forcing=off"
+    full = memory(planner, published(off, "model_kwargs.local_attn_size=-1", "num_output_frames=120"))
+    window = memory(planner, published(off, "num_output_frames=120"))
+    assert full.cache.kept == 13 * window.cache.kept  # 117 earlier frames and 9
+    large = memory(planner, published(off, "resolution=1080"))
+    tokens = (136 * 240) / (60 * 104)
+    assert large.cache.kept == pytest.approx(tokens * window.cache.kept)
+    assert large.vae_activations > 4 * window.vae_activations
+    assert large.transformer_activations > 4 * window.transformer_activations
+
+
+@pytest.mark.parametrize("num_dummy", [0, 1, 7, 180, 359, 360])
+def test_assumed_roles_have_the_asked_number_of_dummy_heads(num_dummy: int) -> None:
+    split = generator_settings(published(f"dummy_forcing.num_dummy={num_dummy}"), WAN_1_3B).policy.split
+    assert split is not None
+    counts = assumed_roles(WAN_1_3B, split).counts()
+    assert counts[Role.DUMMY] == num_dummy
+    assert abs(counts[Role.SINK] - counts[Role.NEIGHBOR]) <= 1
+
+
+def said(capsys: pytest.CaptureFixture[str]) -> str:
+    return capsys.readouterr().out
+
+
+def test_a_dry_run_says_what_a_run_would_do(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program("--dry_run", "num_samples=2", "num_output_frames=15") == 0
+    out = said(capsys)
+    for part in (
+        "48x32, 57 frames at 16 fps",
+        "15 frames of 4x6 in 5 blocks of 3; 6 tokens a frame",
+        "3 layers x 4 heads",
+        "Policy: packed",
+        "first 1 + last 3 = 4 frames",  # all heads, until the roles are known
+        "first 1 + last 0 = 1 frames",  # sink
+        "first 0 + last 3 = 3 frames",  # neighbor
+        "first 0 + last 1 = 1 frames",  # dummy
+        "6 heads",
+        "transformer weights",
+        "VAE weights",
+        "cache, kept frames",
+        "transformer activations",
+        "VAE activations",
+        "text encoder",
+        "peak",
+        "'A red fox runs.'",
+        str(program.videos / "002-a-green-fish-swims-1.mp4"),
+    ):
+        assert part in out, part
+    assert out.count("  ok      ") == 5 and "MISSING" not in out
+    assert not program.videos.exists()
+
+
+def test_a_dry_run_of_a_window(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    assert program("--dry_run", "dummy_forcing=off", "num_output_frames=15") == 0
+    out = said(capsys)
+    assert "Policy: window" in out and "first 3 + last 6 = 9 frames" in out
+
+
+def test_a_dry_run_does_not_read_the_text_encoder(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    root = program.folder / "checkpoints"
+    shutil.copytree(program.model_root, root)
+    encoder = root / "Wan2.1-T2V-1.3B" / "models_t5_umt5-xxl-enc-bf16.pth"
+    with encoder.open("wb") as file:
+        os.truncate(file.fileno(), 400 << 30)  # sparse: takes no room on the disk, and fits in no memory
+    begun = time.monotonic()
+    assert program("--dry_run", f"model_root={root}", "precision=bf16") == 0
+    assert time.monotonic() - begun < 30
+    assert "400.00 GiB" in said(capsys)
+
+
+def test_a_dry_run_shows_missing_files(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    nowhere = program.folder / "nowhere"
+    assert program("--dry_run", f"model_root={nowhere}") == 2
+    captured = capsys.readouterr()
+    assert captured.out.count("MISSING") == 5
+    assert "30 layers x 12 heads" in captured.out  # what the folder's name promises
+    assert captured.err.startswith("error: ") and f"bash hfd.sh gdhe17/Self-Forcing {nowhere}" in captured.err
+
+
+def test_a_dry_run_finds_weights_that_do_not_fit(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    other = program.file("other.pt", b"")
+    torch.save({"generator_ema": {"patch_embedding.weight": torch.zeros(2)}}, other)
+    assert program("--dry_run", f"generator_ckpt={other}") == 2
+    assert f"{other} does not fit" in capsys.readouterr().err
