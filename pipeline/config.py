@@ -87,6 +87,7 @@ class InferenceConfig:
     text_encoder_device: Literal["auto", "cpu", "device"] = "auto"
     overwrite: bool = False  # make videos again whose files exist
     save_metadata: bool = True
+    contact_sheet: bool = False  # a PNG of evenly spaced frames beside each video
     start_from: str | None = None  # image or video to go on from, or a JSON list with one for each prompt
     start_from_fit: bool = False  # resize and crop it to the resolution if its size differs
     stream_output: bool = False  # write fragments, so that the growing file plays and a killed run's part is kept

@@ -68,7 +68,7 @@ def _require_text_alone(config: InferenceConfig) -> None:
             f"data_path: VBench takes one prompt a video, not storyboards ({config.data_path}, switch_frame_indices "
             f"{list(config.switch_frame_indices)}); give a list of prompts and no switches"
         )
-    for field in ("start_from", "stream_output"):
+    for field in ("start_from", "stream_output", "contact_sheet"):
         if getattr(config, field):
             raise InputError(f"{field}: has no use for VBench's videos; remove the key")
 

@@ -17,6 +17,7 @@ from pipeline.config import InferenceConfig, as_dict
 from pipeline.generator import BlockGenerator, Rollout, Segment
 from pipeline.given import load_given
 from pipeline.jobs import VideoJob
+from utils.contact_sheet import write_contact_sheet
 from utils.files import write_atomic
 from utils.profiler import Profiler, VideoProfile, device_name
 from utils.seed import NoiseStream
@@ -96,6 +97,9 @@ class VideoPipeline:
                 counts.append(batch.shape[1])
                 on_block(index)
         profile = self._profile(profiler, rollout, counts)
+        if self.config.contact_sheet:
+            for job in jobs:
+                write_contact_sheet(job.path, profile.frames)
         if self.config.save_metadata:
             for job in jobs:
                 write_atomic(job.metadata_path, json.dumps(self._metadata(job, rollout, profile), indent=1) + "\n")

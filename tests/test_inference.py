@@ -25,7 +25,7 @@ from pipeline.loading import check_before_loading, choose_dtype, encode_prompts,
 from pipeline.video_pipeline import VideoPipeline
 from tests.conftest import PROMPTS, ROOT, Program
 from utils.profiler import Profiler
-from utils.video import VideoInfo, probe
+from utils.video import VideoInfo, probe, read_frames
 
 SMALL = VideoInfo(width=48, height=32, frames=33, fps=16.0, codec="h264", pix_fmt="yuv420p")
 SHORT = ("num_output_frames=3", "dummy_forcing=off")  # 9 pixel frames, where the content does not matter
@@ -302,3 +302,14 @@ print(opened, heavy, torch.cuda.is_initialized())
 def test_every_library_module_is_meant(tmp_path: Path) -> None:
     """The list above is not empty by accident."""
     assert sum(1 for layer in LIBRARY for _ in (ROOT / layer).glob("*.py")) > 30
+
+
+def test_a_contact_sheet_shows_the_whole_video(program: Program) -> None:
+    assert program("contact_sheet=true", "inference_iter=1") == 0
+    (sheet,) = program.videos.glob("*.png")
+    (video,) = program.videos.glob("*.mp4")
+    frames, picture = read_frames(video), read_frames(sheet)[0]
+    assert picture.shape == (3 * 32 + 2 * 2, 4 * 48 + 3 * 2, 3)
+    for row, column, number in ((0, 0, 0), (2, 3, 32), (1, 1, 15)):
+        cell = picture[row * 34 : row * 34 + 32, column * 50 : column * 50 + 48].astype(int)
+        assert abs(cell - frames[number]).mean() < 3

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import re
 import shlex
 import shutil
@@ -13,8 +14,10 @@ import pytest
 
 import inference
 import interactive_inference
+import sample_vbench
 from tests import conformance
 from tests.small_checkpoints import write_small_checkpoints
+from utils import recover
 from utils.video import VideoWriter, probe
 
 ROOT = Path(__file__).parents[1]
@@ -27,6 +30,7 @@ COMMANDS = [
 ]
 SCRIPTS = {"inference.py": inference.main, "interactive_inference.py": interactive_inference.main}
 SMALL = ["resolution=[32,48]", "num_output_frames=12", "inference_iter=1", "dummy_forcing.num_dummy=6"]
+SMALL_VBENCH = ["inference_iter=2", "num_samples=1", "num_flickering_samples=1"]
 SMALL_STORYBOARD = ["num_output_frames=21", "switch_frame_indices=[4,7,10,13,16]"]
 
 
@@ -68,6 +72,42 @@ def test_a_script_runs(
     assert (probe(made).frames, probe(made).width, probe(made).height) == (frames, 48, 32)
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "sample_vbench.py" in c and not c.startswith("torchrun")])
+def test_vbench_sampling_runs(
+    command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(workplace)
+    _, _, *arguments = shlex.split(command)
+    status = sample_vbench.main([*arguments, *SMALL, *SMALL_VBENCH])
+    if "--check" in arguments:
+        assert status == 1  # two videos are not what VBench looks for in all
+        assert "2 of 2 videos are there and whole" in capsys.readouterr().out
+    else:
+        assert status == 0
+    assert len(list(Path("videos/self_forcing_vbench").glob("*.mp4"))) == 2
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("torchrun")])
+def test_torchrun_is_called_rightly(command: str) -> None:
+    """The run itself is tests/test_sampling.py's; here its arguments are understood."""
+    _, processes, script, *arguments = shlex.split(command)
+    assert processes == "--nproc_per_node=8"
+    assert script == "sample_vbench.py"
+    assert sample_vbench.parse_arguments(arguments).config_path == "configs/self_forcing_vbench.yaml"
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "utils.recover" in c])
+def test_recovering_runs(command: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    frames = np.random.default_rng(0).integers(0, 255, (24, 32, 48, 3), np.uint8)
+    (tmp_path / "videos").mkdir()
+    with contextlib.suppress(KeyboardInterrupt), VideoWriter(Path("videos/NAME.mp4"), 48, 32, stream=True) as writer:
+        writer.write(frames)
+        raise KeyboardInterrupt
+    assert recover.main(shlex.split(command)[3:]) == 0
+    assert probe(Path("videos/NAME.recovered.mp4")).frames == 24
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("bash hfd.sh")])
 def test_a_download_is_understood(command: str) -> None:
     done = subprocess.run([*shlex.split(command), "--dry_run"], cwd=ROOT, capture_output=True, text=True, check=False)
@@ -88,6 +128,7 @@ def test_the_runner_is_called_rightly(command: str, monkeypatch: pytest.MonkeyPa
 
 def test_no_command_is_left_out() -> None:
     known = ("python inference.py", "python interactive_inference.py", "bash hfd.sh", "make ", "python -m tests.")
+    known += ("python sample_vbench.py", "torchrun ", "python -m utils.recover")
     others = [command for command in COMMANDS if not command.startswith((*known, "pip install -r requirements.txt"))]
     assert others == []
 

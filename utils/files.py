@@ -66,9 +66,9 @@ def create_partial(path: Path) -> Path:
 
 def create_beside(path: Path, beside: Path) -> Path:
     """Create the empty file `beside`, which is to become `path`; returns it. Raises InputError as create_partial."""
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder, so no file can be written there. Move it or choose another name.")
     try:
+        if path.is_dir():
+            raise InputError(f"{path}: is a folder, so no file can be written there. Move it or choose another name.")
         beside.write_bytes(b"")
     except OSError as error:
         raise write_error(path, error) from error
