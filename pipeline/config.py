@@ -83,6 +83,7 @@ class InferenceConfig:
     device: str = "auto"
     precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 on the CPU
     attention: Literal["auto", "sdpa", "cudnn", "fa2", "fa3"] = "auto"
+    engine: Literal["eager", "compiled"] = "eager"  # compiled: layers go through torch.compile in the first block
     rope: Literal["absolute", "relative"] = "absolute"  # relative: no distance leaves the trained range
     text_encoder_device: Literal["auto", "cpu", "device"] = "auto"
     overwrite: bool = False  # make videos again whose files exist

@@ -23,7 +23,7 @@ STORYBOARD_SUFFIX = ".jsonl"
 # Settings that say which videos are made, where and how fast; all others decide what a video looks like.
 WHICH = ("data_path", "extended_prompt_path", "inference_iter", "num_samples", "num_flickering_samples")
 WHERE = ("output_folder", "save_with_index", "save_metadata", "contact_sheet", "overwrite", "model_root")
-HOW_FAST = ("device", "attention", "text_encoder_device", "stream_output", "vae_tile")
+HOW_FAST = ("device", "attention", "engine", "text_encoder_device", "stream_output", "vae_tile")
 NOT_OF_THE_VIDEO = {*WHICH, *WHERE, *HOW_FAST}
 
 

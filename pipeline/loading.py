@@ -150,6 +150,8 @@ def load_transformer(
     """The causal transformer with its LoRA merged."""
     model = _assemble(config, sizes, device, dtype)
     model.attention = attention_backend(config.attention, device, dtype)
+    if config.engine == "compiled":
+        model.compile_layers()
     return model
 
 

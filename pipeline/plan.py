@@ -37,7 +37,7 @@ class MemoryPlan:
 
     transformer: int
     vae: int
-    text: int  # cross-attention keys and values of one prompt
+    text: int  # cross-attention keys and values of all prompts of a video
     cache: CacheBytes
     cache_before_split: CacheBytes | None
     transformer_activations: int
@@ -121,7 +121,7 @@ class Planner:
         return MemoryPlan(
             transformer=_bytes(self.model.parameters()),
             vae=_bytes(self.vae.module.parameters()),
-            text=2 * self.sizes.num_layers * self.sizes.text_len * self.sizes.dim * self.dtype.itemsize,
+            text=self._text_bytes() * (len(config.switch_frame_indices) + 1),
             cache=cache.bytes(),
             cache_before_split=before,
             transformer_activations=self._activations(geometry, cache),
@@ -142,6 +142,10 @@ class Planner:
         few = [tile for tile in TILES if -(-height // tile) * -(-width // tile) <= MOST_TILES] or [TILES[0]]
         fitting = (tile for tile in (None, *few) if self.memory(config, settings, tile).peak <= room)
         return next(fitting, few[-1])
+
+    def _text_bytes(self) -> int:
+        """Cross-attention keys and values of one prompt."""
+        return 2 * self.sizes.num_layers * self.sizes.text_len * self.sizes.dim * self.dtype.itemsize
 
     def _activations(self, geometry: LatentGeometry, cache: KVCache) -> int:
         with torch.inference_mode():

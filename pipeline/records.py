@@ -28,7 +28,7 @@ from utils.profiler import device_name
 logger = logging.getLogger(__name__)
 
 # They can change bits, not what is seen; another machine may need others.
-_OF_THE_MACHINE = ("attention", "text_encoder_device", "vae_tile")
+_OF_THE_MACHINE = ("attention", "engine", "text_encoder_device", "vae_tile")
 
 
 def now() -> str:
