@@ -11,7 +11,7 @@ import logging
 import signal
 import sys
 import threading
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from types import FrameType
@@ -122,19 +122,24 @@ def sigterm_as_interrupt() -> Iterator[None]:
         signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
 
 
-def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -> int:
-    """Returns the exit status: 0 done, 2 for input that must be mended, 130 when interrupted."""
-    arguments = parse_arguments(argv, description)
+def exit_status(program: Callable[[], int]) -> int:
+    """The status of `program`: its own, 2 for input that must be mended (said on stderr), 130 when interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
     try:
         with sigterm_as_interrupt():
-            return run(arguments)
+            return program()
     except InputError as error:
         print(f"error: {error}", file=sys.stderr)
         return 2
     except KeyboardInterrupt:
         print("interrupted; finished videos are kept, the unfinished one is removed", file=sys.stderr)
         return 130
+
+
+def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -> int:
+    """Returns the exit status, see `exit_status`."""
+    arguments = parse_arguments(argv, description)
+    return exit_status(lambda: run(arguments))
 
 
 if __name__ == "__main__":

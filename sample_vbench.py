@@ -7,14 +7,12 @@ output_folder, and seeds and logs into `{output_folder}.run` beside it. A second
 from __future__ import annotations
 
 import argparse
-import logging
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from inference import dry_run, sigterm_as_interrupt
+from inference import dry_run, exit_status
 from utils.distributed import World
-from utils.errors import InputError
 
 if TYPE_CHECKING:
     from pipeline.sampling import Progress
@@ -63,21 +61,15 @@ def run(arguments: argparse.Namespace, world: World) -> int:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status: 0 done, 1 if --check finds fault, 2 for what must be mended, 130 when interrupted."""
+    """Returns the exit status: 1 if --check finds fault, else as inference.py."""
     arguments = parse_arguments(argv)
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    try:
-        with sigterm_as_interrupt():
-            world = World.from_environment()
-            # One process does what needs no more.
-            alone = arguments.check or arguments.dry_run or arguments.fetch
-            return 0 if alone and world.rank else run(arguments, world)
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; finished videos are kept, the unfinished one is removed", file=sys.stderr)
-        return 130
+
+    def program() -> int:
+        world = World.from_environment()
+        alone = arguments.check or arguments.dry_run or arguments.fetch  # one process does what needs no more
+        return 0 if alone and world.rank else run(arguments, world)
+
+    return exit_status(program)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,22 @@ from wan.config import ModelConfig
 from wan.rope import Rotation, rotate
 
 
-class SelfAttention(nn.Module):
+class AttentionLayer(nn.Module):
+    """Linear layers and norms that self- and cross-attention both have; the norms go over all heads together."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.head_dim = config.head_dim
+        self.q, self.k, self.v, self.o = (nn.Linear(config.dim, config.dim) for _ in range(4))
+        self.norm_q = nn.RMSNorm(config.dim, eps=config.eps)
+        self.norm_k = nn.RMSNorm(config.dim, eps=config.eps)
+
+    def heads(self, x: Tensor) -> Tensor:
+        """[B, L, dim] -> [B, L, H, D]."""
+        return x.view(*x.shape[:-1], -1, self.head_dim)
+
+
+class SelfAttention(AttentionLayer):
     """Projections of self-attention; attention itself is the cache's.
 
     The weights of q, k and v are one tensor of which the three layers, whose names checkpoints use, are views: one
@@ -30,12 +45,7 @@ class SelfAttention(nn.Module):
     qkv_bias: Tensor
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        dim = config.dim
-        self.head_dim = config.head_dim
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q = nn.RMSNorm(dim, eps=config.eps)
-        self.norm_k = nn.RMSNorm(dim, eps=config.eps)
+        super().__init__(config)
         self.fuse()
         self.register_load_state_dict_post_hook(_fuse)  # type: ignore[no-untyped-call]
 
@@ -58,24 +68,21 @@ class SelfAttention(nn.Module):
         self.fuse()
 
     def queries(self, x: Tensor, rotation: Rotation) -> Tensor:
-        return rotate(self._heads(self.norm_q(x)), rotation)
+        return rotate(self.heads(self.norm_q(x)), rotation)
 
     def keys(self, x: Tensor, rotation: Rotation) -> Tensor:
-        return rotate(self._heads(self.norm_k(x)), rotation)
-
-    def _heads(self, x: Tensor) -> Tensor:
-        return x.view(*x.shape[:-1], -1, self.head_dim)
+        return rotate(self.heads(self.norm_k(x)), rotation)
 
     def project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, L, dim] -> rotated queries and keys, and values, all [B, L, H, D]."""
         q, k, v = F.linear(x, self.qkv_weight, self.qkv_bias).chunk(3, dim=-1)
-        return self.queries(q, rotation), self.keys(k, rotation), self._heads(v)
+        return self.queries(q, rotation), self.keys(k, rotation), self.heads(v)
 
     def keys_and_values(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """As `project`, without the queries."""
         dim = self.q.in_features
         k, v = F.linear(x, self.qkv_weight[dim:], self.qkv_bias[dim:]).chunk(2, dim=-1)
-        return self.keys(k, rotation), self._heads(v)
+        return self.keys(k, rotation), self.heads(v)
 
     def permute_heads(self, order: Tensor) -> None:
         """Head i becomes what head order[i] was; in place, so that tensors keep their addresses."""
@@ -94,22 +101,14 @@ def _fuse(module: nn.Module, incompatible: object) -> None:
     module.fuse()
 
 
-class CrossAttention(nn.Module):
-    def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        dim = config.dim
-        self.head_dim = config.head_dim
-        self.q, self.k, self.v, self.o = (nn.Linear(dim, dim) for _ in range(4))
-        self.norm_q = nn.RMSNorm(dim, eps=config.eps)
-        self.norm_k = nn.RMSNorm(dim, eps=config.eps)
-
+class CrossAttention(AttentionLayer):
     def keys_and_values(self, text: Tensor) -> tuple[Tensor, Tensor]:
         """text [B, text_len, dim] -> keys and values, both [B, text_len, H, D]."""
-        k = self.norm_k(self.k(text)).unflatten(-1, (-1, self.head_dim))
-        return k, self.v(text).unflatten(-1, (-1, self.head_dim))
+        k = self.heads(self.norm_k(self.k(text)))
+        return k, self.heads(self.v(text))
 
     def forward(self, x: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
-        q = self.norm_q(self.q(x)).unflatten(-1, (-1, self.head_dim))
+        q = self.heads(self.norm_q(self.q(x)))
         projected: Tensor = self.o(attention(q, k, v).flatten(2))
         return projected
 
