@@ -1,6 +1,7 @@
 """Compare the program with stored inputs and outputs of reference implementations.
 
-    python -m tests.conformance CASE.safetensors [--out OUT.safetensors] [--device cpu] [--precision fp32]
+    python -m tests.conformance CASE.safetensors [--out OUT.safetensors] [--device cpu] [--precision fp32|bf16]
+                                [--engine eager|compiled] [--attention auto|sdpa|cudnn|fa2|fa3]
 
 A case is a safetensors file whose metadata key `case` describes it; weights lie beside it. It is computed with the
 product's own classes: the loaders, the policy made from the settings, and the one generator. What was computed is
@@ -14,7 +15,9 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from pathlib import Path
+from typing import get_args
 
 import torch
 from safetensors import safe_open
@@ -27,7 +30,7 @@ from dummy.roles import HeadRoles
 from pipeline.generator import BlockGenerator, FlowRecord, GeneratorSettings, Rollout, Segment
 from pipeline.schedule import DenoisingSchedule
 from utils.errors import InputError
-from wan.attention import attention_backend
+from wan.attention import AttentionName, attention_backend
 from wan.checkpoint import generator_state, load_into, read_tensors
 from wan.config import ModelConfig, ModelKwargs
 from wan.geometry import LatentGeometry
@@ -64,7 +67,17 @@ def read_case(path: Path) -> tuple[Case, dict[str, Tensor]]:
         return json.loads(file.metadata()["case"]), {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
 
 
-def load_model(case: Case, folder: Path, device: torch.device, dtype: torch.dtype) -> CausalWanModel:
+@dataclass(frozen=True)
+class Machine:
+    """Where and how a case is computed."""
+
+    device: torch.device
+    dtype: torch.dtype
+    engine: str = "eager"
+    attention: AttentionName = "auto"
+
+
+def load_model(case: Case, folder: Path, machine: Machine) -> CausalWanModel:
     path = folder / str(case["weights"])
     state = generator_state(read_tensors(path), use_ema=False, source=path)
     if "lora" in case:
@@ -73,8 +86,10 @@ def load_model(case: Case, folder: Path, device: torch.device, dtype: torch.dtyp
         merge_lora(state, read_tensors(lora), rank, alpha, lora)
     with torch.device("meta"):
         model = CausalWanModel(ModelConfig.from_mapping(case["model"]))
-    load_into(model, state, path, dtype, device)
-    model.attention = attention_backend("auto", device, dtype)
+    load_into(model, state, path, machine.dtype, machine.device)
+    model.attention = attention_backend(machine.attention, machine.device, machine.dtype)
+    if machine.engine == "compiled":
+        model.compile_layers()
     return model
 
 
@@ -123,10 +138,8 @@ def start_rollout(case: Case, tensors: Tensors, model: CausalWanModel) -> Rollou
 
 
 @torch.inference_mode()
-def compute_rollout(
-    case: Case, tensors: Tensors, folder: Path, device: torch.device, dtype: torch.dtype
-) -> dict[str, Tensor]:
-    rollout = start_rollout(case, tensors, load_model(case, folder, device, dtype))
+def compute_rollout(case: Case, tensors: Tensors, folder: Path, machine: Machine) -> dict[str, Tensor]:
+    rollout = start_rollout(case, tensors, load_model(case, folder, machine))
     rollout.record = FlowRecord(FLOWS)
     latents = [block.latents for block in rollout.blocks()]
     result = {"latents": torch.cat(latents, dim=1)}
@@ -137,15 +150,15 @@ def compute_rollout(
     return result
 
 
-def compute_text(path: Path, tensors: Tensors, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def compute_text(path: Path, tensors: Tensors, machine: Machine) -> dict[str, Tensor]:
     weights = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
-    encoder = load_encoder(weights, dtype, device, path)
+    encoder = load_encoder(weights, machine.dtype, machine.device, path)
     return {"prompt_embeds": embed(encoder, tensors["input_ids"], tensors["attention_mask"])}
 
 
-def compute_vae(tensors: Tensors, device: torch.device, dtype: torch.dtype) -> dict[str, Tensor]:
+def compute_vae(tensors: Tensors, machine: Machine) -> dict[str, Tensor]:
     weights = {name.removeprefix("weights."): t for name, t in tensors.items() if name.startswith("weights.")}
-    vae = VAE.from_state(weights, None, dtype, device)
+    vae = VAE.from_state(weights, None, machine.dtype, machine.device)
     result = {}
     if "latents" in tensors:
         result["video"] = vae.decoder().decode(tensors["latents"])
@@ -154,15 +167,15 @@ def compute_vae(tensors: Tensors, device: torch.device, dtype: torch.dtype) -> d
     return result
 
 
-def compute(path: Path, device: torch.device, dtype: torch.dtype) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def compute(path: Path, machine: Machine) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What the case computes, and what it expects, both by name."""
     case, tensors = read_case(path)
     if case["kind"] == "text_encoder":
-        result = compute_text(path, tensors, device, dtype)
+        result = compute_text(path, tensors, machine)
     elif case["kind"] == "vae":
-        result = compute_vae(tensors, device, dtype)
+        result = compute_vae(tensors, machine)
     elif case["kind"] == "rollout":
-        result = compute_rollout(case, tensors, path.parent, device, dtype)
+        result = compute_rollout(case, tensors, path.parent, machine)
     else:
         raise InputError(f"{path}: kind {case['kind']!r} is unknown; it is rollout, text_encoder or vae")
     expected = {name.removeprefix("expect."): t for name, t in tensors.items() if name.startswith("expect.")}
@@ -185,9 +198,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path)
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
+    parser.add_argument("--engine", default="eager", choices=("eager", "compiled"))
+    parser.add_argument("--attention", default="auto", choices=get_args(AttentionName))
     arguments = parser.parse_args(argv)
     dtype = torch.float32 if arguments.precision == "fp32" else torch.bfloat16
-    result, expected = compute(arguments.case, torch.device(arguments.device), dtype)
+    machine = Machine(torch.device(arguments.device), dtype, arguments.engine, arguments.attention)
+    result, expected = compute(arguments.case, machine)
     if arguments.out is not None:
         save_file(result, arguments.out)
     failed = False

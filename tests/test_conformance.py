@@ -26,6 +26,11 @@ def test_vector(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert expected == {f"expect.{name}" for name in load_file(out)}
 
 
+def test_a_vector_compiled(capsys: pytest.CaptureFixture[str]) -> None:
+    path = VECTORS / "packed_start1.safetensors"
+    assert conformance.main([str(path), "--engine", "compiled"]) == 0, capsys.readouterr().out
+
+
 def test_a_wrong_expectation_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case, tensors = conformance.read_case(VECTORS / "packed_start1.safetensors")
     tensors["expect.latents"][0, 7, 3, 2, 1] += 1e-3
