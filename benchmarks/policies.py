@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import platform
 import statistics
 import sys
 from collections.abc import Sequence
@@ -85,9 +84,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     rows = compare([measure(name, model, geometry, arguments.repeat) for name in arguments.policies.split(",")])
     print("\n".join(table(rows)))
     if arguments.json is not None:
-        facts = {"device": device_name(device), "torch": torch.__version__, "python": platform.python_version()}
+        where = f"{device_name(device)}, {torch.get_num_threads()} threads"
+        command = " ".join(["benchmarks.policies", *(sys.argv[1:] if argv is None else argv)])
+        facts = {"device": where, "torch": torch.__version__, "command": command}
         rows_out = [asdict(row) for row in rows]
-        arguments.json.write_text(json.dumps({**facts, "command": sys.argv, "rows": rows_out}, indent=1) + "\n")
+        arguments.json.write_text(json.dumps({**facts, "rows": rows_out}, indent=1) + "\n")
     return 0
 
 

@@ -15,6 +15,7 @@ import pytest
 import inference
 import interactive_inference
 import sample_vbench
+from benchmarks import tables
 from tests import conformance
 from tests.small_checkpoints import write_small_checkpoints
 from utils import recover
@@ -131,6 +132,10 @@ def test_no_command_is_left_out() -> None:
     known += ("python sample_vbench.py", "torchrun ", "python -m utils.recover")
     others = [command for command in COMMANDS if not command.startswith((*known, "pip install -r requirements.txt"))]
     assert others == []
+
+
+def test_tables_are_those_of_the_results() -> None:
+    assert tables.main(["--check"]) == 0, "run python -m benchmarks.tables"
 
 
 def test_files_that_the_readme_names_exist() -> None:
