@@ -40,6 +40,7 @@ def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as the README leaves it: configs, prompts, checkpoints, and the files that examples start from."""
     folder = tmp_path_factory.mktemp("clone")
     write_small_checkpoints(folder / "checkpoints", lora_rank=256)
+    shutil.copytree(ROOT / "checkpoints" / "shapes", folder / "checkpoints" / "shapes")
     for name in ("configs", "prompts"):
         shutil.copytree(ROOT / name, folder / name)
     frames = np.random.default_rng(0).integers(0, 255, (9, 32, 48, 3), np.uint8)
@@ -61,6 +62,7 @@ def test_a_script_runs(
 ) -> None:
     monkeypatch.chdir(workplace)
     shutil.rmtree("videos", ignore_errors=True)
+    shutil.rmtree("demo", ignore_errors=True)
     _, script, *arguments = shlex.split(command)
     small = SMALL + (SMALL_STORYBOARD if script == "interactive_inference.py" else [])
     assert SCRIPTS[script]([*arguments, *small]) == 0, capsys.readouterr().err
@@ -68,6 +70,7 @@ def test_a_script_runs(
         assert "Memory, as tensors" in capsys.readouterr().out
         return
     folder = "interactive_videos" if script == "interactive_inference.py" else "videos"
+    folder = "demo/shapes" if "shapes" in command else folder
     (made,) = Path(folder).glob("*.mp4")
     frames = 81 if script == "interactive_inference.py" else 45
     assert (probe(made).frames, probe(made).width, probe(made).height) == (frames, 48, 32)

@@ -1,0 +1,107 @@
+"""Wording: scenes to plain English, and the random choice of scenes.
+
+Which combinations of shape, colour and motion are held out of training is decided here. Every choice comes from the
+generator that is given. The file does not know how anything looks.
+"""
+
+from __future__ import annotations
+
+import zlib
+
+import numpy as np
+
+from shapes.world import BACKGROUNDS, COLOURS, LATER_MOTIONS, MARKS, MOTIONS, SHAPES, SIZES, Hidden, Scene, Thing
+
+NOUNS = {
+    "disc": ("ball", "disc", "circle"),
+    "square": ("square", "box", "block"),
+    "triangle": ("triangle", "pyramid"),
+    "cross": ("cross", "plus sign"),
+}
+ADJECTIVES = {"small": ("small", "little", "tiny"), "medium": ("",), "large": ("large", "big")}
+GO = ("moves", "slides", "glides", "drifts", "travels")
+VERBS = {
+    "right": ("{go} to the right", "{go} from left to right", "{go} rightwards", "is moving right"),
+    "left": ("{go} to the left", "{go} from right to left", "{go} leftwards", "is moving left"),
+    "up": ("{go} up", "{go} upwards", "rises", "{go} to the top"),
+    "down": ("{go} down", "{go} downwards", "sinks", "{go} to the bottom"),
+    "bounce": ("bounces up and down", "bounces on the spot", "keeps bouncing", "hops up and down"),
+    "orbit": ("goes round in a circle", "circles around the middle", "orbits the centre", "runs around in a ring"),
+    "grow": ("grows", "gets bigger", "becomes larger", "swells"),
+    "shrink": ("shrinks", "gets smaller", "becomes smaller"),
+    "turn": ("turns {target}", "becomes {target}", "changes its colour to {target}", "slowly turns {target}"),
+    "still": ("stands still", "stays where it is", "does not move", "rests"),
+}
+PASSING = (
+    "{a} and {b} pass each other",
+    "{a} and {b} move past each other",
+    "{a} passes {b}",
+    "{a} moves right and {b} moves left",
+)
+LATER = ("now {the} {verb}", "then {the} {verb}", "{the} {verb}", "the {noun} {verb}")
+OPENINGS = ("{a} {verb}", "{a} {verb}", "{a} {verb}", "a video of {a} that {verb}", "{a} that {verb}")
+MOST_THINGS_MOVE = {"still": 0.5, "pass": 1.5}  # weights of motions in the random choice; 1 for the others
+
+
+def held_out(scene: Scene) -> bool:
+    """Whether a combination of (first) shape, colour and motion is kept from training: one in eight."""
+    key = f"{scene.things[0].shape} {scene.things[0].colour} {scene.motion}"
+    return zlib.crc32(key.encode()) % 8 == 0
+
+
+def random_scene(rng: np.random.Generator, held: bool | None = None) -> Scene:
+    """A scene; `held` True or False takes only held-out combinations or only the others, None takes any."""
+    weights = np.array([MOST_THINGS_MOVE.get(motion, 1.0) for motion in MOTIONS])
+    while True:
+        motion = str(rng.choice(MOTIONS, p=weights / weights.sum()))
+        colours = [str(name) for name in rng.permutation(list(COLOURS))]
+        shapes = [str(name) for name in rng.choice(SHAPES, 2)]
+        size = str(rng.choice(list(SIZES)))
+        if motion in ("grow", "shrink"):
+            size = "medium"
+        if motion == "pass":
+            scene = Scene(tuple(Thing(shapes[i], colours[i], "small") for i in (0, 1)), motion)
+        else:
+            scene = Scene((Thing(shapes[0], colours[0], size),), motion, colours[1] if motion == "turn" else None)
+        if held is None or held_out(scene) == held:
+            return scene
+
+
+def random_hidden(rng: np.random.Generator) -> Hidden:
+    background, mark, lane, way = (int(rng.integers(n)) for n in (BACKGROUNDS, len(MARKS), 2, 2))
+    return Hidden(background, mark, lane, way)
+
+
+def later_scene(rng: np.random.Generator, before: Scene) -> Scene:
+    """What may happen to the one thing of `before` after a prompt switch."""
+    motion = str(rng.choice([motion for motion in LATER_MOTIONS if motion != before.motion]))
+    thing = before.things[0]
+    others = [name for name in COLOURS if name != thing.colour]
+    return Scene((thing,), motion, str(rng.choice(others)) if motion == "turn" else None)
+
+
+def caption(scene: Scene, rng: np.random.Generator, later: bool = False) -> str:
+    """A sentence for a scene; `later` words what follows another scene and names the thing with "the"."""
+    named = [_name(thing, rng, scene.motion) for thing in scene.things]
+    if scene.motion == "pass":
+        text = _pick(PASSING, rng).format(a=_article(named[0]), b=_article(named[1]))
+    else:
+        verb = _pick(VERBS[scene.motion], rng).format(go=_pick(GO, rng), target=scene.target)
+        noun = named[0].rsplit(scene.things[0].colour, 1)[1].strip()
+        forms = LATER if later else OPENINGS
+        text = _pick(forms, rng).format(a=_article(named[0]), the=f"the {named[0]}", noun=noun, verb=verb)
+    text = text[0].upper() + text[1:] if rng.random() < 0.8 else text
+    return text + ("." if rng.random() < 0.7 else "")
+
+
+def _name(thing: Thing, rng: np.random.Generator, motion: str) -> str:
+    size = "" if motion in ("grow", "shrink") or motion == "pass" else _pick(ADJECTIVES[thing.size], rng)
+    return f"{size} {thing.colour} {_pick(NOUNS[thing.shape], rng)}".strip()
+
+
+def _article(noun: str) -> str:
+    return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
+
+
+def _pick(options: tuple[str, ...], rng: np.random.Generator) -> str:
+    return options[int(rng.integers(len(options)))]

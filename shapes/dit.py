@@ -1,0 +1,55 @@
+"""The two models that are trained together: the text encoder and the causal transformer, with their sizes."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any, cast
+
+import torch
+from tokenizers import Tokenizer
+from torch import Tensor, nn
+
+from shapes.forward import TrainingForward, init_
+from shapes.tokenizer import MAX_TOKENS, build_tokenizer
+from wan.config import ModelConfig
+from wan.model import CausalWanModel
+
+TEXT_SIZES: dict[str, Any] = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
+SIZES = ModelConfig(
+    dim=192, ffn_dim=768, num_heads=6, num_layers=4, freq_dim=64, text_dim=TEXT_SIZES["d_model"], text_len=MAX_TOKENS
+)
+INIT_SEED = 21
+
+
+class TextToFlow(nn.Module):
+    """Both trained models: captions to embeddings, and noisy blocks to flows."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.tokenizer = build_tokenizer()
+        self.text = build_text_encoder(self.tokenizer.get_vocab_size())
+        self.model = init_(CausalWanModel(SIZES), INIT_SEED)
+        self.flow = TrainingForward(self.model)
+
+    def embeds(self, captions: Sequence[str]) -> Tensor:
+        """[B, text_len, text_dim], zero past each caption."""
+        ids, mask = token_ids(self.tokenizer, captions)
+        hidden = self.text(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
+        return nn.functional.pad(hidden, (0, 0, 0, MAX_TOKENS - hidden.shape[1]))
+
+
+def build_text_encoder(vocabulary: int) -> nn.Module:
+    from transformers import UMT5Config, UMT5EncoderModel
+
+    config = UMT5Config(vocab_size=vocabulary, feed_forward_proj="gated-gelu", dropout_rate=0.0, **TEXT_SIZES)
+    return cast(nn.Module, UMT5EncoderModel(config))
+
+
+def token_ids(tokenizer: Tokenizer, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+    """Ids and mask [B, longest]; captions end with </s>."""
+    rows = [tokenizer.encode(text).ids for text in captions]
+    ids = torch.zeros(len(rows), max(map(len, rows)), dtype=torch.int64)
+    mask = torch.zeros_like(ids)
+    for i, row in enumerate(rows):
+        ids[i, : len(row)], mask[i, : len(row)] = torch.tensor(row), 1
+    return ids, mask

@@ -1,0 +1,187 @@
+"""What a context policy costs: held-out captions, videos by the product's own loop, numbers read off their pixels.
+
+    python -m shapes.evaluate --policies full,window,prune,packed --out FOLDER
+
+prints a table and writes report.json and report.svg. `--gate FILE` holds a short run to bounds and ends with status 1
+when one is not met. Every policy gets the same captions and the same noise.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import math
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from pipeline.config import InferenceConfig, load_config
+from pipeline.generator import BlockGenerator, Rollout, Segment
+from pipeline.loading import generator_settings, load_transformer, load_vae, model_sizes
+from shapes.data import BLOCK, Clip, make_clip, pixel_frame
+from shapes.measure import psnr
+from shapes.report import Report, check_gate, write_report
+from shapes.score import Score, score, score_later
+from shapes.world import Floats, as_floats
+from utils.seed import NoiseStream, video_seed
+from wan.geometry import LatentGeometry
+from wan.model import CausalWanModel
+from wan.text import TextEncoder, pad
+from wan.vae import VAE
+
+logger = logging.getLogger(__name__)
+
+CAPTION_SEED, STORYBOARD_SEED = 31, 32  # unlike every seed of training
+SWITCHES = (6, 9, 12)  # latent frames
+CONFIG = "configs/shapes_demo.yaml"
+WINDOW = 7  # latent frames: the first, three recent ones, and the block: what a neighbour head and a sink head keep
+POLICIES = {
+    "full": ["dummy_forcing.enabled=false", "model_kwargs.local_attn_size=-1"],
+    "window": ["dummy_forcing.enabled=false", f"model_kwargs.local_attn_size={WINDOW}", "model_kwargs.sink_size=1"],
+    "prune": ["dummy_forcing.enabled=true", "dummy_forcing.policy=prune", "model_kwargs.local_attn_size=-1"],
+    "packed": ["dummy_forcing.enabled=true", "dummy_forcing.policy=packed"],
+}
+
+
+@dataclass
+class Parts:
+    """The loaded models, shared by all policies."""
+
+    model: CausalWanModel
+    vae: VAE
+    text: TextEncoder
+    captions: dict[str, Tensor] = field(default_factory=dict)
+
+    @classmethod
+    def load(cls, config: InferenceConfig) -> Parts:
+        sizes = model_sizes(config)
+        device, dtype = torch.device("cpu"), torch.float32
+        text = TextEncoder.load(config.text_encoder_path, config.tokenizer_path, dtype, device, sizes.text_len)
+        return cls(load_transformer(config, sizes, device, dtype), load_vae(config, device, dtype), text)
+
+    def embeds(self, captions: Sequence[str]) -> Tensor:
+        """[B, text_len, text_dim], each caption encoded once."""
+        for caption in set(captions) - self.captions.keys():
+            self.captions[caption] = self.text.encode([caption])[0]
+        return pad([self.captions[caption] for caption in captions], self.model.config.text_len)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Videos [B, frames, H, W, 3] in 0..1, milliseconds of each block for one video, and the rollout's roles."""
+
+    videos: Floats
+    block_ms: list[float]
+    current_share: Tensor | None  # [layers, heads] of attention on the block itself, where it was observed
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    args = _arguments(argv)
+    logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
+    torch.set_num_threads(args.threads)
+    report = evaluate(args.config, args.policies.split(","), args)
+    sys.stdout.write(report.table())
+    write_report(report, args.out)
+    return check_gate(report, args.gate) if args.gate else 0
+
+
+def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--policies", default=",".join(POLICIES), help=f"of {', '.join(POLICIES)}; full first")
+    parser.add_argument("--config", default=CONFIG)
+    parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for all policies")
+    parser.add_argument("--captions", type=int, default=64, help="held-out captions")
+    parser.add_argument("--storyboards", type=int, default=32, help="captions with a second one that takes over")
+    parser.add_argument("--seeds", type=int, default=1, help="videos a caption, each with its own noise")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--out", type=Path, default=Path("demo/shapes_evaluation"))
+    parser.add_argument("--gate", type=Path, help="JSON file of bounds that the report must keep")
+    return parser.parse_args(argv)
+
+
+def evaluate(config_path: str, policies: Sequence[str], args: argparse.Namespace) -> Report:
+    """Generate and score; the first policy is the reference of the PSNR."""
+    configs = {name: load_config(config_path, [*POLICIES[name], *args.set]) for name in policies}
+    parts = Parts.load(next(iter(configs.values())))
+    clips = [make_clip(CAPTION_SEED, index, held=True) for index in range(args.captions)] * args.seeds
+    stories = [make_clip(STORYBOARD_SEED, i, SWITCHES[i % len(SWITCHES)], held=True) for i in range(args.storyboards)]
+    report = Report(list(policies))
+    reference: list[Floats] = []
+    for name, config in configs.items():
+        began = time.monotonic()
+        for number, (batch, group) in enumerate(_generate(parts, config, clips, args.batch)):
+            if name == policies[0]:
+                reference.append(batch.videos)
+            for video, other, clip in zip(batch.videos, reference[number], group, strict=True):
+                report.add(name, _row(score(video, clip.scenes[0])) | _fidelity(video, other, config))
+            report.add_batch(name, batch.block_ms, batch.current_share)
+        for batch, group in _generate(parts, config, _by_switch(stories), args.batch):
+            for video, clip in zip(batch.videos, group, strict=True):
+                scenes = [(pixel_frame(start), scene) for start, scene in zip(clip.starts, clip.scenes, strict=True)]
+                report.add(name, score_later(video, scenes))
+        logger.info("%s: %.0f s", name, time.monotonic() - began)
+    return report
+
+
+def _row(result: Score) -> dict[str, float]:
+    return {name: getattr(result, name) for name in Score.names()} | {"remembered": result.remembered}
+
+
+def _fidelity(video: Floats, other: Floats, config: InferenceConfig) -> dict[str, float]:
+    """PSNR against the reference policy from the first block that a split can change."""
+    first = pixel_frame(BLOCK * (config.dummy_forcing.ar_start + 1))
+    return {"psnr": math.nan if video is other else psnr(video[first:], other[first:])}
+
+
+def _by_switch(clips: list[Clip]) -> list[Clip]:
+    return sorted(clips, key=lambda clip: clip.starts)
+
+
+def _generate(
+    parts: Parts, config: InferenceConfig, clips: Sequence[Clip], size: int
+) -> Iterator[tuple[Batch, list[Clip]]]:
+    """Videos in batches of at most `size` clips with equal switches; the noise depends on a clip's place alone."""
+    place = 0
+    while place < len(clips):
+        group = [clip for clip in clips[place : place + size] if clip.starts == clips[place].starts]
+        seeds = [video_seed(config.seed, place + i, 0) for i in range(len(group))]
+        yield _batch(parts, config, group, seeds), group
+        place += len(group)
+
+
+@torch.inference_mode()
+def _batch(parts: Parts, config: InferenceConfig, clips: Sequence[Clip], seeds: Sequence[int]) -> Batch:
+    generator = BlockGenerator(parts.model, generator_settings(config, parts.model.config))
+    height, width = config.latent_size
+    geometry = LatentGeometry(height, width, config.num_output_frames, config.num_frame_per_block)
+    segments = [
+        Segment(start, parts.model.encode_text(parts.embeds([clip.captions[i] for clip in clips])))
+        for i, start in enumerate(clips[0].starts)
+    ]
+    rollout = generator.start(geometry, segments, NoiseStream(seeds), len(seeds))
+    decoder = parts.vae.decoder(config.num_output_frames)
+    pieces, times = [], []
+    for latents, seconds in _timed(rollout):
+        pieces.append(decoder.decode(latents))
+        times.append(1000 * seconds / len(clips))
+    videos = as_floats(torch.cat(pieces, dim=1).permute(0, 1, 3, 4, 2).float().numpy() / 2 + 0.5)
+    attention = rollout.frame_attention
+    return Batch(videos, times, None if attention is None else attention[..., 2])
+
+
+def _timed(rollout: Rollout) -> Iterator[tuple[Tensor, float]]:
+    """Blocks of latents with the seconds that each took, its predecessor's clean pass included."""
+    began = time.perf_counter()
+    for block in rollout.blocks():
+        yield block.latents, time.perf_counter() - began
+        began = time.perf_counter()
+
+
+if __name__ == "__main__":
+    raise SystemExit(main())

@@ -1,0 +1,112 @@
+"""Trained states to a checkpoint folder in the layout of Wan-AI/Wan2.1-T2V-1.3B, half precision.
+
+The published VAE file has no statistics of its latents; whoever loads it takes Wan 2.1's. So that latents of the
+linear code have unit scale under those, z = latents · std + mean is folded into the encoder's last layer, and its
+inverse into the decoder's first.
+"""
+
+from __future__ import annotations
+
+import itertools
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import asdict
+from pathlib import Path
+from typing import cast
+
+import torch
+from safetensors.torch import save_file
+from torch import Tensor, nn
+
+from shapes.dit import SIZES, TextToFlow
+from shapes.runs import averaged
+from shapes.tokenizer import write_tokenizer
+from shapes.vae import build_vae
+from wan.text import WAN_IN_BLOCK, WAN_TOP_LEVEL
+
+MODEL = "Wan2.1-T2V-shapes"
+LOG_VARIANCE = -6.0  # what the encoder says of its certainty; nobody reads it
+
+
+def export(work: Path, folder: Path) -> Path:
+    """Write `folder`/Wan2.1-T2V-shapes from the states in `work`; returns it."""
+    target = folder / MODEL
+    write_tokenizer(target / "google" / "umt5-xxl")
+    _write_transformer(averaged(work / "dit.pt", TextToFlow()), target)
+    torch.save(_halved(native_vae(averaged(work / "vae.pt", build_vae()))), target / "Wan2.1_VAE.pth")
+    return target
+
+
+def _write_transformer(nets: nn.Module, target: Path) -> None:
+    assert isinstance(nets, TextToFlow)
+    config = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "model_type": "t2v"}
+    sizes = {name: value for name, value in asdict(SIZES).items() if name != "patch_size"}
+    (target / "config.json").write_text(json.dumps(config | sizes, indent=2) + "\n", encoding="utf-8")
+    save_file(_halved(nets.model.state_dict()), target / "diffusion_pytorch_model.safetensors")
+    text = {name: value.bfloat16() for name, value in wan_text_names(nets.text.state_dict()).items()}
+    torch.save(text, target / "models_t5_umt5-xxl-enc-bf16.pth")
+
+
+def _halved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    return {name: value.detach().half().contiguous() for name, value in state.items()}
+
+
+def wan_text_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """UMT5EncoderModel's tensors under Wan's names, the embedding once."""
+    top = {theirs: ours for ours, theirs in WAN_TOP_LEVEL.items()}
+    within = {theirs: ours for ours, theirs in WAN_IN_BLOCK.items()}
+    renamed: dict[str, Tensor] = {}
+    for name, value in state.items():
+        stem = name.rpartition(".")[0]
+        if name.startswith("encoder.block."):
+            number, rest = stem.removeprefix("encoder.block.").split(".", 1)
+            renamed[f"blocks.{number}.{within[rest]}.weight"] = value
+        elif stem in top:
+            renamed[f"{top[stem]}.weight"] = value
+    return renamed
+
+
+@torch.no_grad()
+def native_vae(vae: nn.Module) -> dict[str, Tensor]:
+    """AutoencoderKLWan's tensors under the names of Wan2.1_VAE.pth, the normalisation folded in."""
+    state = {name: value.detach().clone() for name, value in vae.state_dict().items()}
+    settings = cast("Mapping[str, object]", vae.config)
+    mean, std = (torch.tensor(cast("list[float]", settings[name])) for name in ("latents_mean", "latents_std"))
+    channels = len(mean)
+    last, first = state["quant_conv.weight"], state["post_quant_conv.weight"]
+    last[:channels] *= std.view(-1, 1, 1, 1, 1)
+    state["quant_conv.bias"][:channels] *= std
+    state["quant_conv.bias"][:channels] += mean
+    last[channels:] = 0.0
+    state["quant_conv.bias"][channels:] = LOG_VARIANCE
+    first /= std.view(1, -1, 1, 1, 1)
+    state["post_quant_conv.bias"] -= first.flatten(1) @ mean
+    names = native_names(state)
+    return {native: state[name] for native, name in names.items()}
+
+
+def native_names(state: Mapping[str, Tensor]) -> dict[str, str]:
+    """Wan's name of every tensor of AutoencoderKLWan -> Diffusers' name.
+
+    Found by passing all names that Wan's file could have through Diffusers' converter.
+    """
+    from diffusers.loaders import single_file_utils
+
+    convert = cast("Callable[[dict[str, str]], dict[str, str]]", single_file_utils.convert_wan_vae_to_diffusers)
+    names = {name: candidate for candidate in _candidates() for name in convert({candidate: candidate})}
+    missing = state.keys() - names.keys()
+    assert not missing, f"no native name for {sorted(missing)[:3]}"
+    return {names[name]: name for name in state}
+
+
+def _candidates() -> list[str]:
+    leaves = ("weight", "bias", "gamma")
+    inner = [f"residual.{i}.{leaf}" for i, leaf in itertools.product((0, 2, 3, 6), leaves)]
+    inner += [f"{part}.{leaf}" for part, leaf in itertools.product(("shortcut", "resample.1", "time_conv"), leaves)]
+    inner += [f"{part}.{leaf}" for part, leaf in itertools.product(("norm", "to_qkv", "proj"), leaves)]
+    found = [f"{part}.{leaf}" for part, leaf in itertools.product(("conv1", "conv2"), leaves)]
+    for half, stages in (("encoder", "downsamples"), ("decoder", "upsamples")):
+        found += [f"{half}.{part}.{leaf}" for part, leaf in itertools.product(("conv1", "head.0", "head.2"), leaves)]
+        parts = [*(f"middle.{i}" for i in range(3)), *(f"{stages}.{i}" for i in range(15))]
+        found += [f"{half}.{part}.{name}" for part, name in itertools.product(parts, inner)]
+    return found

@@ -1,0 +1,167 @@
+"""What a video of the world shows, read off its pixels by plain image processing; no model, no caption.
+
+Things are where colours are saturated, since backgrounds and marks are grey. A measure that cannot be taken (no thing
+there, no background that fits) is None or NaN and counts as wrong wherever a right answer is wanted.
+"""
+
+from __future__ import annotations
+
+import math
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import numpy.typing as npt
+
+from shapes.world import BACKGROUNDS, COLOURS, SHAPES, Floats, background, coverage
+
+SATURATED = 0.3  # largest minus smallest channel of what belongs to a thing
+LEAST_AREA = 60  # pixels; a thing of the smallest size covers about 200
+BACKGROUND_ERROR = 0.06  # the median difference, 0..1, at which a background is still recognised
+MARK_SHARE = 0.2  # of the radius: half the mark's own
+_AREAS = {"disc": math.pi, "square": 1.8**2, "triangle": 1.11 * 1.85, "cross": 4 * 0.8 - 0.64}  # at radius 1
+_CENTROIDS = {"triangle": 0.13}  # below the centre, at radius 1
+_PALETTE = np.array(list(COLOURS.values()), np.float32)
+
+Masks = npt.NDArray[np.bool_]
+
+
+@dataclass(frozen=True)
+class Seen:
+    """A thing in every frame: x, y, radius [frames] in pixels, NaN where there is none; colour names or None."""
+
+    shape: str | None
+    x: Floats
+    y: Floats
+    radius: Floats
+    colours: tuple[str | None, ...]
+
+    def colour(self, first: int, stop: int) -> str | None:
+        """The colour of most of these frames."""
+        return most(self.colours[first:stop])
+
+
+def most(names: Iterable[str | None]) -> str | None:
+    """What at least half of the entries are."""
+    entries = list(names)
+    name, count = Counter(entries).most_common(1)[0]
+    return name if 2 * count >= len(entries) else None
+
+
+def saturated(video: Floats) -> Masks:
+    """Video [frames, H, W, 3] in 0..1 to the pixels of things [frames, H, W]."""
+    masks: Masks = (video.max(-1) - video.min(-1)) > SATURATED
+    return masks
+
+
+def nearest_colour(video: Floats) -> npt.NDArray[np.int64]:
+    """The palette's index of every pixel, by hue rather than brightness: channels are centred first."""
+    centred, palette = (part - part.mean(-1, keepdims=True) for part in (video, _PALETTE))
+    centred = centred / (np.linalg.norm(centred, axis=-1, keepdims=True) + 1e-6)
+    palette = palette / np.linalg.norm(palette, axis=-1, keepdims=True)
+    indices: npt.NDArray[np.int64] = (centred @ palette.T).argmax(-1)
+    return indices
+
+
+def see(video: Floats, only: str | None = None) -> Seen:
+    """The thing in a video, or the one of colour `only` where there are two."""
+    masks = saturated(video)
+    if only is not None:
+        masks &= nearest_colour(video) == list(COLOURS).index(only)
+    area = masks.sum((1, 2)).astype(np.float32)
+    there = area >= LEAST_AREA
+    rows, columns = (np.arange(size, dtype=np.float32) + 0.5 for size in masks.shape[1:])
+    weight = np.where(there, area, np.nan)
+    x, y = (_bridged(part / weight) for part in (masks.sum(1) @ columns, masks.sum(2) @ rows))
+    shape = most(
+        _shape(masks[i], float(x[i]), float(y[i]), float(area[i])) if there[i] else None
+        for i in range(0, len(video), 4)
+    )
+    radius = _bridged(np.sqrt(weight / _AREAS[shape or "disc"]))
+    y = y - _CENTROIDS.get(shape or "", 0.0) * radius
+    colours = tuple(_colour(frame, mask) if ok else None for frame, mask, ok in zip(video, masks, there, strict=True))
+    return Seen(shape, x.astype(np.float32), y.astype(np.float32), radius.astype(np.float32), colours)
+
+
+def _bridged(values: Floats) -> Floats:
+    """Values with short gaps filled in a straight line: on its way to its complement a colour passes grey."""
+    known = ~np.isnan(values)
+    if known.mean() < 0.75:
+        return values
+    frames = np.arange(len(values))
+    return np.interp(frames, frames[known], values[known]).astype(np.float32)
+
+
+def _shape(mask: Masks, x: float, y: float, area: float) -> str:
+    """The shape that overlaps the mask best, where no mark can be."""
+    rows, columns = np.mgrid[: mask.shape[0], : mask.shape[1]].astype(np.float32) + 0.5
+
+    def overlap(shape: str, with_mark: bool) -> float:
+        radius = math.sqrt(area / (_AREAS[shape] - (0.16 * math.pi if with_mark else 0.0)))
+        dy = rows - y + _CENTROIDS.get(shape, 0.0) * radius
+        template = coverage(shape, columns - x, dy, radius) > 0.5
+        outside = (columns - x) ** 2 + dy**2 > (0.5 * radius) ** 2
+        both, either = (mask & template & outside).sum(), ((mask | template) & outside).sum()
+        return float(both / max(either, 1))
+
+    return max(SHAPES, key=lambda shape: max(overlap(shape, False), overlap(shape, True)))
+
+
+def _colour(frame: Floats, mask: Masks) -> str:
+    mean = frame[mask].mean(0)
+    return list(COLOURS)[int(np.linalg.norm(_PALETTE - mean, axis=-1).argmin())]
+
+
+def mark(video: Floats, seen: Seen, first: int, stop: int) -> str | None:
+    """Which mark the thing bears in most of these frames; None where its middle is neither mark nor thing."""
+    return most(_mark(video[i], seen, i) for i in range(first, stop))
+
+
+def _mark(frame: Floats, seen: Seen, index: int) -> str | None:
+    x, y, radius = (float(part[index]) for part in (seen.x, seen.y, seen.radius))
+    colour = seen.colours[index]
+    if colour is None or math.isnan(x):
+        return None
+    rows, columns = np.mgrid[: frame.shape[0], : frame.shape[1]].astype(np.float32) + 0.5
+    middle = frame[(columns - x) ** 2 + (rows - y) ** 2 <= max(MARK_SHARE * radius, 1.5) ** 2].mean(0)
+    if middle.max() - middle.min() < SATURATED:
+        return "white" if middle.mean() > 0.7 else "black" if middle.mean() < 0.35 else None
+    return "none"
+
+
+def which_background(frames: Floats) -> int | None:
+    """The background behind most pixels of the frames' median."""
+    still = np.median(frames, axis=0)
+    errors = [float(np.median(np.abs(still - background(index)).mean(-1))) for index in range(BACKGROUNDS)]
+    best = int(np.argmin(errors))
+    return best if errors[best] < BACKGROUND_ERROR else None
+
+
+def drift(video: Floats, first: int, last: int) -> float:
+    """PSNR in dB between two frames over what is background in both, 9 pixels away from things.
+
+    That is further than a mark reaches, which is as grey as a background.
+    """
+    things = saturated(video[[first, last]]).any(0)
+    for _ in range(9):
+        grown = things.copy()
+        for axis, step in ((0, 1), (0, -1), (1, 1), (1, -1)):
+            grown |= np.roll(things, step, axis)
+        things = grown
+    if things.mean() > 0.8:
+        return 0.0
+    return psnr(video[first][~things], video[last][~things])
+
+
+def psnr(a: Floats, b: Floats) -> float:
+    """In dB, values in 0..1; at most 60."""
+    return -10 * math.log10(max(float(np.square(a - b).mean()), 1e-6))
+
+
+def seam(video: Floats, borders: Sequence[int]) -> float:
+    """Change into the frames `borders` (the first of each block but the first) over change into the others."""
+    change = np.abs(np.diff(video, axis=0)).mean((1, 2, 3))
+    across = np.zeros(len(change), bool)
+    across[[border - 1 for border in borders]] = True
+    return float(change[across].mean() / max(float(change[~across].mean()), 1e-5))

@@ -1,0 +1,176 @@
+"""The evaluation's numbers: means with confidence intervals, as a table, as JSON, as a plot, and held to bounds."""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections import defaultdict
+from pathlib import Path
+
+import numpy as np
+import numpy.typing as npt
+from torch import Tensor
+
+logger = logging.getLogger(__name__)
+
+Doubles = npt.NDArray[np.float64]
+
+RESAMPLES = 1000  # of the bootstrap
+COVERAGE = 0.95
+# Metric -> heading, factor, decimals
+COLUMNS = {
+    "colour": ("colour %", 100, 1),
+    "shape": ("shape %", 100, 1),
+    "motion": ("motion %", 100, 1),
+    "remembered": ("remembered %", 100, 1),
+    "background": ("background %", 100, 1),
+    "mark": ("mark %", 100, 1),
+    "place": ("lane, way %", 100, 1),
+    "position": ("position px", 1, 2),
+    "drift": ("drift dB", 1, 1),
+    "seam": ("seam", 1, 2),
+    "psnr": ("PSNR to full dB", 1, 1),
+    "later_right": ("after switch %", 100, 1),
+    "later_position": ("after switch px", 1, 2),
+    "block_ms": ("ms a block", 1, 1),
+}
+QUALITY = ("colour", "shape", "motion", "remembered")  # what the plot's vertical axis is the mean of
+
+
+class Report:
+    """Collects the rows of every policy."""
+
+    def __init__(self, policies: list[str]) -> None:
+        self.policies = policies
+        self._values: dict[str, dict[str, list[float]]] = {name: defaultdict(list) for name in policies}
+        self._shares: dict[str, list[Tensor]] = defaultdict(list)
+
+    def add(self, policy: str, row: dict[str, float]) -> None:
+        """A video's numbers; NaN where one does not apply."""
+        for name, value in row.items():
+            self._values[policy][name].append(value)
+        if all(name in row for name in QUALITY):
+            self._values[policy]["quality"].append(float(np.mean([row[name] for name in QUALITY])))
+
+    def add_batch(self, policy: str, block_ms: list[float], current_share: Tensor | None) -> None:
+        """Times after the first blocks, whose history is still short, and heads' shares of attention on the block."""
+        self._values[policy]["block_ms"].append(float(np.mean(block_ms[3:])))
+        if current_share is not None:
+            self._shares[policy].append(current_share)
+
+    def mean(self, policy: str, metric: str) -> float | None:
+        """The mean of what applies, None where nothing does."""
+        values = self._known(policy, metric)
+        return float(values.mean()) if len(values) else None
+
+    def interval(self, policy: str, metric: str) -> tuple[float, float]:
+        """A bootstrap interval of the mean."""
+        values = self._known(policy, metric)
+        rng = np.random.default_rng(0)
+        means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
+        tail = (1 - COVERAGE) / 2
+        return float(np.quantile(means, tail)), float(np.quantile(means, 1 - tail))
+
+    def _known(self, policy: str, metric: str) -> Doubles:
+        values: Doubles = np.array(self._values[policy].get(metric, []), np.float64)
+        known: Doubles = values[~np.isnan(values)]
+        return known
+
+    def as_dict(self) -> dict[str, object]:
+        result: dict[str, object] = {}
+        for policy in self.policies:
+            row: dict[str, object] = {}
+            for metric in [*COLUMNS, "quality"]:
+                mean = self.mean(policy, metric)
+                if mean is not None:
+                    low, high = self.interval(policy, metric)
+                    row[metric] = {"mean": mean, "low": low, "high": high, "n": len(self._known(policy, metric))}
+            if self._shares[policy]:
+                shares = sum(self._shares[policy][1:], self._shares[policy][0]) / len(self._shares[policy])
+                row["current_share"] = [[round(float(v), 4) for v in layer] for layer in shares]
+            result[policy] = row
+        return result
+
+    def table(self) -> str:
+        """Markdown: a row a metric, a column a policy, the interval in brackets."""
+        lines = ["| | " + " | ".join(self.policies) + " |", "|---" * (len(self.policies) + 1) + "|"]
+        for metric, (heading, factor, decimals) in COLUMNS.items():
+            cells = [self._cell(policy, metric, factor, decimals) for policy in self.policies]
+            lines.append(f"| {heading} | " + " | ".join(cells) + " |")
+        for policy in self.policies:
+            if self._shares[policy]:
+                shares = sum(self._shares[policy][1:], self._shares[policy][0]) / len(self._shares[policy])
+                above, below = int((shares > 0.8).sum()), int((shares < 0.3).sum())
+                lines.append(
+                    f"\nAttention on the own block ({policy}): {shares.min():.2f} to {shares.max():.2f}; "
+                    f"{above} heads above 80 %, {below} below 30 %, of {shares.numel()}."
+                )
+                break
+        return "\n".join(lines) + "\n"
+
+    def _cell(self, policy: str, metric: str, factor: float, decimals: int) -> str:
+        mean = self.mean(policy, metric)
+        if mean is None:
+            return "-"
+        low, high = self.interval(policy, metric)
+        return f"{factor * mean:.{decimals}f} [{factor * low:.{decimals}f}, {factor * high:.{decimals}f}]"
+
+    def svg(self) -> str:
+        """Quality (mean of QUALITY, %) against milliseconds a block, with intervals."""
+        points = {p: (self.mean(p, "block_ms") or 0.0, 100 * (self.mean(p, "quality") or 0.0)) for p in self.policies}
+        width, height, left, bottom = 560, 360, 60, 46
+        right = max(x for x, _ in points.values()) * 1.15
+        floor = min(100 * self.interval(p, "quality")[0] for p in self.policies)
+        low = max(0.0, 5 * (floor // 5) - 5)
+
+        def place(x: float, y: float) -> tuple[float, float]:
+            return left + (width - left - 20) * x / right, 20 + (height - bottom - 20) * (100 - y) / (100 - low)
+
+        parts = [
+            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
+            f'font-size="12"><rect width="{width}" height="{height}" fill="white"/>'
+        ]
+        for tick in np.linspace(low, 100, 6):
+            _, y = place(0, tick)
+            parts.append(
+                f'<path d="M{left} {y:.1f}H{width - 20}" stroke="#ddd"/>'
+                f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:.0f}</text>'
+            )
+        for tick in np.linspace(0, right, 6):
+            x, y = place(tick, low)
+            parts.append(f'<text x="{x:.1f}" y="{y + 16:.1f}" text-anchor="middle">{tick:.0f}</text>')
+        parts.append(
+            f'<text x="{width / 2}" y="{height - 8}" text-anchor="middle">milliseconds a block</text>'
+            f'<text x="14" y="{height / 2}" text-anchor="middle" transform="rotate(-90 14 {height / 2})">'
+            "right, % (colour, shape, motion, remembered)</text>"
+        )
+        for policy, (ms, quality) in points.items():
+            x, y = place(ms, quality)
+            (_, top), (_, foot) = (place(ms, 100 * end) for end in reversed(self.interval(policy, "quality")))
+            parts.append(
+                f'<path d="M{x:.1f} {top:.1f}V{foot:.1f}" stroke="#246"/><circle cx="{x:.1f}" cy="{y:.1f}" '
+                f'r="4" fill="#246"/><text x="{x + 8:.1f}" y="{y - 6:.1f}">{policy}</text>'
+            )
+        return "".join(parts) + "</svg>\n"
+
+
+def write_report(report: Report, folder: Path) -> None:
+    """report.json, report.md and report.svg."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
+    (folder / "report.md").write_text(report.table(), encoding="utf-8")
+    (folder / "report.svg").write_text(report.svg(), encoding="utf-8")
+
+
+def check_gate(report: Report, path: Path) -> int:
+    """0 if the file's bounds (policy -> metric -> {"min": x} or {"max": x}) are kept, else 1; each miss is logged."""
+    bounds: dict[str, dict[str, dict[str, float]]] = json.loads(path.read_text(encoding="utf-8"))
+    missed = 0
+    for policy, metrics in bounds.items():
+        for metric, bound in metrics.items():
+            value = report.mean(policy, metric) if policy in report.policies else None
+            kept = value is not None and bound.get("min", -np.inf) <= value <= bound.get("max", np.inf)
+            if not kept:
+                missed += 1
+                logger.error("%s: %s is %s, not within %s", policy, metric, value, bound)
+    return int(missed > 0)

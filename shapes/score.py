@@ -1,0 +1,142 @@
+"""A video against its caption's scene: which of the things that the caption says are right, what is remembered.
+
+The hidden part (background, mark, lane, way round) is the video's own choice: it is read off the first block, and the
+rest of the video is held to it. Numbers are NaN where they do not apply.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, fields
+
+import numpy as np
+
+from shapes.data import pixel_frame
+from shapes.measure import Seen, drift, mark, seam, see, which_background
+from shapes.world import COLOURS, MOTIONS, Floats, Hidden, Scene, Track, story, tracks
+
+FIRST_BLOCK = 9  # pixel frames
+LAST = 12  # pixel frames at the end in which a remembered thing must still be there
+MOTION_ERROR = 8.0  # pixels (radius differences counted twice) up to which a path is recognised
+_HIDDEN = tuple(Hidden(lane=lane, way=way) for lane in (0, 1) for way in (0, 1))
+
+
+@dataclass(frozen=True)
+class Score:
+    """Shares are 0 or 1. `position` is the mean distance from the world's own trajectory in pixels; `drift` the PSNR
+    in dB of the background between the first and the last frame, `seam` the change across block borders over that
+    within blocks."""
+
+    colour: float
+    shape: float
+    motion: float
+    position: float
+    background: float
+    mark: float
+    place: float
+    drift: float
+    seam: float
+
+    @property
+    def remembered(self) -> float:
+        """The mean of what applies of background, mark, place."""
+        return float(np.nanmean([self.background, self.mark, self.place]))
+
+    @classmethod
+    def names(cls) -> list[str]:
+        return [field.name for field in fields(cls)]
+
+
+def score(video: Floats, scene: Scene) -> Score:
+    """Video [frames, H, W, 3] in 0..1 against the scene that it should show."""
+    pair = scene.motion == "pass"
+    seen = [see(video, thing.colour if pair else None) for thing in scene.things]
+    hidden = _choice(seen, scene, FIRST_BLOCK)
+    expected = tracks(scene, hidden, len(video))
+    first, last = which_background(video[:FIRST_BLOCK]), which_background(video[-LAST:])
+    marks = [(mark(video, one, 0, FIRST_BLOCK), mark(video, one, len(video) - LAST, len(video))) for one in seen]
+    return Score(
+        colour=_share(
+            _colour_is_right(one, scene, thing.colour) for one, thing in zip(seen, scene.things, strict=True)
+        ),
+        shape=_share(one.shape == thing.shape for one, thing in zip(seen, scene.things, strict=True)),
+        motion=_share(_motion(one, scene, i) == _wanted(scene, i) for i, one in enumerate(seen)),
+        position=float(np.mean([distance(one, track).mean() for one, track in zip(seen, expected, strict=True)])),
+        background=float(first is not None and first == last),
+        mark=_share(before is not None and before == after for before, after in marks),
+        place=float(_choice(seen, scene, LAST, last=True) == hidden),
+        drift=drift(video, 0, len(video) - 1),
+        seam=seam(video, borders(len(video))),
+    )
+
+
+def score_later(video: Floats, scenes: Sequence[tuple[int, Scene]]) -> dict[str, float]:
+    """A storyboard's last scene, scenes[i] beginning at pixel frame scenes[i][0]: position in pixels, and what counts
+    as right in the end: the place within 6 pixels, the radius within 15 %, the colour."""
+    (seen,), start = (see(video),), scenes[-1][0]
+    hidden = _choice([seen], scenes[0][1], FIRST_BLOCK)
+    (track,) = story(scenes, hidden, len(video))
+    off = distance(seen, track)
+    colour = scenes[-1][1].target or _colour_before(scenes)
+    near = off[-LAST:].mean() < 6
+    sized = abs(float(np.nanmean(seen.radius[-LAST:])) / float(track.radius[-LAST:].mean()) - 1) < 0.15 if near else 0
+    right = near and sized and seen.colour(-LAST, len(video)) == colour
+    return {"later_position": float(off[start:].mean()), "later_right": float(right)}
+
+
+def _colour_before(scenes: Sequence[tuple[int, Scene]]) -> str:
+    """The colour that the thing has when the last scene begins; a turn that is cut short ends nearer to one."""
+    (track,) = story(scenes, Hidden())
+    return min(COLOURS, key=lambda name: float(np.abs(np.array(COLOURS[name]) - track.colour[-1]).sum()))
+
+
+def borders(frames: int) -> list[int]:
+    """The first pixel frame of every block but the first."""
+    return [start for start in (pixel_frame(3 * block) for block in range(1, 1000)) if start < frames]
+
+
+def distance(seen: Seen, track: Track) -> Floats:
+    """Pixels between the thing and where it should be [frames]; the frame's width where nothing is seen."""
+    off: Floats = np.nan_to_num(np.hypot(seen.x - track.x, seen.y - track.y), nan=128.0)
+    return off
+
+
+def _share(values: Iterable[bool]) -> float:
+    return float(np.mean(list(values)))
+
+
+def _choice(seen: Sequence[Seen], scene: Scene, frames: int, last: bool = False) -> Hidden:
+    """The lane and way that the first (or last) frames are nearest to, in one common hidden part for all things."""
+    part = slice(-frames, None) if last else slice(0, frames)
+
+    def off(hidden: Hidden) -> float:
+        expected = tracks(scene, hidden, len(seen[0].x))
+        return sum(float(distance(one, track)[part].mean()) for one, track in zip(seen, expected, strict=True))
+
+    return min(_HIDDEN[:2] if scene.motion == "orbit" else _HIDDEN[::2], key=off)
+
+
+def _colour_is_right(seen: Seen, scene: Scene, colour: str) -> bool:
+    frames = len(seen.x)
+    if scene.motion == "turn":
+        return seen.colour(0, FIRST_BLOCK) == colour and seen.colour(frames - LAST, frames) == scene.target
+    return seen.colour(0, frames) == colour
+
+
+def _wanted(scene: Scene, index: int) -> str:
+    return ("right", "left")[index] if scene.motion == "pass" else scene.motion
+
+
+def _motion(seen: Seen, scene: Scene, index: int) -> str | None:
+    """The motion whose path, in any lane and either way round, is nearest to what is seen; None if none is near."""
+    thing = scene.things[index]
+    best, found = MOTION_ERROR, None
+    for motion in (name for name in MOTIONS if name not in ("pass", "turn")):
+        for hidden in _HIDDEN:
+            (track,) = tracks(Scene((thing,), motion), hidden, len(seen.x))
+            radii = np.nan_to_num(np.abs(seen.radius - track.radius), nan=20.0)
+            off = float((distance(seen, track) + 2 * radii).mean())
+            if off < best:
+                best, found = off, motion
+    start, end = seen.colour(0, FIRST_BLOCK), seen.colour(-LAST, len(seen.x))
+    return "turn" if found == "still" and start != end and end is not None else found

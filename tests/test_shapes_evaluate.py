@@ -1,0 +1,104 @@
+"""The report's arithmetic, its gate, and the whole evaluation on the checkpoint that ships, in its shortest form."""
+
+from __future__ import annotations
+
+import json
+import math
+import xml.etree.ElementTree as ET
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.config import load_config
+from shapes import evaluate
+from shapes.report import Report, check_gate, write_report
+
+ROOT = Path(__file__).parents[1]
+CHECKPOINT = ROOT / "checkpoints" / "shapes" / "Wan2.1-T2V-shapes"
+
+
+def small_report() -> Report:
+    report = Report(["full", "packed"])
+    for number in range(20):
+        right = {"colour": 1.0, "shape": 1.0, "motion": 1.0, "remembered": 1.0}
+        report.add("full", {**right, "position": 1.0, "psnr": math.nan})
+        wrong = float(number % 4 > 0)
+        report.add("packed", {**right, "motion": wrong, "position": 2.0 + number % 2, "psnr": 30.0})
+    report.add_batch("full", [9.0, 9.0, 9.0, 20.0, 22.0], None)
+    report.add_batch("packed", [9.0, 9.0, 9.0, 12.0, 12.0], torch.full((2, 3), 0.9))
+    return report
+
+
+def test_means_and_intervals() -> None:
+    report = small_report()
+    assert report.mean("packed", "motion") == 0.75
+    low, high = report.interval("packed", "motion")
+    assert 0.5 < low < 0.75 < high < 1.0
+    assert report.interval("full", "motion") == (1.0, 1.0)
+    assert report.mean("full", "psnr") is None  # NaN is left out
+    assert report.mean("full", "block_ms") == 21.0
+    assert "75.0 [" in report.table() and "6 heads above 80 %" in report.table()
+
+
+def test_the_report_is_written_in_three_forms(tmp_path: Path) -> None:
+    write_report(small_report(), tmp_path)
+    loaded = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert loaded["packed"]["motion"]["n"] == 20 and loaded["packed"]["current_share"][0] == [0.9, 0.9, 0.9]
+    drawing = ET.parse(tmp_path / "report.svg").getroot()
+    circles = [element for element in drawing.iter() if element.tag.endswith("circle")]
+    assert len(circles) == 2
+    # The faster policy stands to the left, the better one higher.
+    full, packed = circles
+    assert float(packed.attrib["cx"]) < float(full.attrib["cx"])
+    assert float(packed.attrib["cy"]) > float(full.attrib["cy"])
+
+
+@pytest.mark.parametrize(
+    ("bounds", "status"),
+    [
+        ({"packed": {"motion": {"min": 0.7}, "position": {"max": 3.0}}}, 0),
+        ({"packed": {"motion": {"min": 0.8}}}, 1),
+        ({"packed": {"position": {"max": 2.0}}}, 1),
+        ({"window": {"motion": {"min": 0.1}}}, 1),  # what was not measured is not kept
+        ({"full": {"psnr": {"min": 1.0}}}, 1),
+    ],
+)
+def test_the_gate(bounds: dict[str, dict[str, dict[str, float]]], status: int, tmp_path: Path) -> None:
+    path = tmp_path / "gate.json"
+    path.write_text(json.dumps(bounds), encoding="utf-8")
+    assert check_gate(small_report(), path) == status
+
+
+@pytest.mark.parametrize("name", evaluate.POLICIES)
+def test_every_policy_is_the_one_that_it_is_called(name: str) -> None:
+    config = load_config(ROOT / evaluate.CONFIG, evaluate.POLICIES[name])
+    assert config.policy == name
+
+
+@pytest.mark.parametrize("path", ["configs/shapes_demo.yaml", "configs/shapes_interactive.yaml"])
+def test_the_configurations_fit_the_model(path: str) -> None:
+    config = load_config(ROOT / path)
+    assert config.num_output_frames == 21 and config.latent_size == (10, 16)
+    assert (ROOT / config.data_path).is_file()
+
+
+def test_the_checkpoint_is_small_and_complete() -> None:
+    files = [path for path in CHECKPOINT.parent.rglob("*") if path.is_file()]
+    assert sum(path.stat().st_size for path in files) <= 12 << 20
+    names = {str(path.relative_to(CHECKPOINT)) for path in files if CHECKPOINT in path.parents}
+    wanted = {"config.json", "diffusion_pytorch_model.safetensors", "Wan2.1_VAE.pth"}
+    assert wanted | {"models_t5_umt5-xxl-enc-bf16.pth", "google/umt5-xxl/tokenizer.json"} <= names
+    assert (CHECKPOINT.parent / "README.md").is_file()
+
+
+def test_the_evaluation_runs_on_the_checkpoint(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    gate = tmp_path / "gate.json"
+    gate.write_text('{"full": {"colour": {"min": 0.5}}, "packed": {"psnr": {"min": 15}}}', encoding="utf-8")
+    arguments = ["--config", str(ROOT / evaluate.CONFIG), "--set", f"model_root={ROOT / 'checkpoints'}"]
+    arguments += ["--policies", "full,packed", "--captions", "4", "--storyboards", "2", "--batch", "4"]
+    assert evaluate.main([*arguments, "--threads", "1", "--out", str(tmp_path), "--gate", str(gate)]) == 0
+    assert "| colour % |" in capsys.readouterr().out
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    assert report["packed"]["psnr"]["n"] == 4 and report["full"]["later_right"]["n"] == 2
+    assert len(report["packed"]["current_share"]) == 4

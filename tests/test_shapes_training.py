@@ -1,0 +1,133 @@
+"""Every stage of training runs from its command, goes on after a kill as if nothing had happened, and its result loads
+in the product. The runs are shortened to a few steps."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from pipeline.config import load_config
+from pipeline.loading import encode_prompts, load_transformer, load_vae, model_sizes
+from shapes import train
+from shapes.dit import TextToFlow
+from shapes.dit_training import DiTRecipe, Phase, make_batch, training_loss
+from shapes.export import export, native_names
+from shapes.linear import LinearCode
+from shapes.optim import orthogonalize, trapezoid
+from shapes.runs import averaged
+from shapes.schedule import random_sigmas
+from shapes.vae import build_vae, decode_whole, encode_whole, fit_linear_code
+
+KEYS = Path(__file__).parent / "data" / "checkpoint_keys.json"
+
+
+@pytest.fixture(scope="module")
+def code_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("code")
+    fit_linear_code(folder, clips=8)
+    return folder
+
+
+def stage(name: str, work: Path, code_folder: Path, until: int) -> dict[str, Tensor]:
+    """Run a stage of 4 steps from the command line, to step `until`; the averaged weights that it leaves."""
+    work.mkdir(exist_ok=True)
+    (work / "linear.pt").write_bytes((code_folder / "linear.pt").read_bytes())
+    arguments = [name, "--work", str(work), "--steps", "4", "--until", str(until), "--no-compile", "--batch", "1"]
+    assert train.main(arguments) == 0
+    state = torch.load(work / f"{name}.pt", weights_only=True)
+    assert state["step"] == until
+    average: dict[str, Tensor] = state["average"]
+    return average
+
+
+@pytest.mark.parametrize("name", ["vae", "dit"])
+def test_a_stage_goes_on_where_it_was_killed(name: str, code_folder: Path, tmp_path: Path) -> None:
+    whole = stage(name, tmp_path / "whole", code_folder, 4)
+    first = stage(name, tmp_path / "cut", code_folder, 2)
+    second = stage(name, tmp_path / "cut", code_folder, 4)
+    # Not to the bit: rounding follows where things lie in memory, and Muon scales up the first steps' tiny gradients.
+    assert distance(whole, second) < 0.7 * distance(first, second)
+
+
+def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
+    return float(torch.stack([(a[name] - b[name]).square().sum() for name in a]).sum().sqrt())
+
+
+def test_what_is_trained_loads_in_the_product(code_folder: Path, tmp_path: Path) -> None:
+    work = tmp_path / "work"
+    for name in ("vae", "dit"):
+        stage(name, work, code_folder, 3)
+    folder = export(work, tmp_path / "root" / "shapes")
+    assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 12 << 20
+    config = load_config("configs/shapes_demo.yaml", [f"model_root={tmp_path / 'root'}"])
+    device, nets, vae = (
+        torch.device("cpu"),
+        averaged(work / "dit.pt", TextToFlow()),
+        averaged(work / "vae.pt", build_vae()),
+    )
+    assert isinstance(nets, TextToFlow)
+    model = load_transformer(config, model_sizes(config), device, torch.float32)
+    for name, value in nets.model.named_parameters():
+        assert torch.allclose(model.get_parameter(name), value, atol=2e-3), name
+    prompt = "A red ball moves to the right."
+    (embeds,) = encode_prompts(config, [prompt], device).values()
+    with torch.no_grad():
+        expected = nets.embeds([prompt])[0, : len(embeds)]
+    assert (embeds - expected).abs().max() < 0.1  # the file is bf16
+    loaded = load_vae(config, device, torch.float32)
+    latents = torch.randn(1, 2, 16, 4, 4, generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        video = decode_whole(vae, latents.transpose(1, 2)).transpose(1, 2).clamp(-1, 1)
+        again = encode_whole(vae, video.transpose(1, 2)).transpose(1, 2)
+    assert (loaded.decoder().decode(latents) - video).abs().max() < 2e-2
+    assert (loaded.encode(video) - again).abs().max() < 2e-2
+
+
+def test_the_vae_has_the_published_names() -> None:
+    published = json.loads(KEYS.read_text(encoding="utf-8"))["wan21_vae_pth"]
+    assert native_names(build_vae().state_dict()).keys() == published.keys()
+
+
+def test_the_linear_code_is_white_and_draws_its_components(code_folder: Path) -> None:
+    code = LinearCode.load(code_folder / "linear.pt")
+    latents = torch.randn(1, 3, 16, 2, 2, generator=torch.Generator().manual_seed(0))
+    latents[:, 0] = 0  # the first frame stands for four
+    assert torch.allclose(code.encode(code.decode(latents))[:, 1:], latents[:, 1:], atol=1e-3)
+
+
+def test_half_of_the_noise_levels_are_the_sampling_steps() -> None:
+    sigmas = random_sigmas((4000,), torch.Generator().manual_seed(0))
+    steps = torch.tensor([1.0, 0.9375, 5 / 6, 0.625])
+    share = (sigmas[:, None] - steps).abs().min(1).values.lt(1e-6).float().mean()
+    assert 0.45 < share < 0.56
+    assert sigmas.min() > 0 and sigmas.max() <= 1
+
+
+@pytest.mark.parametrize("own_history", [False, True])
+def test_the_loss_reaches_both_models(own_history: bool, code_folder: Path) -> None:
+    recipe = DiTRecipe(phases=(Phase(1.0, {3: 1.0}),), storyboards=1.0, batch=2)
+    batch = make_batch(0, recipe, LinearCode.load(code_folder / "linear.pt"), np.random.default_rng(0))
+    assert batch.switch == 2
+    nets = TextToFlow()
+    with torch.no_grad():
+        nets.model.head.head.weight.normal_(0, 0.1)  # it begins at zero, and nothing behind it would learn
+    loss = training_loss(nets, batch, own_history, torch.Generator().manual_seed(0))
+    torch.autograd.backward(loss)
+    grads = {name: p.grad for name, p in nets.named_parameters()}
+    assert all(grad is not None and grad.abs().max() > 0 for grad in grads.values())
+
+
+def test_muon_makes_updates_orthogonal() -> None:
+    update = torch.randn(24, 60, generator=torch.Generator().manual_seed(0))
+    values = torch.linalg.svdvals(orthogonalize(update))
+    assert values.min() > 0.5 and values.max() < 1.4
+
+
+def test_the_learning_rate_rises_stays_and_falls() -> None:
+    shares = [trapezoid(step, 1000) for step in range(1000)]
+    assert shares[0] < 0.05 and shares[500] == 1 and shares[-1] < 0.01 and min(shares) > 0
