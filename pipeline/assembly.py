@@ -32,7 +32,7 @@ def assemble(
     """
     require_files(config)
     sizes, settings = check_before_loading(config, device)
-    embeds = encode_prompts(config, prompts, device)
+    embeds = encode_prompts(config, prompts, sizes.text_len, device)
     dtype = choose_dtype(config, device)
     generator = BlockGenerator(load_transformer(config, sizes, device, dtype), settings)
     vae = load_vae(config, device, dtype)

@@ -113,11 +113,16 @@ def check_before_loading(config: InferenceConfig, device: torch.device) -> tuple
     return sizes, settings
 
 
-def encode_prompts(config: InferenceConfig, prompts: Sequence[str], device: torch.device) -> dict[str, Tensor]:
-    """Embeddings [length, text_dim] of every different prompt, on the CPU; the text encoder is gone afterwards."""
+def encode_prompts(
+    config: InferenceConfig, prompts: Sequence[str], max_length: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Embeddings [length, text_dim] of every different prompt, on the CPU; the text encoder is gone afterwards.
+
+    Prompts are cut to `max_length` tokens, what the transformer takes.
+    """
     place = text_encoder_place(config, device)
     dtype = choose_dtype(config, device)  # of the run, wherever the encoder is: float32 would take 22.7 GB
-    encoder = TextEncoder.load(config.text_encoder_path, config.tokenizer_path, dtype, place)
+    encoder = TextEncoder.load(config.text_encoder_path, config.tokenizer_path, dtype, place, max_length)
     unique = list(dict.fromkeys(prompts))
     embeds = {prompt: encoder.encode([prompt])[0].cpu() for prompt in unique}
     del encoder

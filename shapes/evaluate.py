@@ -119,7 +119,8 @@ def evaluate(config_path: str, policies: Sequence[str], args: argparse.Namespace
             if name == policies[0]:
                 reference.append(batch.videos)
             for video, other, clip in zip(batch.videos, reference[number], group, strict=True):
-                report.add(name, _row(score(video, clip.scenes[0])) | _fidelity(video, other, config))
+                fidelity = math.nan if name == policies[0] else _fidelity(video, other, config)
+                report.add(name, _row(score(video, clip.scenes[0])) | {"psnr": fidelity})
             report.add_batch(name, batch.block_ms, batch.current_share)
         for batch, group in _generate(parts, config, _by_switch(stories), args.batch):
             for video, clip in zip(batch.videos, group, strict=True):
@@ -133,10 +134,10 @@ def _row(result: Score) -> dict[str, float]:
     return {name: getattr(result, name) for name in Score.names()} | {"remembered": result.remembered}
 
 
-def _fidelity(video: Floats, other: Floats, config: InferenceConfig) -> dict[str, float]:
-    """PSNR against the reference policy from the first block that a split can change."""
+def _fidelity(video: Floats, other: Floats, config: InferenceConfig) -> float:
+    """PSNR in dB against the reference policy from the first block that a split can change."""
     first = pixel_frame(BLOCK * (config.dummy_forcing.ar_start + 1))
-    return {"psnr": math.nan if video is other else psnr(video[first:], other[first:])}
+    return psnr(video[first:], other[first:])
 
 
 def _by_switch(clips: list[Clip]) -> list[Clip]:

@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 import threading
@@ -24,6 +25,7 @@ from pipeline.jobs import read_jobs
 from pipeline.loading import check_before_loading, choose_dtype, encode_prompts, load_transformer, load_vae
 from pipeline.video_pipeline import VideoPipeline
 from tests.conftest import PROMPTS, ROOT, Program
+from tests.small_checkpoints import SmallCheckpoints
 from utils.profiler import Profiler
 from utils.video import VideoInfo, probe, read_frames
 
@@ -205,7 +207,7 @@ def test_latents_do_not_depend_on_what_came_before(program: Program) -> None:
     generator = BlockGenerator(load_transformer(config, sizes, cpu, dtype), settings)
     pipeline = VideoPipeline(generator, load_vae(config, cpu, dtype), config)
     jobs = read_jobs(config)
-    embeds = encode_prompts(config, [job.prompts[0] for job in jobs], cpu)
+    embeds = encode_prompts(config, [job.prompts[0] for job in jobs], sizes.text_len, cpu)
 
     def latents(index: int) -> torch.Tensor:
         job = jobs[index]
@@ -313,3 +315,15 @@ def test_a_contact_sheet_shows_the_whole_video(program: Program) -> None:
     for row, column, number in ((0, 0, 0), (2, 3, 32), (1, 1, 15)):
         cell = picture[row * 34 : row * 34 + 32, column * 50 : column * 50 + 48].astype(int)
         assert abs(cell - frames[number]).mean() < 3
+
+
+def test_a_prompt_longer_than_the_model_takes_is_cut(
+    program: Program, checkpoints: SmallCheckpoints, caplog: pytest.LogCaptureFixture
+) -> None:
+    root = program.folder / "short"
+    shutil.copytree(checkpoints.root, root)
+    path = root / "Wan2.1-T2V-1.3B" / "config.json"
+    path.write_text(json.dumps({**json.loads(path.read_text()), "text_len": 16}))
+    assert program(f"model_root={root}", prompts=["A red fox runs over the hill and on. " * 8]) == 0
+    assert "is longer than 16" in caplog.text
+    assert len(program.mp4s) == 1

@@ -71,11 +71,12 @@ def test_what_is_trained_loads_in_the_product(code_folder: Path, tmp_path: Path)
         averaged(work / "vae.pt", build_vae()),
     )
     assert isinstance(nets, TextToFlow)
-    model = load_transformer(config, model_sizes(config), device, torch.float32)
+    sizes = model_sizes(config)
+    model = load_transformer(config, sizes, device, torch.float32)
     for name, value in nets.model.named_parameters():
         assert torch.allclose(model.get_parameter(name), value, atol=2e-3), name
     prompt = "A red ball moves to the right."
-    (embeds,) = encode_prompts(config, [prompt], device).values()
+    (embeds,) = encode_prompts(config, [prompt], sizes.text_len, device).values()
     with torch.no_grad():
         expected = nets.embeds([prompt])[0, : len(embeds)]
     assert (embeds - expected).abs().max() < 0.1  # the file is bf16
