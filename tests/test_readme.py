@@ -36,7 +36,7 @@ SMALL_STORYBOARD = ["num_output_frames=21", "switch_frame_indices=[4,7,10,13,16]
 
 
 @pytest.fixture(scope="module")
-def workplace(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A folder as the README leaves it: configs, prompts, checkpoints, and the files that examples start from."""
     folder = tmp_path_factory.mktemp("clone")
     write_small_checkpoints(folder / "checkpoints", lora_rank=256)
@@ -58,9 +58,9 @@ def test_commands_are_found() -> None:
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("python ") and "inference.py" in c])
 def test_a_script_runs(
-    command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(workplace)
+    monkeypatch.chdir(clone)
     shutil.rmtree("videos", ignore_errors=True)
     shutil.rmtree("demo", ignore_errors=True)
     _, script, *arguments = shlex.split(command)
@@ -78,9 +78,9 @@ def test_a_script_runs(
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "sample_vbench.py" in c and not c.startswith("torchrun")])
 def test_vbench_sampling_runs(
-    command: str, workplace: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    command: str, clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.chdir(workplace)
+    monkeypatch.chdir(clone)
     _, _, *arguments = shlex.split(command)
     status = sample_vbench.main([*arguments, *SMALL, *SMALL_VBENCH])
     if "--check" in arguments:
