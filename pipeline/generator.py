@@ -166,6 +166,7 @@ class Rollout:
                     while pending and pending[0].start_frame <= start:
                         text = pending.popleft().text
                     self._switch(text, start, index)
+                self.cache.begin_pass(start, self._geometry.frames_per_block)
                 x0 = self._given.popleft() if self._given else self.denoise(text, start)
             yield CleanBlock(index, start, x0)
             if start != starts[-1]:
@@ -181,7 +182,6 @@ class Rollout:
         schedule, steps = self._settings.schedule, self._generator.steps
         residual = None if all(self._generator.computed) else StackResidual()
         self._model.set_head_order(self._order)
-        self.cache.begin_pass(start, self._geometry.frames_per_block)
         x = self._draw()
         for step, (time, compute) in enumerate(zip(steps, self._generator.computed, strict=True)):
             if compute:

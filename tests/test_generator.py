@@ -199,3 +199,17 @@ def test_given_blocks_are_passed_on_and_seen_by_what_follows() -> None:
     assert rollout.forwards == 2 + 5 + 5 + 4  # two clean passes, then two whole blocks and the last
     again = made.start(GEOMETRY, segments(made.model), NoiseStream([7]), given=plain[:, :6])
     assert not torch.allclose(latents(again)[:, 6:], going_on[:, 6:], atol=1e-3)
+
+
+@pytest.mark.parametrize("relative", [False, True])
+@pytest.mark.parametrize("kind", ["window", "packed"])
+def test_a_video_given_its_own_beginning_goes_on_as_it_did(kind: str, relative: bool) -> None:
+    """Past the window too, where relative positions turn the sinks in every block, given or made."""
+    geometry = replace(GEOMETRY, num_frames=24)
+    made = generator(tiny_model(), kind, window=9, relative_rope=relative)
+    plain = latents(start(made, 7, geometry=geometry))
+    noise = NoiseStream([7])
+    for _ in range(5 * len(SCHEDULE)):  # what the five given blocks would have drawn
+        noise.normal(geometry.block_shape)
+    rollout = made.start(geometry, segments(made.model), noise, given=plain[:, :15])
+    assert torch.equal(latents(rollout), plain)
