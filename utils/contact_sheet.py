@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 from utils.ffmpeg import failure, file_url, quiet_ffmpeg
-from utils.files import commit_partial, create_partial
+from utils.files import whole_file
 
 COLUMNS, ROWS = 4, 3
 MARGIN = 2  # pixels between frames
@@ -23,26 +23,11 @@ def write_contact_sheet(video: Path, frames: int) -> Path:
     rows = -(-len(chosen) // COLUMNS)
     columns = min(COLUMNS, len(chosen))
     path = video.with_suffix(".png")
-    partial = create_partial(path)
     tiles = f"select={select},tile={columns}x{rows}:padding={MARGIN}:color=white"
-    command = [
-        *quiet_ffmpeg(),
-        "-i",
-        file_url(video),
-        "-vf",
-        tiles,
-        "-frames:v",
-        "1",
-        "-f",
-        "image2",
-        file_url(partial),
-    ]
-    done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
-    try:
+    with whole_file(path) as partial:
+        target = ["-vf", tiles, "-frames:v", "1", "-f", "image2", file_url(partial)]
+        command = [*quiet_ffmpeg(), "-i", file_url(video), *target]
+        done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)
         if done.returncode != 0:
             raise failure(path, done.returncode, done.stderr)
-        commit_partial(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
     return path

@@ -17,6 +17,8 @@ import platform
 import re
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from utils.errors import InputError
@@ -88,21 +90,31 @@ def commit_partial(partial: Path, path: Path) -> None:
         raise write_error(path, error) from error
 
 
+@contextmanager
+def whole_file(path: Path) -> Iterator[Path]:
+    """A partial file to write to; it becomes `path` if the context ends without an exception, and else goes.
+
+    Raises InputError if the file cannot be created or put in its place.
+    """
+    partial = create_partial(path)
+    try:
+        yield partial
+        commit_partial(partial, path)
+    except BaseException:
+        partial.unlink(missing_ok=True)
+        raise
+
+
 def write_atomic(path: Path, text: str) -> None:
     """Write `text` as UTF-8 to `path`: the old file or the whole new one is there at any time, never a part.
 
     Raises InputError if the folder cannot be written or the disk is full; no partial file is left then.
     """
-    partial = create_partial(path)
-    try:
+    with whole_file(path) as partial:
         try:
             partial.write_bytes(text.encode("utf-8"))
         except OSError as error:
             raise write_error(path, error) from error
-        commit_partial(partial, path)
-    except BaseException:
-        partial.unlink(missing_ok=True)
-        raise
 
 
 def ensure_writable_folder(path: Path, field: str) -> None:
