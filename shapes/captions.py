@@ -68,8 +68,8 @@ def random_scene(rng: np.random.Generator, held: bool | None = None) -> Scene:
 
 
 def random_hidden(rng: np.random.Generator) -> Hidden:
-    background, mark, lane, way = (int(rng.integers(n)) for n in (BACKGROUNDS, len(MARKS), 2, 2))
-    return Hidden(background, mark, lane, way)
+    background, mark, way = (int(rng.integers(n)) for n in (BACKGROUNDS, len(MARKS), 2))
+    return Hidden(background, mark, way)
 
 
 def later_scene(rng: np.random.Generator, before: Scene) -> Scene:

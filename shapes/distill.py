@@ -13,10 +13,9 @@ import torch
 from torch import Tensor
 
 from shapes.forward import TrainingForward
-from shapes.schedule import HISTORY_NOISE, SCHEDULE, SHIFT, add_noise
+from shapes.schedule import SCHEDULE, SHIFT, a_little_noisy, add_noise, noise_like, random_steps
 
 SOLVER_STEPS = 8
-LEVELS = SCHEDULE.sigmas[:3]  # at the last step's noise level hardly anything is open any more
 
 
 def distillation_loss(
@@ -30,13 +29,12 @@ def distillation_loss(
 ) -> Tensor:
     """Of blocks x0 [B, K, n, C, h, w], each over the true ones before it, which are a little noisy; `embeds` are the
     student's, `theirs` the teacher's."""
-    level = HISTORY_NOISE * torch.rand(x0.shape[:2], generator=generator)
-    history = add_noise(x0, torch.randn(x0.shape, generator=generator), level)
     target = x0[:, None].expand(-1, copies, -1, -1, -1, -1, -1)
-    choice = torch.randint(len(LEVELS), target.shape[:3], generator=generator)
-    sigma = torch.tensor(LEVELS)[choice]
-    noisy = add_noise(target, torch.randn(target.shape, generator=generator), sigma)
-    with torch.autocast("cpu", torch.bfloat16):
+    # At the last step's noise level hardly anything is open any more.
+    sigma = random_steps(target.shape[:3], generator, last=len(SCHEDULE) - 2).to(x0.device)
+    noisy = add_noise(target, noise_like(target, generator), sigma)
+    history = a_little_noisy(x0, generator)
+    with torch.autocast(x0.device.type, torch.bfloat16):
         clean = solve(teacher, history, noisy, sigma, theirs.detach())
         flow = student(history, noisy, 1000 * sigma, embeds)
     return torch.nn.functional.mse_loss(flow, (noisy - clean) / sigma[..., None, None, None, None])

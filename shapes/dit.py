@@ -24,16 +24,16 @@ INIT_SEED = 21
 class TextToFlow(nn.Module):
     """Both trained models: captions to embeddings, and noisy blocks to flows."""
 
-    def __init__(self) -> None:
+    def __init__(self, compile_layers: bool = False) -> None:
         super().__init__()
         self.tokenizer = build_tokenizer()
         self.text = build_text_encoder(self.tokenizer.get_vocab_size())
         self.model = init_(CausalWanModel(SIZES), INIT_SEED)
-        self.flow = TrainingForward(self.model)
+        self.flow = TrainingForward(self.model, compile_layers)
 
     def embeds(self, captions: Sequence[str]) -> Tensor:
         """[B, text_len, text_dim], zero past each caption."""
-        ids, mask = token_ids(self.tokenizer, captions)
+        ids, mask = (part.to(self.model.device) for part in token_ids(self.tokenizer, captions))
         hidden = self.text(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
         return nn.functional.pad(hidden, (0, 0, 0, MAX_TOKENS - hidden.shape[1]))
 

@@ -6,7 +6,8 @@ and to itself, which is what the cached loop of `pipeline.generator` computes on
 clean blocks before it see each other, as in the product's re-encoding pass. There are no masks: every block is a
 product of its own, which on a CPU is the cheaper way. The submodules and their weights are `wan.model`'s.
 
-Letters as elsewhere, and K blocks, R rows: the clean blocks of a clip, then its noisy blocks copy by copy.
+Letters as elsewhere, and K blocks, R rows: the clean blocks of a clip but the last, which nobody looks at, then its
+noisy blocks copy by copy.
 """
 
 from __future__ import annotations
@@ -38,9 +39,10 @@ def init_(model: CausalWanModel, seed: int) -> CausalWanModel:
 class TrainingForward(nn.Module):
     """Flows of noisy blocks, with gradients."""
 
-    def __init__(self, model: CausalWanModel) -> None:
+    def __init__(self, model: CausalWanModel, compile_layers: bool = False) -> None:
         super().__init__()
         self.model = model
+        self._run_layer = torch.compile(run_layer, dynamic=False) if compile_layers else run_layer
         self._rotary = RotaryEmbedding(model.config.head_dim)
 
     def forward(self, clean: Tensor, noisy: Tensor, timesteps: Tensor, embeds: Tensor, switch: int = 0) -> Tensor:
@@ -52,16 +54,16 @@ class TrainingForward(nn.Module):
         model = self.model
         batch, blocks, frames = clean.shape[:3]
         copies = noisy.shape[1]
-        rows = torch.cat((clean, noisy.flatten(1, 2)), dim=1)  # [B, R, n, C, h, w]
-        times = torch.cat((clean.new_zeros(batch, blocks), timesteps.flatten(1)), dim=1)  # [B, R]
+        rows = torch.cat((clean[:, :-1], noisy.flatten(1, 2)), dim=1)  # [B, R, n, C, h, w]
+        times = torch.cat((clean.new_zeros(batch, blocks - 1), timesteps.flatten(1)), dim=1)  # [B, R]
         x = self._patchify(rows)
         embedding = time_embedding(model, times)
         modulation = model.time_projection(embedding).unflatten(-1, (6, -1))  # [B, R, 6, dim]
         text = model.text_embedding(embeds)
         rotation = self._rotation(blocks, switch, copies, frames, (clean.shape[-2] // 2, clean.shape[-1] // 2))
         for block in model.layers():
-            x = run_layer(block, x, modulation, text, rotation.cos, rotation.sin, blocks, copies, switch)
-        x, embedding = x[:, blocks:], embedding[:, blocks:]
+            x = self._run_layer(block, x, modulation, text, rotation.cos, rotation.sin, blocks, copies, switch)
+        x, embedding = x[:, blocks - 1 :], embedding[:, blocks - 1 :]
         head = model.head.modulation[0] + embedding[:, :, None]  # [B, R, 2, dim]
         shift, scale = head[:, :, :1], 1 + head[:, :, 1:]
         flow = model.head.head(shift + model.head.norm(x) * scale).float()
@@ -70,7 +72,7 @@ class TrainingForward(nn.Module):
     def _rotation(self, blocks: int, switch: int, copies: int, frames: int, grid: tuple[int, int]) -> Rotation:
         """Tables [R, L, 1, D/2]: noisy copies stand where their clean blocks do."""
         table = self._rotary.table(0, blocks * frames, grid, self.model.device)
-        order = [*range(blocks), *(list(range(switch, blocks)) * copies)]
+        order = [*range(blocks - 1), *(list(range(switch, blocks)) * copies)]
         cos, sin = (part.view(blocks, -1, *part.shape[1:])[order] for part in (table.cos, table.sin))
         return Rotation(cos, sin)
 
@@ -141,19 +143,20 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: int, copies: int, s
     """Self-attention of rows, all [B, R, H, L, D]."""
     q = (q * q.shape[-1] ** -0.5).type_as(v)
     later = blocks - switch
-    past_k, past_v = (part[:, :blocks].transpose(1, 2) for part in (k, v))  # [B, H, K, L, D]
+    past_k, past_v = (part[:, : blocks - 1].transpose(1, 2) for part in (k, v))  # [B, H, K - 1, L, D]
     out: list[list[Tensor]] = [[] for _ in range(copies + 1)]
     if switch:
         together = past_k[:, :, :switch].flatten(2, 3), past_v[:, :, :switch].flatten(2, 3)
         seen = _attend(q[:, :switch].transpose(1, 2).flatten(2, 3), *together)
         out[0].append(torch.unflatten(seen, 2, (switch, -1)).transpose(1, 2))
     for index in range(switch, blocks):
-        rows = [index, *(blocks + copy * later + index - switch for copy in range(copies))]
+        rows = [blocks - 1 + copy * later + index - switch for copy in range(copies)]
+        rows = [index, *rows] if index < blocks - 1 else rows
         own_q, own_k, own_v = (torch.stack([part[:, row] for row in rows], dim=2) for part in (q, k, v))
         seen = _attend_both(
             own_q, past_k[:, :, :index].flatten(2, 3), past_v[:, :, :index].flatten(2, 3), own_k, own_v
-        )  # [B, H, copies + 1, L, D]
-        for part, row in zip(out, seen.unbind(2), strict=True):
+        )  # [B, H, number of rows, L, D]
+        for part, row in zip(out[-len(rows) :], seen.unbind(2), strict=True):
             part.append(row.unsqueeze(1))
     return torch.cat([row for part in out for row in part], dim=1)
 

@@ -77,6 +77,11 @@ class Average:
         self.values = {name: tensor.detach().clone() for name, tensor in tensors.items()}
 
     @torch.no_grad()
+    def load(self, values: Mapping[str, Tensor]) -> None:
+        for name, value in self.values.items():
+            value.copy_(values[name])
+
+    @torch.no_grad()
     def update(self, tensors: Mapping[str, Tensor], step: int) -> None:
         decay = min(self.decay, (1 + step) / (10 + step))  # early weights should be forgotten soon
         for name, value in self.values.items():

@@ -25,7 +25,7 @@ COLUMNS = {
     "remembered": ("remembered %", 100, 1),
     "background": ("background %", 100, 1),
     "mark": ("mark %", 100, 1),
-    "place": ("lane, way %", 100, 1),
+    "way": ("way %", 100, 1),
     "position": ("position px", 1, 2),
     "drift": ("drift dB", 1, 1),
     "seam": ("seam", 1, 2),

@@ -16,12 +16,30 @@ SCHEDULE = DenoisingSchedule.build((1000, 750, 500, 250), SHIFT, warp=True)
 
 def random_sigmas(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Half of them exactly the sampling steps', half from the shifted schedule."""
-    steps = torch.tensor(SCHEDULE.sigmas)[torch.randint(len(SCHEDULE), tuple(shape), generator=generator)]
+    steps = random_steps(shape, generator)
     u = torch.rand(tuple(shape), generator=generator)
     return torch.where(torch.rand(tuple(shape), generator=generator) < 0.5, steps, SHIFT * u / (1 + (SHIFT - 1) * u))
+
+
+def random_steps(
+    shape: Sequence[int], generator: torch.Generator, first: int = 0, last: int = len(SCHEDULE) - 1
+) -> Tensor:
+    """Noise levels of the sampling steps `first` to `last`."""
+    return torch.tensor(SCHEDULE.sigmas)[torch.randint(first, last + 1, tuple(shape), generator=generator)]
+
+
+def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
+    """Drawn on the CPU, so that a seed means the same noise everywhere."""
+    return torch.randn(x.shape, generator=generator).to(x.device)
 
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """(1 - sigma) x0 + sigma noise; sigma [...] over blocks [..., n, C, h, w]."""
     sigma = sigma[..., None, None, None, None]
     return (1 - sigma) * x0 + sigma * noise
+
+
+def a_little_noisy(history: Tensor, generator: torch.Generator) -> Tensor:
+    """Clean blocks [B, K, n, C, h, w] as they stand in the history."""
+    level = HISTORY_NOISE * torch.rand(history.shape[:2], generator=generator).to(history.device)
+    return add_noise(history, noise_like(history, generator), level)

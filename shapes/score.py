@@ -1,11 +1,12 @@
 """A video against its caption's scene: which of the things that the caption says are right, what is remembered.
 
-The hidden part (background, mark, lane, way round) is the video's own choice: it is read off the first block, and the
+The hidden part (background, mark, way round) is the video's own choice: it is read off the first block, and the
 rest of the video is held to it. Numbers are NaN where they do not apply.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, fields
 
@@ -18,7 +19,8 @@ from shapes.world import COLOURS, MOTIONS, Floats, Hidden, Scene, Track, story, 
 FIRST_BLOCK = 9  # pixel frames
 LAST = 12  # pixel frames at the end in which a remembered thing must still be there
 MOTION_ERROR = 8.0  # pixels (radius differences counted twice) up to which a path is recognised
-_HIDDEN = tuple(Hidden(lane=lane, way=way) for lane in (0, 1) for way in (0, 1))
+_WAYS = (Hidden(way=0), Hidden(way=1))
+_WITH_WAYS = ("orbit", "pass")  # motions that go either way
 
 
 @dataclass(frozen=True)
@@ -33,14 +35,14 @@ class Score:
     position: float
     background: float
     mark: float
-    place: float
+    way: float
     drift: float
     seam: float
 
     @property
     def remembered(self) -> float:
-        """The mean of what applies of background, mark, place."""
-        return float(np.nanmean([self.background, self.mark, self.place]))
+        """The mean of what applies of background, mark, way."""
+        return float(np.nanmean([self.background, self.mark, self.way]))
 
     @classmethod
     def names(cls) -> list[str]:
@@ -60,11 +62,11 @@ def score(video: Floats, scene: Scene) -> Score:
             _colour_is_right(one, scene, thing.colour) for one, thing in zip(seen, scene.things, strict=True)
         ),
         shape=_share(one.shape == thing.shape for one, thing in zip(seen, scene.things, strict=True)),
-        motion=_share(_motion(one, scene, i) == _wanted(scene, i) for i, one in enumerate(seen)),
+        motion=_share(_motion(one, scene, i) == scene.motion for i, one in enumerate(seen)),
         position=float(np.mean([distance(one, track).mean() for one, track in zip(seen, expected, strict=True)])),
         background=float(first is not None and first == last),
         mark=_share(before is not None and before == after for before, after in marks),
-        place=float(_choice(seen, scene, LAST, last=True) == hidden),
+        way=float(_choice(seen, scene, LAST, last=True) == hidden) if scene.motion in _WITH_WAYS else math.nan,
         drift=drift(video, 0, len(video) - 1),
         seam=seam(video, borders(len(video))),
     )
@@ -106,14 +108,14 @@ def _share(values: Iterable[bool]) -> float:
 
 
 def _choice(seen: Sequence[Seen], scene: Scene, frames: int, last: bool = False) -> Hidden:
-    """The lane and way that the first (or last) frames are nearest to, in one common hidden part for all things."""
+    """The way that the first (or last) frames are nearest to, the same for all things."""
     part = slice(-frames, None) if last else slice(0, frames)
 
     def off(hidden: Hidden) -> float:
         expected = tracks(scene, hidden, len(seen[0].x))
         return sum(float(distance(one, track)[part].mean()) for one, track in zip(seen, expected, strict=True))
 
-    return min(_HIDDEN[:2] if scene.motion == "orbit" else _HIDDEN[::2], key=off)
+    return min(_WAYS, key=off)
 
 
 def _colour_is_right(seen: Seen, scene: Scene, colour: str) -> bool:
@@ -123,20 +125,17 @@ def _colour_is_right(seen: Seen, scene: Scene, colour: str) -> bool:
     return seen.colour(0, frames) == colour
 
 
-def _wanted(scene: Scene, index: int) -> str:
-    return ("right", "left")[index] if scene.motion == "pass" else scene.motion
-
-
 def _motion(seen: Seen, scene: Scene, index: int) -> str | None:
-    """The motion whose path, in any lane and either way round, is nearest to what is seen; None if none is near."""
+    """The motion whose path, either way round, is nearest to what is seen; None if none is near."""
     thing = scene.things[index]
+    singles = [Scene((thing,), motion) for motion in MOTIONS if motion not in ("pass", "turn")]
     best, found = MOTION_ERROR, None
-    for motion in (name for name in MOTIONS if name not in ("pass", "turn")):
-        for hidden in _HIDDEN:
-            (track,) = tracks(Scene((thing,), motion), hidden, len(seen.x))
+    for one in [*singles, *([scene] if scene.motion == "pass" else [])]:
+        for hidden in _WAYS:
+            track = tracks(one, hidden, len(seen.x))[index if one.motion == "pass" else 0]
             radii = np.nan_to_num(np.abs(seen.radius - track.radius), nan=20.0)
             off = float((distance(seen, track) + 2 * radii).mean())
             if off < best:
-                best, found = off, motion
+                best, found = off, one.motion
     start, end = seen.colour(0, FIRST_BLOCK), seen.colour(-LAST, len(seen.x))
     return "turn" if found == "still" and start != end and end is not None else found

@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import argparse
-import logging
 import os
-import sys
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 
-from shapes.dit_training import DiTRecipe, train_dit
+from shapes.batches import PARTS, DiTRecipe
+from shapes.dit_training import train_dit
 from shapes.export import export
+from shapes.runs import log_to_stdout
 from shapes.vae import VAERecipe, train_vae
 
 
@@ -24,16 +25,18 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--out", type=Path, default=Path("checkpoints/shapes"), help="where export writes")
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--until", type=int, help="stop before this step; the same command without it goes on")
-    parser.add_argument("--batch", type=int, help="clips a step, instead of the recipe's")
+    parser.add_argument("--batch", type=int, help="clips a step (2 or more), instead of the recipe's")
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args(argv)
-    logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
+    if args.batch is not None and args.batch < PARTS:
+        parser.error(f"--batch {args.batch}: at least {PARTS}, since every step is computed in {PARTS} parts")
+    log_to_stdout()
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
-    changes = {"steps": args.steps} if args.steps else {}
-    if args.batch:
-        changes["batch"] = args.batch
+    given = {"steps": args.steps, "batch": args.batch}
+    changes: dict[str, Any] = {name: value for name, value in given.items() if value}
+    changes["compile"] = not args.no_compile
     if args.stage == "vae":
-        train_vae(args.work, replace(VAERecipe(compile=not args.no_compile), **changes), args.until)
+        train_vae(args.work, replace(VAERecipe(), **changes), args.until)
     if args.stage == "dit":
         train_dit(args.work, replace(DiTRecipe(), **changes), args.until)
     if args.stage == "export":

@@ -21,7 +21,8 @@ from torch import Tensor, nn
 from shapes.data import as_video, make_clip
 from shapes.linear import LinearCode, patches
 from shapes.optim import Average, Optimizers, trapezoid
-from shapes.runs import Stage
+from shapes.runs import Stage, training_device
+from shapes.schedule import noise_like
 from shapes.world import FRAMES, HEIGHT, WIDTH
 from wan.vae_tiles import count_causal_convolutions
 
@@ -29,6 +30,7 @@ logger = logging.getLogger(__name__)
 
 BASE_WIDTH = 8
 FIT_CLIPS = 150  # the linear code is fitted to samples of this many clips
+FIRST_FRAME = 4.0  # its weight: it has a latent of its own, and is drawn without a history
 NOISE = 0.1  # of the latents that the decoder draws from
 FIT_SEED, TRAIN_SEED, CROP_SEED = 11, 12, 13
 
@@ -37,12 +39,13 @@ FIT_SEED, TRAIN_SEED, CROP_SEED = 11, 12, 13
 class VAERecipe:
     """`crop`: pixel frames, rows, columns of a training sample; the encoder is trained every `encoder_every` steps."""
 
-    steps: int = 2400
+    steps: int = 3000
     batch: int = 2
     crop: tuple[int, int, int] = (17, 48, 64)
     encoder_every: int = 2
     muon_lr: float = 0.01
     adam_lr: float = 1e-3
+    cool_down: float = 0.6
     compile: bool = True
 
 
@@ -106,7 +109,10 @@ class _Losses(nn.Module):
 
     def decoder(self, z: Tensor, video: Tensor) -> Tensor:
         off = decode_whole(self.vae, z).float() - video
-        return off.abs().mean() + 2 * off.square().mean()
+        error = (off.abs() + 2 * off.square()).mean((0, 1, 3, 4))
+        weights = torch.ones_like(error)
+        weights[0] = FIRST_FRAME
+        return (weights * error).sum() / weights.sum()
 
     def encoder(self, video: Tensor, z: Tensor) -> Tensor:
         return (encode_whole(self.vae, video).float() - z).square().mean()
@@ -115,7 +121,8 @@ class _Losses(nn.Module):
 def train_vae(folder: Path, recipe: VAERecipe, until: int | None = None) -> nn.Module:
     """Train, or go on training; returns the module with averaged weights."""
     torch.manual_seed(TRAIN_SEED)
-    code, vae = fit_linear_code(folder), build_vae()
+    device = training_device()
+    code, vae = fit_linear_code(folder), build_vae().to(device)
     stage = Stage(folder, "vae", recipe.steps, until)
     named = dict(vae.named_parameters())
     matrices = [p for p in named.values() if p.ndim > 1 and min(p.shape[:2]) > 3]
@@ -129,20 +136,20 @@ def train_vae(folder: Path, recipe: VAERecipe, until: int | None = None) -> nn.M
     encoder = float("nan")
     for step in range(start, stage.end):
         video = crops(step, recipe)
-        z = code.encode(video.transpose(1, 2)).transpose(1, 2)
-        noise = torch.randn(z.shape, generator=torch.Generator().manual_seed(step))
+        z = code.encode(video.transpose(1, 2)).transpose(1, 2).to(device)
+        video, noise = video.to(device), noise_like(z, torch.Generator().manual_seed(step))
         row: dict[str, float] = {}
-        with torch.autocast("cpu", torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16):
             loss = decoder_loss(z + NOISE * noise, video)
         torch.autograd.backward(loss)
         row["decoder"] = loss.item()
         if step % recipe.encoder_every == 0:
-            with torch.autocast("cpu", torch.bfloat16):
+            with torch.autocast(device.type, torch.bfloat16):
                 loss = encoder_loss(video, z)
             torch.autograd.backward(loss)
             encoder = loss.item()
         row["encoder"] = encoder
-        optimizers.step(trapezoid(step, recipe.steps))
+        optimizers.step(trapezoid(step, recipe.steps, cool_down=recipe.cool_down))
         average.update(named, step)
         stage.after(
             step,
@@ -160,6 +167,6 @@ def _restore(stage: Stage, vae: nn.Module, optimizers: Optimizers, average: Aver
     if state is None:
         return 0
     vae.load_state_dict(cast("dict[str, Tensor]", state["vae"]))
-    average.values = cast("dict[str, Tensor]", state["average"])
+    average.load(cast("dict[str, Tensor]", state["average"]))
     optimizers.load_state_dict(cast("list[dict[str, object]]", state["optimizers"]))
     return cast(int, state["step"])

@@ -1,8 +1,8 @@
 """The world that the small model is trained on: flat shapes that move over a still background, drawn exactly.
 
 A `Scene` is what a caption says: which things, and what they do. `Hidden` is what no caption says and what a video
-must therefore keep from its own first frames: the background, a mark on the things, which lane they take, which way
-round they go. A scene and its hidden part decide every pixel. The file knows no wording and no model.
+must therefore keep from its own first frames: the background, a mark on the things, which way round they go. A scene
+and its hidden part decide every pixel. The file knows no wording and no model.
 Units: pixels (x to the right, y down, pixel centres at .5) and pixel frames at 16 a second.
 """
 
@@ -20,6 +20,7 @@ Floats = npt.NDArray[np.float32]
 
 HEIGHT, WIDTH = 80, 128
 FRAMES = 81
+LANES = (26.0, 54.0)  # y of two things that pass each other
 MARGIN = 18.0  # a thing's centre turns back at this distance from a wall
 
 SHAPES = ("disc", "square", "triangle", "cross")
@@ -52,7 +53,7 @@ class Thing:
 
 @dataclass(frozen=True)
 class Scene:
-    """One thing that does `motion`, or two for "pass": the first moves right, the second left, in different lanes.
+    """One thing that does `motion`, or two for "pass": the first moves right, the second left, one above the other.
 
     `target` is the colour that "turn" ends in.
     """
@@ -64,11 +65,11 @@ class Scene:
 
 @dataclass(frozen=True)
 class Hidden:
-    """What no caption says. `lane` and `way` are 0 or 1, `background` < BACKGROUNDS, `mark` indexes MARKS."""
+    """What no caption says. `background` < BACKGROUNDS, `mark` indexes MARKS, `way` is 0 or 1: in an orbit against the
+    clock or with it; who takes the upper lane when two pass each other."""
 
     background: int = 0
     mark: int = 0
-    lane: int = 0
     way: int = 0
 
 
@@ -98,11 +99,11 @@ def as_floats(values: npt.ArrayLike) -> Floats:
 def tracks(scene: Scene, hidden: Hidden, frames: int = FRAMES) -> tuple[Track, ...]:
     """The tracks of a scene's things from its beginning on."""
     if scene.motion == "pass":
-        first, second = scene.things
-        other = replace(hidden, lane=1 - hidden.lane)
-        return (*tracks(Scene((first,), "right"), hidden, frames), *tracks(Scene((second,), "left"), other, frames))
-    (thing,) = scene.things
-    return (_go(scene, _start(thing, scene.motion, hidden), hidden, frames),)
+        right, left = (Scene((thing,), motion) for thing, motion in zip(scene.things, ("right", "left"), strict=True))
+        lanes = LANES if hidden.way == 0 else LANES[::-1]
+        starts = (replace(_start(one), y=lane) for one, lane in zip((right, left), lanes, strict=True))
+        return tuple(_go(one, start, hidden, frames) for one, start in zip((right, left), starts, strict=True))
+    return (_go(scene, _start(scene), hidden, frames),)
 
 
 def story(scenes: Sequence[tuple[int, Scene]], hidden: Hidden, frames: int = FRAMES) -> tuple[Track, ...]:
@@ -126,18 +127,19 @@ def _end(track: Track) -> _State:
     return _State(float(track.x[-1]), float(track.y[-1]), float(track.radius[-1]), (red, green, blue))
 
 
-def _start(thing: Thing, motion: str, hidden: Hidden) -> _State:
-    across, along = (40.0, 88.0)[hidden.lane], (26.0, 54.0)[hidden.lane]
+def _start(scene: Scene) -> _State:
+    (thing,) = scene.things
+    middle = WIDTH / 2
     places = {
-        "right": (24.0, along),
-        "left": (WIDTH - 24.0, along),
-        "down": (across, 18.0),
-        "up": (across, HEIGHT - 18.0),
-        "bounce": (across, HEIGHT - 20.0),
-        "orbit": (WIDTH / 2, 20.0),
+        "right": (24.0, HEIGHT / 2),
+        "left": (WIDTH - 24.0, HEIGHT / 2),
+        "down": (middle, 18.0),
+        "up": (middle, HEIGHT - 18.0),
+        "bounce": (middle, HEIGHT - 20.0),
+        "orbit": (middle, 20.0),
     }
-    x, y = places.get(motion, (across, HEIGHT / 2))
-    radius = {"grow": SMALLEST, "shrink": LARGEST}.get(motion, SIZES[thing.size])
+    x, y = places.get(scene.motion, (middle, HEIGHT / 2))
+    radius = {"grow": SMALLEST, "shrink": LARGEST}.get(scene.motion, SIZES[thing.size])
     return _State(x, y, radius, COLOURS[thing.colour])
 
 

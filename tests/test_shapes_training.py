@@ -4,9 +4,9 @@ in the product. The runs are shortened to a few steps."""
 from __future__ import annotations
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import torch
 from torch import Tensor
@@ -14,8 +14,9 @@ from torch import Tensor
 from pipeline.config import load_config
 from pipeline.loading import encode_prompts, load_transformer, load_vae, model_sizes
 from shapes import train
+from shapes.batches import Batches, DiTRecipe, Phase
 from shapes.dit import TextToFlow
-from shapes.dit_training import DiTRecipe, Phase, make_batch, training_loss
+from shapes.dit_training import batch_loss
 from shapes.export import export, native_names
 from shapes.linear import LinearCode
 from shapes.optim import orthogonalize, trapezoid
@@ -37,7 +38,7 @@ def stage(name: str, work: Path, code_folder: Path, until: int) -> dict[str, Ten
     """Run a stage of 4 steps from the command line, to step `until`; the averaged weights that it leaves."""
     work.mkdir(exist_ok=True)
     (work / "linear.pt").write_bytes((code_folder / "linear.pt").read_bytes())
-    arguments = [name, "--work", str(work), "--steps", "4", "--until", str(until), "--no-compile", "--batch", "1"]
+    arguments = [name, "--work", str(work), "--steps", "4", "--until", str(until), "--no-compile", "--batch", "2"]
     assert train.main(arguments) == 0
     state = torch.load(work / f"{name}.pt", weights_only=True)
     assert state["step"] == until
@@ -109,18 +110,30 @@ def test_half_of_the_noise_levels_are_the_sampling_steps() -> None:
     assert sigmas.min() > 0 and sigmas.max() <= 1
 
 
-@pytest.mark.parametrize("own_history", [False, True])
-def test_the_loss_reaches_both_models(own_history: bool, code_folder: Path) -> None:
-    recipe = DiTRecipe(phases=(Phase(1.0, {3: 1.0}),), storyboards=1.0, batch=2)
-    batch = make_batch(0, recipe, LinearCode.load(code_folder / "linear.pt"), np.random.default_rng(0))
-    assert batch.switch == 2
+def recipe(**changes: object) -> DiTRecipe:
+    return replace(DiTRecipe(phases=(Phase(1.0, {3: 1.0}),), storyboards=1.0, batch=2), **changes)
+
+
+@pytest.mark.parametrize("own", [0.0, 1.0])
+def test_the_loss_reaches_both_models(own: float, code_folder: Path) -> None:
+    chosen = recipe(own_history=own, own_from=0.0)
+    (batch, other) = Batches(chosen, LinearCode.load(code_folder / "linear.pt"))[0]
+    assert batch.switch == 2 and batch.own_history == bool(own) and batch.share == other.share == 0.5
     nets = TextToFlow()
     with torch.no_grad():
         nets.model.head.head.weight.normal_(0, 0.1)  # it begins at zero, and nothing behind it would learn
-    loss = training_loss(nets, batch, own_history, torch.Generator().manual_seed(0))
-    torch.autograd.backward(loss)
+    torch.autograd.backward(batch_loss(nets, None, batch))
     grads = {name: p.grad for name, p in nets.named_parameters()}
     assert all(grad is not None and grad.abs().max() > 0 for grad in grads.values())
+
+
+def test_workers_share_a_step_without_changing_it(code_folder: Path) -> None:
+    code = LinearCode.load(code_folder / "linear.pt")
+    alone = Batches(recipe(), code)[5]
+    shared = [part for rank in (0, 1) for part in Batches(recipe(), code, rank, workers=2)[5]]
+    for one, other in zip(alone, shared, strict=True):
+        assert torch.equal(one.latents, other.latents)
+        assert replace(one, latents=other.latents) == other
 
 
 def test_muon_makes_updates_orthogonal() -> None:

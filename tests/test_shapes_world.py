@@ -30,7 +30,7 @@ from shapes.world import (
 )
 
 CLIPS = [make_clip(101, index, held=None) for index in range(24)]
-SHARES = ("colour", "shape", "motion", "background", "mark", "place")
+SHARES = ("colour", "shape", "motion", "background", "mark", "way")
 
 
 def test_a_clip_is_decided_by_its_seed_and_number() -> None:
@@ -46,13 +46,13 @@ def test_a_shorter_clip_begins_like_a_longer_one() -> None:
 
 
 def test_a_second_caption_changes_what_follows_and_nothing_before() -> None:
-    thing, hidden = Thing("disc", "red"), Hidden(lane=1)
+    thing, hidden = Thing("disc", "red"), Hidden(background=1)
     plain = render(tracks(Scene((thing,), "right"), hidden), hidden)
     start = pixel_frame(9)
     switched = story(((0, Scene((thing,), "right")), (start, Scene((thing,), "up"))), hidden)
     assert np.array_equal(render(switched, hidden)[:start], plain[:start])
     (track,) = switched
-    assert np.allclose(track.x[start:], track.x[start]) and track.y[-1] < track.y[start] - 20
+    assert np.allclose(track.x[start:], track.x[start]) and track.y[-1] < track.y[start] - 15
 
 
 def test_no_training_scene_is_held_out() -> None:
@@ -75,7 +75,7 @@ def test_captions_are_plain_and_fit() -> None:
 @pytest.mark.parametrize("motion", MOTIONS)
 def test_things_stay_in_the_picture(motion: str) -> None:
     things = (Thing("square", "blue", "large"),) if motion != "pass" else (Thing("disc", "red"), Thing("disc", "blue"))
-    for hidden in (Hidden(lane=lane, way=way) for lane in (0, 1) for way in (0, 1)):
+    for hidden in (Hidden(way=0), Hidden(way=1)):
         for track in tracks(Scene(things, motion, "red" if motion == "turn" else None), hidden):
             assert track.x.min() > 12 and track.x.max() < WIDTH - 12
             assert track.y.min() > 0 and track.y.max() < HEIGHT
@@ -84,7 +84,7 @@ def test_things_stay_in_the_picture(motion: str) -> None:
 def test_measures_are_right_on_the_world_itself() -> None:
     scores = [score(clip.video, clip.scenes[0]) for clip in CLIPS]
     for name in SHARES:
-        assert np.mean([getattr(one, name) for one in scores]) == 1.0, name
+        assert np.nanmean([getattr(one, name) for one in scores]) == 1.0, name
     assert np.mean([one.position for one in scores]) < 0.5
     assert min(one.drift for one in scores) > 45
     assert all(which_background(background(index)[None]) == index for index in range(BACKGROUNDS))
@@ -119,17 +119,17 @@ def empty(clip: Clip) -> Floats:
 
 def new_background_half_way(clip: Clip) -> Floats:
     other = (clip.hidden.background + 1) % BACKGROUNDS
-    hidden = Hidden(other, clip.hidden.mark, clip.hidden.lane, clip.hidden.way)
+    hidden = Hidden(other, clip.hidden.mark, clip.hidden.way)
     return np.concatenate((clip.video[:40], render(tracks(clip.scenes[0], hidden), hidden)[40:]))
 
 
 def new_mark_half_way(clip: Clip) -> Floats:
-    hidden = Hidden(clip.hidden.background, (clip.hidden.mark + 1) % 3, clip.hidden.lane, clip.hidden.way)
+    hidden = Hidden(clip.hidden.background, (clip.hidden.mark + 1) % 3, clip.hidden.way)
     return np.concatenate((clip.video[:40], render(tracks(clip.scenes[0], hidden), hidden)[40:]))
 
 
-def new_lane_half_way(clip: Clip) -> Floats:
-    hidden = Hidden(clip.hidden.background, clip.hidden.mark, 1 - clip.hidden.lane, 1 - clip.hidden.way)
+def other_way_half_way(clip: Clip) -> Floats:
+    hidden = Hidden(clip.hidden.background, clip.hidden.mark, 1 - clip.hidden.way)
     return np.concatenate((clip.video[:40], render(tracks(clip.scenes[0], hidden), hidden)[40:]))
 
 
@@ -143,14 +143,14 @@ def new_lane_half_way(clip: Clip) -> Floats:
         (empty, "colour"),
         (new_background_half_way, "background"),
         (new_mark_half_way, "mark"),
-        (new_lane_half_way, "place"),
+        (other_way_half_way, "way"),
     ],
 )
 def test_measures_fall_on_what_is_wrong(spoil: Callable[[Clip], Floats], metric: str) -> None:
     clips = [clip for clip in CLIPS if clip.scenes[0].motion in ("right", "left", "up", "down", "pass", "grow")]
     assert len(clips) >= 6
     values = [getattr(score(spoil(clip), clip.scenes[0]), metric) for clip in clips]
-    assert np.mean(values) < 0.5
+    assert np.nanmean(values) < 0.5
 
 
 def test_position_counts_a_path_that_is_left() -> None:

@@ -1,0 +1,122 @@
+"""What the transformer sees in each step of training, and the recipe that decides it."""
+
+from __future__ import annotations
+
+import itertools
+from dataclasses import dataclass, replace
+
+import numpy as np
+import torch
+from torch import Tensor
+from torch.utils.data import Dataset
+
+from shapes.data import BLOCK, as_video, make_clip, pixel_frame
+from shapes.linear import LinearCode
+
+TRAIN_SEED, STEP_SEED = 21, 22
+PARTS = 2  # of a batch, each with its own random numbers
+MOST_DISTILLED = 3  # blocks of a clip
+
+
+@dataclass(frozen=True)
+class Phase:
+    """To the share `until` of all steps, batches have as many blocks as their weights say: {blocks: weight}."""
+
+    until: float
+    blocks: dict[int, float]
+
+
+# Blocks of a batch's clips -> clips, noisy copies. A first block has nothing before it and is the hardest: short
+# clips show many of them.
+BATCHES = {1: (16, 5), 3: (8, 2), 7: (4, 2)}
+
+
+@dataclass(frozen=True)
+class DiTRecipe:
+    """What is trained on, from the first block's picture to whole videos.
+
+    All that changes on the way does so at a share of `steps`. To `plain_until` captions leave nothing open but the
+    background. `storyboards`: share of batches of more than one block with a prompt switch. `own_history`: share of
+    batches, from `own_from` on, whose history the model has drawn itself. From `distill_from` on clips of few blocks
+    are distilled. `batch` instead of the numbers of clips in BATCHES.
+    """
+
+    steps: int = 7000
+    phases: tuple[Phase, ...] = (
+        Phase(0.25, {1: 0.7, 3: 0.3}),
+        Phase(0.6, {1: 0.4, 3: 0.3, 7: 0.3}),
+        Phase(1.0, {1: 0.3, 3: 0.25, 7: 0.45}),
+    )
+    plain_until: float = 0.1
+    storyboards: float = 0.2
+    own_history: float = 0.5
+    own_from: float = 0.6
+    distill_from: float = 0.6
+    cool_down: float = 0.35
+    muon_lr: float = 0.02
+    adam_lr: float = 2e-3
+    decay: float = 0.997
+    batch: int | None = None
+    compile: bool = True
+
+    def blocks(self, step: int, rng: np.random.Generator) -> int:
+        """How many blocks the clips of this step have."""
+        weights = next(phase.blocks for phase in self.phases if step < phase.until * self.steps)
+        return int(rng.choice(list(weights), p=list(weights.values())))
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Latents [B, K, n, 16, h, w] with the captions of the blocks from `switch` on, to be noised `copies` times.
+
+    `seed` decides its noise, `share` is its part of the step's clips.
+    """
+
+    latents: Tensor
+    captions: list[str]
+    switch: int
+    copies: int
+    own_history: bool
+    distilled: bool
+    seed: int
+    share: float
+
+    def to(self, device: torch.device) -> Batch:
+        return replace(self, latents=self.latents.to(device))
+
+
+class Batches(Dataset[list[Batch]]):
+    """Item `step` is what process `rank` of `workers` computes in that step: its parts of the batch."""
+
+    def __init__(self, recipe: DiTRecipe, code: LinearCode, rank: int = 0, workers: int = 1) -> None:
+        self._recipe, self._code = recipe, code
+        self._parts = range(rank, PARTS, workers)
+
+    def __getitem__(self, step: int) -> list[Batch]:
+        recipe = self._recipe
+        rng = np.random.default_rng((STEP_SEED, step))
+        blocks = recipe.blocks(step, rng)
+        size, copies = BATCHES[blocks]
+        size = recipe.batch or size
+        assert size >= PARTS
+        storyboard = blocks > 1 and rng.random() < recipe.storyboards
+        switch = int(rng.integers(min(2, blocks - 1), min(5, blocks))) if storyboard else 0
+        own = step >= recipe.own_from * recipe.steps and rng.random() < recipe.own_history
+        short = blocks <= MOST_DISTILLED and not switch
+        distilled = step >= recipe.distill_from * recipe.steps and short
+        seed = int(rng.integers(1 << 40))
+        plain = step < recipe.plain_until * recipe.steps
+        cuts = list(itertools.pairwise(np.linspace(0, size, PARTS + 1).astype(int).tolist()))
+        batches = []
+        for part in self._parts:
+            first = step * max(clips for clips, _ in BATCHES.values())  # no clip is seen twice
+            latents, captions = self._clips(range(first + cuts[part][0], first + cuts[part][1]), blocks, switch, plain)
+            share = len(captions) / size
+            batches.append(Batch(latents, captions, switch, copies, own, distilled, seed + part, share))
+        return batches
+
+    def _clips(self, indices: range, blocks: int, switch: int, plain: bool) -> tuple[Tensor, list[str]]:
+        frames = pixel_frame(blocks * BLOCK)
+        clips = [make_clip(TRAIN_SEED, i, BLOCK * switch or None, frames, plain=plain) for i in indices]
+        latents = self._code.encode(torch.stack([as_video(clip.video) for clip in clips]))
+        return latents.view(len(clips), blocks, BLOCK, *latents.shape[2:]), [clip.captions[-1] for clip in clips]
