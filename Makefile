@@ -1,4 +1,4 @@
-# make demo    a video from nothing, on any machine with Python
+# make demo    videos from nothing, on any machine with Python
 # make test    lint, types, layers, tests
 # make check   lint and types alone
 
@@ -19,9 +19,10 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python -m tests.small_checkpoints $(DEMO)/checkpoints
-	$(BIN)/python inference.py --config_path configs/demo.yaml model_root=$(DEMO)/checkpoints
-	@echo "The video:" && ls $(DEMO)/videos/*.mp4
+	$(BIN)/python inference.py --config_path configs/shapes_demo.yaml
+	$(BIN)/python interactive_inference.py --config_path configs/shapes_interactive.yaml
+	@echo "The videos, each with a contact sheet (.png) beside it:"
+	@ls $(DEMO)/shapes/*.mp4 $(DEMO)/shapes_interactive/*.mp4
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -1,7 +1,7 @@
 """Tables of the README from stored results: python -m benchmarks.tables [--check]
 
-Between `<!-- NAME -->` and `<!-- /NAME -->` the README holds the table of benchmarks/results/NAME.json, with the
-machine and the command that made it.
+Between `<!-- NAME -->` and `<!-- /NAME -->` the README, and the card of the small trained model, hold the table of
+benchmarks/results/NAME.json, with the machine and the command that made it.
 """
 
 from __future__ import annotations
@@ -11,12 +11,13 @@ import json
 import re
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 ROOT = Path(__file__).parents[1]
-README = ROOT / "README.md"
+DOCUMENTS = (ROOT / "README.md", ROOT / "checkpoints" / "shapes" / "README.md")
 RESULTS = ROOT / "benchmarks" / "results"
 
-Content = Mapping[str, object]
+Content = Mapping[str, Any]
 
 
 def markdown(header: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -40,7 +41,13 @@ def policies(content: Content) -> str:
     return markdown(header, rows)
 
 
-TABLES: dict[str, Callable[[Content], str]] = {"policies_cpu": policies}
+def shapes(content: Content) -> str:
+    from shapes.report import table
+
+    return table(content["policies"]).strip()
+
+
+TABLES: dict[str, Callable[[Content], str]] = {"policies_cpu": policies, "shapes": shapes}
 
 
 def render(name: str) -> str:
@@ -50,7 +57,7 @@ def render(name: str) -> str:
 
 
 def updated(text: str) -> str:
-    """The README's text with every table made anew."""
+    """A document's text with every table made anew."""
     for name in TABLES:
         text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, name=name: render(name), text, flags=re.DOTALL)
     return text
@@ -58,13 +65,14 @@ def updated(text: str) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--check", action="store_true", help="change nothing; 1 if the README is behind the results")
+    parser.add_argument("--check", action="store_true", help="change nothing; 1 if a document is behind the results")
     arguments = parser.parse_args(argv)
-    text = README.read_text(encoding="utf-8")
-    new = updated(text)
+    texts = {path: path.read_text(encoding="utf-8") for path in DOCUMENTS}
+    behind = {path: new for path, text in texts.items() if (new := updated(text)) != text}
     if not arguments.check:
-        README.write_text(new, encoding="utf-8")
-    return int(arguments.check and new != text)
+        for path, new in behind.items():
+            path.write_text(new, encoding="utf-8")
+    return int(arguments.check and bool(behind))
 
 
 if __name__ == "__main__":

@@ -69,7 +69,8 @@ class DiTRecipe:
 class Batch:
     """Latents [B, K, n, 16, h, w] with the captions of the blocks from `switch` on, to be noised `copies` times.
 
-    `seed` decides its noise, `share` is its part of the step's clips.
+    `seed` decides its noise, `share` is its part of the step's clips. `first_block`: whether the first block counts;
+    once it is distilled, flow matching would only pull it back.
     """
 
     latents: Tensor
@@ -78,6 +79,7 @@ class Batch:
     copies: int
     own_history: bool
     distilled: bool
+    first_block: bool
     seed: int
     share: float
 
@@ -102,8 +104,9 @@ class Batches(Dataset[list[Batch]]):
         storyboard = blocks > 1 and rng.random() < recipe.storyboards
         switch = int(rng.integers(min(2, blocks - 1), min(5, blocks))) if storyboard else 0
         own = step >= recipe.own_from * recipe.steps and rng.random() < recipe.own_history
-        short = blocks <= MOST_DISTILLED and not switch
-        distilled = step >= recipe.distill_from * recipe.steps and short
+        distilling = step >= recipe.distill_from * recipe.steps
+        distilled = distilling and blocks <= MOST_DISTILLED and not switch
+        first_block = not distilling or bool(switch)
         seed = int(rng.integers(1 << 40))
         plain = step < recipe.plain_until * recipe.steps
         cuts = list(itertools.pairwise(np.linspace(0, size, PARTS + 1).astype(int).tolist()))
@@ -112,7 +115,7 @@ class Batches(Dataset[list[Batch]]):
             first = step * max(clips for clips, _ in BATCHES.values())  # no clip is seen twice
             latents, captions = self._clips(range(first + cuts[part][0], first + cuts[part][1]), blocks, switch, plain)
             share = len(captions) / size
-            batches.append(Batch(latents, captions, switch, copies, own, distilled, seed + part, share))
+            batches.append(Batch(latents, captions, switch, copies, own, distilled, first_block, seed + part, share))
         return batches
 
     def _clips(self, indices: range, blocks: int, switch: int, plain: bool) -> tuple[Tensor, list[str]]:

@@ -54,7 +54,8 @@ def teacher_forcing_loss(nets: TextToFlow, batch: Batch, generator: torch.Genera
     with torch.autocast(x0.device.type, torch.bfloat16):
         noisy = add_noise(target, noise, sigma)
         flow = nets.flow(a_little_noisy(history, generator), noisy, 1000 * sigma, embeds, switch)
-    return torch.nn.functional.mse_loss(flow, noise - target)
+    first = 0 if batch.first_block else 1
+    return torch.nn.functional.mse_loss(flow[:, :, first:], (noise - target)[:, :, first:])
 
 
 @torch.no_grad()

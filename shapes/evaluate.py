@@ -11,6 +11,7 @@ from __future__ import annotations
 import argparse
 import logging
 import math
+import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
@@ -25,9 +26,10 @@ from pipeline.generator import BlockGenerator, Rollout, Segment
 from pipeline.loading import generator_settings, load_transformer, load_vae, model_sizes
 from shapes.data import BLOCK, Clip, make_clip, pixel_frame
 from shapes.measure import psnr
-from shapes.report import Report, check_gate, write_report
+from shapes.report import Report, check_gate, table, write_report
 from shapes.score import Score, score, score_later
 from shapes.world import Floats, as_floats
+from utils.profiler import device_name
 from utils.seed import NoiseStream, video_seed
 from wan.geometry import LatentGeometry
 from wan.model import CausalWanModel
@@ -81,12 +83,15 @@ class Batch:
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    args = _arguments(argv)
+    given = list(sys.argv[1:] if argv is None else argv)
+    args = _arguments(given)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     torch.set_num_threads(args.threads)
     report = evaluate(args.config, args.policies.split(","), args)
-    sys.stdout.write(report.table())
-    write_report(report, args.out)
+    sys.stdout.write(table(report.as_dict()))
+    device = f"{device_name(torch.device('cpu'))}, {args.threads} threads"
+    about = {"command": shlex.join(["shapes.evaluate", *given]), "device": device, "torch": torch.__version__}
+    write_report(report, args.out, about)
     return check_gate(report, args.gate) if args.gate else 0
 
 

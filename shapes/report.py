@@ -5,7 +5,9 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
+from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import numpy.typing as npt
@@ -91,30 +93,6 @@ class Report:
             result[policy] = row
         return result
 
-    def table(self) -> str:
-        """Markdown: a row a metric, a column a policy, the interval in brackets."""
-        lines = ["| | " + " | ".join(self.policies) + " |", "|---" * (len(self.policies) + 1) + "|"]
-        for metric, (heading, factor, decimals) in COLUMNS.items():
-            cells = [self._cell(policy, metric, factor, decimals) for policy in self.policies]
-            lines.append(f"| {heading} | " + " | ".join(cells) + " |")
-        for policy in self.policies:
-            if self._shares[policy]:
-                shares = sum(self._shares[policy][1:], self._shares[policy][0]) / len(self._shares[policy])
-                above, below = int((shares > 0.8).sum()), int((shares < 0.3).sum())
-                lines.append(
-                    f"\nAttention on the own block ({policy}): {shares.min():.2f} to {shares.max():.2f}; "
-                    f"{above} heads above 80 %, {below} below 30 %, of {shares.numel()}."
-                )
-                break
-        return "\n".join(lines) + "\n"
-
-    def _cell(self, policy: str, metric: str, factor: float, decimals: int) -> str:
-        mean = self.mean(policy, metric)
-        if mean is None:
-            return "-"
-        low, high = self.interval(policy, metric)
-        return f"{factor * mean:.{decimals}f} [{factor * low:.{decimals}f}, {factor * high:.{decimals}f}]"
-
     def svg(self) -> str:
         """Quality (mean of QUALITY, %) against milliseconds a block, with intervals."""
         points = {p: (self.mean(p, "block_ms") or 0.0, 100 * (self.mean(p, "quality") or 0.0)) for p in self.policies}
@@ -154,11 +132,35 @@ class Report:
         return "".join(parts) + "</svg>\n"
 
 
-def write_report(report: Report, folder: Path) -> None:
-    """report.json, report.md and report.svg."""
+def table(policies: Mapping[str, Any]) -> str:
+    """Markdown of `Report.as_dict`: a row a metric, a column a policy, the interval in brackets."""
+    lines = ["| | " + " | ".join(policies) + " |", "|---" * (len(policies) + 1) + "|"]
+    for metric, (heading, factor, decimals) in COLUMNS.items():
+        cells = [_cell(row.get(metric), factor, decimals) for row in policies.values()]
+        lines.append(f"| {heading} | " + " | ".join(cells) + " |")
+    observed = [(policy, row["current_share"]) for policy, row in policies.items() if "current_share" in row]
+    for policy, rows in observed[:1]:
+        shares = np.array(rows)
+        above, below = int((shares > 0.8).sum()), int((shares < 0.3).sum())
+        lines.append(
+            f"\nAttention on the own block ({policy}): {shares.min():.2f} to {shares.max():.2f}; "
+            f"{above} heads above 80 %, {below} below 30 %, of {shares.size}."
+        )
+    return "\n".join(lines) + "\n"
+
+
+def _cell(value: Mapping[str, float] | None, factor: float, decimals: int) -> str:
+    if value is None:
+        return "-"
+    mean, low, high = (f"{factor * value[name]:.{decimals}f}" for name in ("mean", "low", "high"))
+    return f"{mean} [{low}, {high}]"
+
+
+def write_report(report: Report, folder: Path, about: Mapping[str, object]) -> None:
+    """report.json, with `about` (command, machine) in it, and report.svg."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "report.json").write_text(json.dumps(report.as_dict(), indent=1) + "\n", encoding="utf-8")
-    (folder / "report.md").write_text(report.table(), encoding="utf-8")
+    content = {**about, "policies": report.as_dict()}
+    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     (folder / "report.svg").write_text(report.svg(), encoding="utf-8")
 
 

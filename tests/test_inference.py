@@ -42,7 +42,6 @@ LIBRARY = ("utils", "wan", "dummy", "pipeline")
         ("longlive_inference", ["adapter=null", "num_output_frames=12"]),
         ("causal_forcing_inference", []),
         ("causal_forcing_framewise_inference", []),
-        ("demo", []),
     ],
 )
 def test_published_configurations_make_videos(program: Program, config: str, overrides: list[str]) -> None:

@@ -12,7 +12,7 @@ import torch
 
 from pipeline.config import load_config
 from shapes import evaluate
-from shapes.report import Report, check_gate, write_report
+from shapes.report import Report, check_gate, table, write_report
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "checkpoints" / "shapes" / "Wan2.1-T2V-shapes"
@@ -38,12 +38,13 @@ def test_means_and_intervals() -> None:
     assert report.interval("full", "motion") == (1.0, 1.0)
     assert report.mean("full", "psnr") is None  # NaN is left out
     assert report.mean("full", "block_ms") == 21.0
-    assert "75.0 [" in report.table() and "6 heads above 80 %" in report.table()
+    text = table(report.as_dict())
+    assert "75.0 [" in text and "6 heads above 80 %" in text
 
 
 def test_the_report_is_written_in_three_forms(tmp_path: Path) -> None:
-    write_report(small_report(), tmp_path)
-    loaded = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    write_report(small_report(), tmp_path, {"command": "x"})
+    loaded = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["policies"]
     assert loaded["packed"]["motion"]["n"] == 20 and loaded["packed"]["current_share"][0] == [0.9, 0.9, 0.9]
     drawing = ET.parse(tmp_path / "report.svg").getroot()
     circles = [element for element in drawing.iter() if element.tag.endswith("circle")]
@@ -99,7 +100,7 @@ def test_the_evaluation_runs_on_the_checkpoint(tmp_path: Path, capsys: pytest.Ca
     arguments += ["--policies", "full,packed", "--captions", "4", "--storyboards", "2", "--batch", "4"]
     assert evaluate.main([*arguments, "--threads", "1", "--out", str(tmp_path), "--gate", str(gate)]) == 0
     assert "| colour % |" in capsys.readouterr().out
-    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))
+    report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["policies"]
     assert report["packed"]["psnr"]["n"] == 4 and "psnr" not in report["full"]
     assert report["full"]["later_right"]["n"] == 2
     assert len(report["packed"]["current_share"]) == 4
