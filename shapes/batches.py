@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
+from shapes.captions import PASSING_WEIGHT
 from shapes.data import BLOCK, as_video, make_clip, pixel_frame
 from shapes.linear import LinearCode
 
@@ -38,7 +39,8 @@ class DiTRecipe:
     All that changes on the way does so at a share of `steps`. To `plain_until` captions leave nothing open but the
     background. `storyboards`: share of batches of more than one block with a prompt switch. `own_history`: share of
     batches, from `own_from` on, whose history the model has drawn itself. From `distill_from` on clips of few blocks
-    are distilled. `batch` instead of the numbers of clips in BATCHES.
+    are distilled. From `passing_from` on clips with two things, the hardest captions, come with `passing_weight`.
+    `batch` instead of the numbers of clips in BATCHES.
     """
 
     steps: int = 7000
@@ -52,6 +54,8 @@ class DiTRecipe:
     own_history: float = 0.5
     own_from: float = 0.6
     distill_from: float = 0.6
+    passing_weight: float = 4.0
+    passing_from: float = 0.7
     cool_down: float = 0.35
     muon_lr: float = 0.02
     adam_lr: float = 2e-3
@@ -109,17 +113,19 @@ class Batches(Dataset[list[Batch]]):
         first_block = not distilling or bool(switch)
         seed = int(rng.integers(1 << 40))
         plain = step < recipe.plain_until * recipe.steps
+        weight = recipe.passing_weight if step >= recipe.passing_from * recipe.steps else PASSING_WEIGHT
         cuts = list(itertools.pairwise(np.linspace(0, size, PARTS + 1).astype(int).tolist()))
+        frames = pixel_frame(blocks * BLOCK)
         batches = []
         for part in self._parts:
             first = step * max(clips for clips, _ in BATCHES.values())  # no clip is seen twice
-            latents, captions = self._clips(range(first + cuts[part][0], first + cuts[part][1]), blocks, switch, plain)
+            clips = [
+                make_clip(TRAIN_SEED, first + i, BLOCK * switch or None, frames, plain=plain, passing_weight=weight)
+                for i in range(*cuts[part])
+            ]
+            latents = self._code.encode(torch.stack([as_video(clip.video) for clip in clips]))
+            latents = latents.view(len(clips), blocks, BLOCK, *latents.shape[2:])
+            captions = [clip.captions[-1] for clip in clips]
             share = len(captions) / size
             batches.append(Batch(latents, captions, switch, copies, own, distilled, first_block, seed + part, share))
         return batches
-
-    def _clips(self, indices: range, blocks: int, switch: int, plain: bool) -> tuple[Tensor, list[str]]:
-        frames = pixel_frame(blocks * BLOCK)
-        clips = [make_clip(TRAIN_SEED, i, BLOCK * switch or None, frames, plain=plain) for i in indices]
-        latents = self._code.encode(torch.stack([as_video(clip.video) for clip in clips]))
-        return latents.view(len(clips), blocks, BLOCK, *latents.shape[2:]), [clip.captions[-1] for clip in clips]

@@ -40,7 +40,7 @@ PASSING = (
 )
 LATER = ("now {the} {verb}", "then {the} {verb}", "{the} {verb}", "the {noun} {verb}")
 OPENINGS = ("{a} {verb}", "{a} {verb}", "{a} {verb}", "a video of {a} that {verb}", "{a} that {verb}")
-MOST_THINGS_MOVE = {"still": 0.5, "pass": 1.5}  # weights of motions in the random choice; 1 for the others
+PASSING_WEIGHT = 1.5  # of "pass" in the random choice of motions, beside 0.5 for "still" and 1 for the others
 
 
 def held_out(scene: Scene) -> bool:
@@ -49,9 +49,9 @@ def held_out(scene: Scene) -> bool:
     return zlib.crc32(key.encode()) % 8 == 0
 
 
-def random_scene(rng: np.random.Generator, held: bool | None = None) -> Scene:
+def random_scene(rng: np.random.Generator, held: bool | None = None, passing_weight: float = PASSING_WEIGHT) -> Scene:
     """A scene; `held` True or False takes only held-out combinations or only the others, None takes any."""
-    weights = np.array([MOST_THINGS_MOVE.get(motion, 1.0) for motion in MOTIONS])
+    weights = np.array([{"still": 0.5, "pass": passing_weight}.get(motion, 1.0) for motion in MOTIONS])
     while True:
         motion = str(rng.choice(MOTIONS, p=weights / weights.sum()))
         colours = [str(name) for name in rng.permutation(list(COLOURS))]

@@ -11,7 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shapes.captions import caption, later_scene, random_hidden, random_scene
+from shapes.captions import PASSING_WEIGHT, caption, later_scene, random_hidden, random_scene
 from shapes.world import FRAMES, Floats, Hidden, Scene, render, story, tracks
 
 BLOCK = 3  # latent frames
@@ -41,14 +41,16 @@ def make_clip(
     frames: int = FRAMES,
     held: bool | None = False,
     plain: bool = False,
+    passing_weight: float = PASSING_WEIGHT,
 ) -> Clip:
-    """Clip `index`; with `switch` a second caption takes over at that latent frame. `held`: see `random_scene`.
+    """Clip `index`; with `switch` a second caption takes over at that latent frame. `held` and
+    `passing_weight`: see `random_scene`.
 
     In a plain clip nothing but the background is left open by the caption.
     """
     rng = np.random.default_rng((seed, index, _SCENES))
     words = np.random.default_rng((seed, index, _WORDING))
-    scene, hidden = random_scene(rng, held), random_hidden(rng)
+    scene, hidden = random_scene(rng, held, passing_weight), random_hidden(rng)
     if plain:
         hidden = Hidden(background=hidden.background)
     if switch is None:

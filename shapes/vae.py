@@ -24,7 +24,6 @@ from shapes.optim import Average, Optimizers, trapezoid
 from shapes.runs import Stage, training_device
 from shapes.schedule import noise_like
 from shapes.world import FRAMES, HEIGHT, WIDTH
-from wan.vae_tiles import count_causal_convolutions
 
 logger = logging.getLogger(__name__)
 
@@ -70,10 +69,15 @@ def fit_linear_code(folder: Path, clips: int = FIT_CLIPS) -> LinearCode:
     return LinearCode.load(path)
 
 
+def _empty_cache(part: nn.Module) -> list[Tensor | str | None]:
+    """What Diffusers' modules keep between calls: an entry for every causal convolution."""
+    return [None] * sum(type(module).__name__ == "WanCausalConv3d" for module in part.modules())
+
+
 def decode_whole(vae: nn.Module, z: Tensor) -> Tensor:
     """z [B, 16, F, h, w], F > 1, to video [B, 3, 1 + 4·(F - 1), H, W]."""
     decoder = vae.get_submodule("decoder")
-    cache: list[Tensor | str | None] = [None] * count_causal_convolutions(decoder)
+    cache = _empty_cache(decoder)
     z = vae.get_submodule("post_quant_conv")(z)
     first = decoder(z[:, :, :1], feat_cache=cache, feat_idx=[0], first_chunk=True)
     return torch.cat((first, decoder(z[:, :, 1:], feat_cache=cache, feat_idx=[0])), dim=2)
@@ -82,7 +86,7 @@ def decode_whole(vae: nn.Module, z: Tensor) -> Tensor:
 def encode_whole(vae: nn.Module, video: Tensor) -> Tensor:
     """Video [B, 3, 1 + 4·k, H, W], k > 0, to the means [B, 16, 1 + k, h, w]."""
     encoder = vae.get_submodule("encoder")
-    cache: list[Tensor | str | None] = [None] * count_causal_convolutions(encoder)
+    cache = _empty_cache(encoder)
     first = encoder(video[:, :, :1], feat_cache=cache, feat_idx=[0])
     features = torch.cat((first, encoder(video[:, :, 1:], feat_cache=cache, feat_idx=[0])), dim=2)
     return cast(Tensor, vae.get_submodule("quant_conv")(features))[:, :16]
