@@ -43,7 +43,7 @@ class DiTRecipe:
     `batch` instead of the numbers of clips in BATCHES.
     """
 
-    steps: int = 7000
+    steps: int = 7700
     phases: tuple[Phase, ...] = (
         Phase(0.25, {1: 0.7, 3: 0.3}),
         Phase(0.6, {1: 0.4, 3: 0.3, 7: 0.3}),

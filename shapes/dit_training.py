@@ -38,7 +38,7 @@ def batch_loss(nets: TextToFlow, teacher: TextToFlow | None, batch: Batch) -> Te
     if not batch.distilled:
         return batch.share * teacher_forcing_loss(nets, batch, generator)
     assert teacher is not None
-    copies = max(1, batch.copies // 2)  # the solver's passes cost more than the others
+    copies = 2 * (batch.copies // 2)
     embeds, theirs = nets.embeds(batch.captions), teacher.embeds(batch.captions)
     loss = distillation_loss(nets.flow, teacher.flow, batch.latents, copies, embeds, theirs, generator)
     return batch.share * loss

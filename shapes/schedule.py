@@ -21,9 +21,11 @@ def random_sigmas(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     return torch.where(torch.rand(tuple(shape), generator=generator) < 0.5, steps, SHIFT * u / (1 + (SHIFT - 1) * u))
 
 
-def random_steps(shape: Sequence[int], generator: torch.Generator, first: int = 0) -> Tensor:
-    """Noise levels of the sampling steps from `first` on."""
-    return torch.tensor(SCHEDULE.sigmas)[torch.randint(first, len(SCHEDULE), tuple(shape), generator=generator)]
+def random_steps(
+    shape: Sequence[int], generator: torch.Generator, first: int = 0, last: int = len(SCHEDULE) - 1
+) -> Tensor:
+    """Noise levels of the sampling steps `first` to `last`."""
+    return torch.tensor(SCHEDULE.sigmas)[torch.randint(first, last + 1, tuple(shape), generator=generator)]
 
 
 def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:

@@ -38,7 +38,7 @@ FIT_SEED, TRAIN_SEED, CROP_SEED = 11, 12, 13
 class VAERecipe:
     """`crop`: pixel frames, rows, columns of a training sample; the encoder is trained every `encoder_every` steps."""
 
-    steps: int = 3000
+    steps: int = 2000
     batch: int = 2
     crop: tuple[int, int, int] = (17, 48, 64)
     encoder_every: int = 2
