@@ -2,7 +2,8 @@
 
 Random weights of the full size, a full cache, four steps and the clean pass, as the generator runs them; no checkpoint,
 no text encoder, no VAE, no file. The two ceilings of the machine, a large product and a large copy, are measured in the
-same run. On a CPU the model is reduced (`--layers`, `--dim`), and only ratios mean something.
+same run. On a CPU the model is reduced (`--layers`, `--dim`), and only ratios mean something. Rows are stored as they
+come, so that what was measured is kept if a later row fails.
 """
 
 from __future__ import annotations
@@ -10,22 +11,28 @@ from __future__ import annotations
 import argparse
 import json
 import statistics
-import subprocess
 import sys
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
+from itertools import product
 from pathlib import Path
 
 import torch
+from torch import Tensor
 
+from benchmarks.machine import ceilings, facts
 from benchmarks.steady import POLICIES, SteadyBlock, build_model
-from utils.profiler import device_name
+from benchmarks.trace import CROSS, KINDS, SELF, Breakdown, labelled, traced
+from pipeline.engine import WAYS, passes_of
+from pipeline.generator import Passes
+from utils.errors import InputError
+from wan.attention import AttentionName, attention_backend, choose_backend
 from wan.config import WAN_1_3B, ModelConfig
+from wan.fp8 import to_fp8
 from wan.geometry import LatentGeometry, pixel_frames
 from wan.model import CausalWanModel
 
-LATENT_SIZES = {"480": (60, 104), "720": (90, 160), "1080": (136, 240)}
+LATENT_SIZES = {"480": (60, 104), "720": (90, 160), "1080": (136, 240), "tiny": (8, 12)}
 BLOCK = 3
 
 
@@ -34,104 +41,162 @@ class Row:
     resolution: str
     policy: str
     engine: str
+    attention: str
+    precision: str
+    error: float | None  # of a flow, relative to the first row's with another precision and all else equal
     frames_per_head: float
     block_ms: float  # median
     fps: float  # pixel frames of a block over its time, without the VAE
+    operations: float
     tflops: float
     share: float  # of the ceiling for products, measured in the same run
     host_ms: float  # until the host had queued everything
-    launches: int  # kernels (on a CPU: operators)
+    launches: int  # kernels and graphs that the host launched (on a CPU: operators)
+    kernels: int
     cache_bytes: int
     peak_bytes: int
+    ms_by_kind: dict[str, float] | None = None
 
 
-def synchronise(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
+@dataclass(frozen=True)
+class Subject:
+    """What a row is measured of."""
+
+    model: CausalWanModel
+    passes: Passes
+    engine: str
+    attention: str
+    precision: str
+    resolution: str
+    policy: str
+
+    @property
+    def place(self) -> tuple[str, str, str]:
+        """What the precision does not change."""
+        return self.resolution, self.policy, self.attention
+
+    def block(self) -> SteadyBlock:
+        return SteadyBlock(
+            self.model, LatentGeometry(*LATENT_SIZES[self.resolution], 21, BLOCK), self.policy, self.passes
+        )
 
 
-def seconds(function: Callable[[], object], device: torch.device, repeat: int = 10) -> float:
-    """Median time of one call, warm."""
-    function()
-    times = []
-    for _ in range(repeat):
-        synchronise(device)
-        begin = time.perf_counter()
-        function()
-        synchronise(device)
-        times.append(time.perf_counter() - begin)
-    return statistics.median(times)
+References = dict[tuple[str, str, str], tuple[str, Tensor]]
+"""By `Subject.place`: the precision measured first, and the flow that it gave."""
 
 
-def ceilings(device: torch.device, dtype: torch.dtype) -> dict[str, float]:
-    """TFLOP/s of a large square product, TB/s of a large copy (bytes read and written)."""
-    side = 8192 if device.type == "cuda" else 1536
-    a, b = (torch.randn(side, side, device=device, dtype=dtype) for _ in "ab")
-    product = seconds(lambda: a @ b, device)
-    source = torch.empty((1 << 30) if device.type == "cuda" else (1 << 27), device=device, dtype=torch.uint8)
-    target = torch.empty_like(source)
-    copy = seconds(lambda: target.copy_(source), device)
-    return {"product_tflops": 2 * side**3 / product / 1e12, "copy_tbps": 2 * source.nbytes / copy / 1e12}
+def precision_error(subject: Subject, flow: Tensor, references: References) -> float | None:
+    precision, reference = references.setdefault(subject.place, (subject.precision, flow))
+    if precision == subject.precision:
+        return None
+    return float((flow - reference).norm() / reference.norm())
 
 
-def count_launches(block: SteadyBlock, device: torch.device) -> int:
-    activity = torch.profiler.ProfilerActivity
-    kinds = [activity.CPU, activity.CUDA] if device.type == "cuda" else [activity.CPU]
-    with torch.profiler.profile(activities=kinds) as profile:
-        block.run()
-        synchronise(device)
-    events = profile.events() or []
-    if device.type == "cuda":
-        return sum(event.name in ("cudaLaunchKernel", "cudaLaunchKernelExC", "cuLaunchKernel") for event in events)
-    return sum(event.name.startswith("aten::") for event in events)
-
-
-def measure(model: CausalWanModel, resolution: str, policy: str, engine: str, ceiling: float, repeat: int) -> Row:
-    device = model.device
-    geometry = LatentGeometry(*LATENT_SIZES[resolution], 21, BLOCK)
-    block = SteadyBlock(model, geometry, policy)
-    block.run()  # compiles, and warms up
+def measure(subject: Subject, ceiling: float, repeat: int, profile: bool, references: References) -> Row:
+    device = subject.model.device
+    block = subject.block()
+    block.run()  # compiles, records, and warms up
+    error = precision_error(subject, block.flow(), references)
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     times = [block.time_ms() for _ in range(repeat)]
     peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
-    block.rollout = block.prepare()
     milliseconds = statistics.median(total for total, _ in times)
-    tflops = block.operations / milliseconds / 1e9
-    heads = model.config.num_layers * model.config.num_heads
+    operations, head_frames = block.operations, block.head_frames
+    cache_bytes = block.rollout.cache.bytes().total
+    del block  # its cache has to make room for that of the traced one
+    seen = look_inside(subject)
+    tflops = operations / milliseconds / 1e9
     return Row(
-        resolution=resolution,
-        policy=policy,
-        engine=engine,
-        frames_per_head=block.head_frames / heads,
+        resolution=subject.resolution,
+        policy=subject.policy,
+        engine=subject.engine,
+        attention=subject.attention,
+        precision=subject.precision,
+        error=error,
+        frames_per_head=head_frames / (subject.model.config.num_layers * subject.model.config.num_heads),
         block_ms=milliseconds,
         fps=pixel_frames(BLOCK, first=False) / milliseconds * 1000,
+        operations=operations,
         tflops=tflops,
         share=tflops / ceiling,
         host_ms=statistics.median(host for _, host in times),
-        launches=count_launches(block, device),
-        cache_bytes=block.rollout.cache.bytes().total,
+        launches=seen.launches,
+        kernels=seen.kernels,
+        cache_bytes=cache_bytes,
         peak_bytes=peak,
+        ms_by_kind=seen.milliseconds if profile else None,
     )
 
 
+def look_inside(subject: Subject) -> Breakdown:
+    """One traced block, with ranges around the attentions."""
+    model, attention = subject.model, subject.model.attention
+    model.attention = labelled(SELF, attention)
+    block = subject.block()  # its cache takes the attention that the model has now
+    model.attention = labelled(CROSS, attention)
+    try:
+        if WAYS[subject.engine][1]:
+            block.run()  # passes over this block's cache have to be recorded first
+            block.prepare()
+        return traced(block.run, model.device)
+    finally:
+        model.attention = attention
+
+
 def table(rows: Sequence[Row]) -> list[str]:
-    names = ("rows", "policy", "engine", "frames/head", "ms/block", "FPS", "TFLOP/s", "share", "host ms", "launches")
-    lines = ["{:5} {:8}{:10}{:>12}{:>10}{:>8}{:>9}{:>7}{:>9}{:>10}".format(*names)]
+    names = ("rows", "policy", "engine", "attention", "type", "frames/head", "ms/block", "FPS", "TFLOP/s", "share")
+    lines = [
+        "{:6}{:8}{:10}{:10}{:5}{:>12}{:>10}{:>8}{:>9}{:>7}{:>9}{:>10}{:>9}".format(
+            *names, "host ms", "launches", "GiB peak"
+        )
+    ]
     lines += [
-        f"{r.resolution:5} {r.policy:8}{r.engine:10}{r.frames_per_head:12.2f}{r.block_ms:10.1f}{r.fps:8.2f}"
-        f"{r.tflops:9.2f}{100 * r.share:6.0f}%{r.host_ms:9.1f}{r.launches:10d}"
+        f"{r.resolution:6}{r.policy:8}{r.engine:10}{r.attention:10}{r.precision:5}{r.frames_per_head:12.2f}{r.block_ms:10.1f}{r.fps:8.2f}"
+        f"{r.tflops:9.2f}{100 * r.share:6.0f}%{r.host_ms:9.1f}{r.launches:10d}{r.peak_bytes / 2**30:9.2f}"
         for r in rows
     ]
     return lines
 
 
-def facts(device: torch.device, ceiling: dict[str, float]) -> dict[str, object]:
-    """What a stored result must say about where it was measured."""
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    driver = torch.version.cuda if device.type == "cuda" else None
-    where = {"device": device_name(device), "cuda": driver, "torch": torch.__version__, "commit": commit}
-    return {**where, "threads": torch.get_num_threads(), "command": sys.argv, "ceilings": ceiling}
+def kinds_table(rows: Sequence[Row]) -> list[str]:
+    """Milliseconds of a block by kind of work, of the rows that have them."""
+    profiled = [(row, row.ms_by_kind) for row in rows if row.ms_by_kind is not None]
+    if not profiled:
+        return []
+    lines = ["ms by kind".ljust(34) + "".join(f"{kind:>17}" for kind in KINDS)]
+    for row, spent in profiled:
+        name = f"{row.resolution:6}{row.policy:8}{row.engine:10}{row.attention:10}"
+        lines.append(name + "".join(f"{spent[kind]:17.1f}" for kind in KINDS))
+    return lines
+
+
+def ratios(rows: Sequence[Row]) -> list[str]:
+    """Engines against the first at the same policy; policies against full history, beside what operations predict."""
+    lines = []
+    for row in rows:
+        first = next(r for r in rows if _place(r) == _place(row))
+        if row.engine != first.engine:
+            ratio = first.block_ms / row.block_ms
+            lines.append(f"{row.resolution} {row.policy}: {row.engine} is {ratio:.2f} times as fast as {first.engine}")
+        full = next((r for r in rows if r.policy == "full" and _beside(r) == _beside(row)), None)
+        if full is not None and row is not full:
+            ratio, predicted = full.block_ms / row.block_ms, full.operations / row.operations
+            lines.append(
+                f"{row.resolution} {row.engine}: {row.policy} is {ratio:.2f} times as fast as full, operations predict "
+                f"{predicted:.2f} ({100 * ratio / predicted:.0f}%)"
+            )
+        if row.error is not None:
+            lines.append(f"{row.resolution} {row.policy} {row.engine}: {row.precision} is off by {row.error:.2%}")
+    return lines
+
+
+def _place(row: Row) -> tuple[str, str, str, str]:
+    return row.resolution, row.policy, row.attention, row.precision
+
+
+def _beside(row: Row) -> tuple[str, str, str, str]:
+    return row.resolution, row.engine, row.attention, row.precision
 
 
 def model_config(arguments: argparse.Namespace, device: torch.device) -> ModelConfig:
@@ -141,35 +206,60 @@ def model_config(arguments: argparse.Namespace, device: torch.device) -> ModelCo
     return ModelConfig(dim=dim, ffn_dim=dim * 35 // 6, num_heads=dim // 64, num_layers=layers)
 
 
-def main(argv: Sequence[str] | None = None) -> int:
+def subjects(arguments: argparse.Namespace, config: ModelConfig, device: torch.device) -> Iterator[Subject]:
+    """What the arguments ask for; an attention that cannot run here is left out with a line."""
+    names = ("precision", "engine", "attention", "resolution", "policy")
+    precisions, engines, attentions, resolutions, policies = (getattr(arguments, n).split(",") for n in names)
+    for precision in precisions:
+        model = build_model(config, device)
+        if precision == "fp8":
+            to_fp8(model)
+        kind = "fp8" if precision == "fp8" else {torch.float32: "fp32", torch.bfloat16: "bf16"}[model.dtype]
+        for engine, name in product(engines, attentions):
+            passes = passes_of(model, engine)
+            try:
+                model.attention = attention_backend(name, device, model.dtype)
+            except InputError as error:
+                print(f"left out: {error}", flush=True)
+                continue
+            chosen: AttentionName = choose_backend(device, model.dtype) if name == "auto" else name
+            for resolution, policy in product(resolutions, policies):
+                yield Subject(model, passes, engine, chosen, kind, resolution, policy)
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--resolution", default="480")
+    cuda = torch.cuda.is_available()
+    parser.add_argument("--device", default="cuda" if cuda else "cpu")
+    parser.add_argument("--resolution", default="480", help=f"of {', '.join(LATENT_SIZES)}, separated by commas")
     parser.add_argument("--policy", default=",".join(POLICIES))
-    parser.add_argument("--engine", default="eager,compiled")
-    parser.add_argument("--attention", default="auto")
+    parser.add_argument("--engine", default="eager,compiled", help=f"of {', '.join(WAYS)}")
+    parser.add_argument("--attention", default="auto", help="of auto, sdpa, cudnn, fa2, fa3")
+    parser.add_argument("--precision", default="auto", help="of auto (bf16, on a CPU fp32) and fp8; the first compares")
     parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--dim", type=int)
-    parser.add_argument("--json", type=Path)
-    arguments = parser.parse_args(argv)
+    parser.add_argument("--layers", type=int, help="of a reduced model")
+    parser.add_argument("--dim", type=int, help="of a reduced model, a multiple of 64")
+    parser.add_argument("--profile", action="store_true", help="where the time goes, by kind of work")
+    parser.add_argument("--json", type=Path, help="store the rows here")
+    return parser.parse_args(argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
     device = torch.device(arguments.device)
     config = model_config(arguments, device)
     ceiling = ceilings(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
-    print(f"{device_name(device)}, torch {torch.__version__}, {config.num_layers} layers of {config.dim}")
-    print(f"ceilings: {ceiling['product_tflops']:.2f} TFLOP/s (product), {ceiling['copy_tbps']:.3f} TB/s (copy)")
-    rows = []
-    for engine in arguments.engine.split(","):
-        model = build_model(config, device, engine, arguments.attention)
-        for resolution in arguments.resolution.split(","):
-            for policy in arguments.policy.split(","):
-                row = measure(model, resolution, policy, engine, ceiling["product_tflops"], arguments.repeat)
-                rows.append(row)
-                print(table([row])[1], flush=True)
-    print("\n".join(table(rows)))
-    if arguments.json is not None:
-        content = {**facts(device, ceiling), "rows": [asdict(row) for row in rows]}
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    command = ["benchmarks.dit", *(sys.argv[1:] if argv is None else argv)]
+    content = {**facts(device, command), "layers": config.num_layers, "dim": config.dim, "ceilings": ceiling}
+    print("\n".join(f"{name}: {value}" for name, value in content.items()))
+    rows: list[Row] = []
+    references: References = {}
+    for subject in subjects(arguments, config, device):
+        rows.append(measure(subject, ceiling["product_tflops"], arguments.repeat, arguments.profile, references))
+        print("\n".join(table(rows) if len(rows) == 1 else table(rows)[-1:]), flush=True)
+        if arguments.json is not None:
+            arguments.json.write_text(json.dumps({**content, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+    print("\n".join([*kinds_table(rows), *ratios(rows)]))
     return 0
 
 

@@ -2,47 +2,54 @@
 
 from __future__ import annotations
 
-import time
 from dataclasses import dataclass
 
 import torch
+from torch import Tensor
 
-from benchmarks.counting import clean_pass_operations, forward_operations
+from benchmarks.machine import elapsed
 from dummy.config import DummyForcingConfig
 from dummy.policy import ContextPolicy, policy_from_config
-from pipeline.generator import BlockGenerator, GeneratorSettings, Rollout, Segment
-from pipeline.plan import assumed_roles
+from pipeline.cost import assumed_roles
+from pipeline.generator import BlockGenerator, GeneratorSettings, Passes, Segment
 from pipeline.schedule import DenoisingSchedule
 from utils.seed import NoiseStream
 from wan.attention import AttentionName, attention_backend
 from wan.config import ModelConfig, ModelKwargs
 from wan.geometry import LatentGeometry
 from wan.model import CausalWanModel
+from wan.operations import clean_pass_operations, forward_operations
 
-POLICIES = ("full", "window", "prune", "packed")
+POLICIES = ("full", "window", "prune", "packed", "long")
 STEPS = (1000, 750, 500, 250)
 
 
-def build_model(
-    config: ModelConfig, device: torch.device, engine: str = "eager", attention: AttentionName = "auto"
-) -> CausalWanModel:
+def build_model(config: ModelConfig, device: torch.device, attention: AttentionName = "auto") -> CausalWanModel:
     """Random weights of the full size: speed does not depend on them."""
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
     with torch.device("meta"):
         model = CausalWanModel(config).to(dtype)
     model = model.to_empty(device=device).random_()
     model.attention = attention_backend(attention, device, dtype)
-    if engine == "compiled":
-        model.compile_layers()
     return model
 
 
 def make_policy(name: str, config: ModelConfig, block: int) -> ContextPolicy:
-    """Policies of the published settings; half of the heads dummy, the others sink and neighbour in equal parts."""
-    enabled = name in ("prune", "packed")
+    """Policies of the published settings; half of the heads dummy, the others sink and neighbour in equal parts.
+
+    "long" is packed with as much history for neighbour heads as makes it cost what "window" does; it takes a video of
+    42 frames to fill it.
+    """
+    enabled = name in ("prune", "packed", "long")
     num_dummy = config.num_layers * config.num_heads // 2
-    dummy = DummyForcingConfig(enabled, name if name == "prune" else "packed", num_dummy=num_dummy)
-    window = ModelKwargs(local_attn_size=12 if name == "window" else -1, sink_size=3 if name == "window" else 0)
+    dummy = DummyForcingConfig(
+        enabled,
+        "prune" if name == "prune" else "packed",
+        num_dummy=num_dummy,
+        equal_cost="window" if name == "long" else None,
+    )
+    windowed = name in ("window", "long")
+    window = ModelKwargs(local_attn_size=12 if windowed else -1, sink_size=3 if windowed else 0)
     policy = policy_from_config(window, dummy, block)
     if policy.split is None:
         return policy
@@ -56,65 +63,60 @@ class SteadyBlock:
     model: CausalWanModel
     geometry: LatentGeometry
     policy: str
+    passes: Passes | None = None  # what runs the model's passes, the model itself by default
 
     def __post_init__(self) -> None:
         block = self.geometry.frames_per_block
-        settings = GeneratorSettings(
-            DenoisingSchedule.build(STEPS, 5.0, warp=True), make_policy(self.policy, self.model.config, block)
-        )
-        self._generator = BlockGenerator(self.model, settings)
+        policy = make_policy(self.policy, self.model.config, block)
+        settings = GeneratorSettings(DenoisingSchedule.build(STEPS, 5.0, warp=True), policy)
+        self._generator = BlockGenerator(self.model, settings, self.passes)
         config = self.model.config
         with torch.inference_mode():
             self._text = self.model.encode_text(torch.zeros(1, config.text_len, config.text_dim))
         self.start = self.geometry.num_frames - 2 * block
-        self.rollout = self.prepare()
+        self.rollout = self._generator.start(self.geometry, [Segment(0, self._text)], NoiseStream([0]))
+        self.prepare()
 
-    def prepare(self) -> Rollout:
-        """A new rollout with the cache as the earlier blocks of a video leave it."""
-        rollout = self._generator.start(self.geometry, [Segment(0, self._text)], NoiseStream([0]))
+    @torch.inference_mode()
+    def prepare(self) -> None:
+        """Fill the cache as the earlier blocks of a video leave it; anew, since a block moves into it."""
         generator = torch.Generator(self.model.device).manual_seed(0)
-        config = self.model.config
+        config, cache = self.model.config, self.rollout.cache
         shape = (1, self.geometry.tokens_per_block, config.num_heads, config.head_dim)
-        with torch.inference_mode():
-            for start in range(0, self.start, self.geometry.frames_per_block):
-                frames = range(start, start + self.geometry.frames_per_block)
-                for layer in rollout.cache.layers:
-                    k, v = (torch.randn(shape, generator=generator, device=self.model.device) for _ in "kv")
-                    layer.commit(k.to(self.model.dtype), v.to(self.model.dtype), frames)
-        return rollout
+        cache.forget()
+        for start in range(0, self.start, self.geometry.frames_per_block):
+            frames = range(start, start + self.geometry.frames_per_block)
+            for layer in cache.layers:
+                k, v = (torch.randn(shape, generator=generator, device=self.model.device) for _ in "kv")
+                layer.commit(k.to(self.model.dtype), v.to(self.model.dtype), frames)
 
     @torch.inference_mode()
     def run(self) -> None:
-        """The steps and the clean pass; afterwards the rollout is spent."""
+        """The steps and the clean pass, after which the cache has to be prepared again."""
         latents = self.rollout.denoise(self._text, self.start)
         self.rollout.clean_pass(latents, self._text, self.start, self.start // self.geometry.frames_per_block)
 
-    def time_ms(self) -> tuple[float, float]:
-        """Milliseconds of one block on a fresh cache: until the device is done, and until the host is."""
-        self.rollout = self.prepare()
-        self._warm_up()
-        self._synchronise()
-        begin = time.perf_counter()
-        self.run()
-        host = time.perf_counter()
-        self._synchronise()
-        return (time.perf_counter() - begin) * 1000, (host - begin) * 1000
-
     @torch.inference_mode()
-    def _warm_up(self) -> None:
-        """One pass, so that new memory is touched and kernels are chosen before the clock starts."""
-        latents = torch.zeros(1, *self.geometry.block_shape, device=self.model.device)
-        self.model(latents, self._generator.steps[0], self._text, self.rollout.cache, self.start)
+    def flow(self) -> Tensor:
+        """One pass over random latents, the same for every model of these sizes; the cache is full afterwards."""
+        self.prepare()
+        generator = torch.Generator().manual_seed(1)
+        latents = torch.randn(1, *self.geometry.block_shape, generator=generator).to(self.model.device)
+        first = self._generator.steps[0]
+        return self._generator.passes(latents, first, self._text, self.rollout.cache, self.start)
 
-    def _synchronise(self) -> None:
-        if self.model.device.type == "cuda":
-            torch.cuda.synchronize(self.model.device)
+    def time_ms(self) -> tuple[float, float]:
+        """Milliseconds of one block: until the device is done, and until the host is."""
+        self.prepare()
+        done, host = elapsed(self.run, self.model.device)
+        return done * 1000, host * 1000
 
     @property
     def head_frames(self) -> int:
         """Visible frames in the block, its own included, summed over the heads of all layers."""
         own = self.geometry.frames_per_block
-        groups = [group for layer in self.prepare().cache.layers for group in layer.groups]
+        self.prepare()
+        groups = [group for layer in self.rollout.cache.layers for group in layer.groups]
         return sum((len(g.frames) + own) * (g.heads.stop - g.heads.start) for g in groups)
 
     @property

@@ -9,7 +9,7 @@ value from the device except, once a video, the head roles that it has observed.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
 from typing import Protocol
@@ -18,13 +18,14 @@ import torch
 from torch import Tensor
 
 from dummy.frame_attention import FrameAttention
-from dummy.policy import ContextPolicy, HeadSplit
-from dummy.roles import HeadRoles
+from dummy.policy import ContextPolicy, HeadParts, HeadSplit
 from dummy.teacache import computed_steps
 from pipeline.schedule import DenoisingSchedule
 from utils.profiler import Profiler
+from utils.transfer import to_device
+from wan.cache import KVCache
 from wan.geometry import LatentGeometry
-from wan.model import CausalWanModel, StackResidual, TextContext
+from wan.model import CausalWanModel, StackResidual, TextContext, TimeContext
 
 
 class NoiseSource(Protocol):
@@ -65,12 +66,37 @@ class GeneratorSettings:
     teacache_threshold: float | None = None
 
 
-class BlockGenerator:
-    """Generates videos with one model; make a `Rollout` for each."""
+class Passes(Protocol):
+    """What the loop asks of a model; `CausalWanModel` describes it. `GraphedPasses` does it from recordings."""
 
-    def __init__(self, model: CausalWanModel, settings: GeneratorSettings) -> None:
+    def __call__(
+        self,
+        latents: Tensor,
+        time: TimeContext,
+        text: TextContext,
+        cache: KVCache,
+        start_frame: int,
+        commit: bool = False,
+        residual: StackResidual | None = None,
+    ) -> Tensor: ...
+
+    def commit(
+        self, latents: Tensor, time: TimeContext, text: TextContext, cache: KVCache, start_frame: int
+    ) -> None: ...
+
+
+class BlockGenerator:
+    """Generates videos with one model; make a `Rollout` for each.
+
+    A video's cache serves the next video of the same sizes again, so that what was recorded over it does too.
+    """
+
+    def __init__(self, model: CausalWanModel, settings: GeneratorSettings, passes: Passes | None = None) -> None:
+        """`passes`: what runs the model's passes, the model itself by default."""
         self.model = model
         self.settings = settings
+        self.passes: Passes = passes or model
+        self._spare: tuple[LatentGeometry, int, KVCache] | None = None
         with torch.inference_mode():
             self.steps = tuple(model.encode_time(timestep) for timestep in settings.schedule.timesteps)
             self.clean = model.encode_time(settings.context_noise)
@@ -92,6 +118,28 @@ class BlockGenerator:
         """
         profiler = profiler or Profiler(self.model.device)
         return Rollout(self, geometry, tuple(segments), noise, batch, profiler, given)
+
+    def take_cache(self, geometry: LatentGeometry, batch: int, parts: Sequence[HeadParts] | None) -> KVCache:
+        """An empty cache in which the heads of layer l keep parts[l], or all of them what the policy begins with.
+
+        Nobody else has it until it is given back.
+        """
+        if self._spare is not None and self._spare[:2] != (geometry, batch):
+            self._spare = None
+        initial = self.settings.policy.initial
+        if self._spare is None:
+            relative_window = self.settings.window if self.settings.relative_rope else None
+            return self.model.new_cache(geometry, batch, initial, relative_window, parts)
+        cache, self._spare = self._spare[2], None
+        if parts is None:
+            cache.reset(initial)
+        else:
+            cache.allocate(parts)
+        return cache
+
+    def give_back(self, cache: KVCache, geometry: LatentGeometry, batch: int) -> None:
+        """Let the next video have the cache."""
+        self._spare = geometry, batch, cache
 
 
 @dataclass
@@ -143,20 +191,36 @@ class Rollout:
         self.record = FlowRecord(0)
         self.forwards = 0  # all of them, of which `skipped` did not run the layers
         self.skipped = 0
-        relative_window = settings.window if settings.relative_rope else None
-        self.cache = self._model.new_cache(geometry, batch, settings.policy.initial, relative_window)
+        parts = None
         if self._split is not None and self._split.from_start and self.roles is not None:
             self._observed_block = None
             self._order, parts = self._split.layout(self.roles)
-            self.cache.allocate(parts)
+        self._batch = batch
+        self.cache = generator.take_cache(geometry, batch, parts)
 
     @property
     def _split(self) -> HeadSplit | None:
         return self._settings.policy.split
 
+    @property
+    def waiting(self) -> bool:
+        """Whether head roles are yet to be observed, after which the cache is laid out anew."""
+        return self._split is not None and self._order is None
+
+    @property
+    def _passes(self) -> Passes:
+        """Recordings over a layout that goes after a block or two would cost more than they save."""
+        return self._model if self.waiting else self._generator.passes
+
     @torch.inference_mode()
-    def blocks(self) -> Iterator[CleanBlock]:
+    def blocks(self) -> Generator[CleanBlock, None, None]:
         """Yield every block as soon as it is clean; the clean pass follows when the next block is asked for."""
+        try:
+            yield from self._blocks()
+        finally:
+            self._generator.give_back(self.cache, self._geometry, self._batch)
+
+    def _blocks(self) -> Iterator[CleanBlock]:
         text = self._segments[0].text
         pending = deque(self._segments[1:])
         starts = self._geometry.block_starts()
@@ -175,7 +239,7 @@ class Rollout:
                     self._past.extend(x0.unbind(1))
 
     def _draw(self) -> Tensor:
-        return self._noise.normal(self._geometry.block_shape).to(self._model.device, non_blocking=True)
+        return to_device(self._noise.normal(self._geometry.block_shape), self._model.device)
 
     def denoise(self, text: TextContext, start: int) -> Tensor:
         """The schedule's steps for the block that begins at frame `start`; returns x0 [B, n, C, h, w]."""
@@ -185,7 +249,7 @@ class Rollout:
         x = self._draw()
         for step, (time, compute) in enumerate(zip(steps, self._generator.computed, strict=True)):
             if compute:
-                flow = self._model(x, time, text, self.cache, start, residual=residual)
+                flow = self._passes(x, time, text, self.cache, start, residual=residual)
             else:
                 assert residual is not None
                 flow = self._model.skip_layers(x, time, residual)
@@ -203,13 +267,12 @@ class Rollout:
         observer = self._observer() if due and self.roles is None else None
         with self._profiler.span("clean"), self.cache.observed(observer) if observer else nullcontext():
             if self.record.open:
-                self._count(self._model(x0, clean, text, self.cache, start, commit=True), computed=True)
+                self._count(self._passes(x0, clean, text, self.cache, start, commit=True), computed=True)
             else:
-                self._model.commit(x0, clean, text, self.cache, start)
+                self._passes.commit(x0, clean, text, self.cache, start)
                 self.forwards += 1
         if observer is not None and self._split is not None:
-            self.frame_attention = observer.regions(self._split.sink_score_frames)
-            self.roles = HeadRoles.from_frame_attention(self.frame_attention, self._split.num_dummy)
+            self.roles, self.frame_attention = self._split.find_roles(observer.by_frame())
         if due:
             self._part_heads()
 
@@ -239,7 +302,7 @@ class Rollout:
         self._model.set_head_order(self._order)
         self.cache.begin_pass(first, count)
         frames = torch.stack(list(self._past)[-count:], dim=1)
-        self._model.commit(frames, self._generator.clean, text, self.cache, first)
+        self._passes.commit(frames, self._generator.clean, text, self.cache, first)
         self.forwards += 1
 
     def _observer(self) -> FrameAttention:

@@ -20,6 +20,8 @@ from wan.layers import TransformerBlock
 from wan.model import CausalWanModel
 from wan.rope import RotaryEmbedding, Rotation, rotate
 
+GRAPHS = 64  # of a layer: sizes of batches, switches, with gradients and without
+
 
 def init_(model: CausalWanModel, seed: int) -> CausalWanModel:
     """Random weights to train from: matrices of variance 1 / fan-in, an output head of zero."""
@@ -42,6 +44,8 @@ class TrainingForward(nn.Module):
     def __init__(self, model: CausalWanModel, compile_layers: bool = False) -> None:
         super().__init__()
         self.model = model
+        if compile_layers:
+            torch._dynamo.config.recompile_limit = GRAPHS
         self._run_layer = torch.compile(run_layer, dynamic=False) if compile_layers else run_layer
         self._rotary = RotaryEmbedding(model.config.head_dim)
 

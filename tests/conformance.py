@@ -1,7 +1,7 @@
 """Compare the program with stored inputs and outputs of reference implementations.
 
-    python -m tests.conformance CASE.safetensors [--out OUT.safetensors] [--device cpu] [--precision fp32|bf16]
-                                [--engine eager|compiled] [--attention auto|sdpa|cudnn|fa2|fa3]
+    python -m tests.conformance CASE.safetensors ... [--out OUT.safetensors] [--device cpu] [--precision fp32|bf16]
+                                [--engine eager|compiled|graphed|recorded] [--attention auto|sdpa|cudnn|fa2|fa3]
 
 A case is a safetensors file whose metadata key `case` describes it; weights lie beside it. It is computed with the
 product's own classes: the loaders, the policy made from the settings, and the one generator. What was computed is
@@ -27,7 +27,8 @@ from torch import Tensor
 from dummy.config import DummyForcingConfig, RetentionConfig
 from dummy.policy import ContextPolicy, HeadSplit, policy_from_config
 from dummy.roles import HeadRoles
-from pipeline.generator import BlockGenerator, FlowRecord, GeneratorSettings, Rollout, Segment
+from pipeline.engine import WAYS, passes_of
+from pipeline.generator import BlockGenerator, FlowRecord, GeneratorSettings, Passes, Rollout, Segment
 from pipeline.schedule import DenoisingSchedule
 from utils.errors import InputError
 from wan.attention import AttentionName, attention_backend
@@ -40,6 +41,7 @@ from wan.text import embed, load_encoder
 from wan.vae import VAE
 
 TOLERANCE = 2e-4
+BF16_TOLERANCE = 0.02  # of the norm
 TOLERANCES = {"video": 1e-3, "head_roles": 0.0}
 FLOWS = 5  # forwards whose flow the cases record
 
@@ -76,6 +78,9 @@ class Machine:
     engine: str = "eager"
     attention: AttentionName = "auto"
 
+    def passes(self, model: CausalWanModel) -> Passes:
+        return passes_of(model, self.engine)
+
 
 def load_model(case: Case, folder: Path, machine: Machine) -> CausalWanModel:
     path = folder / str(case["weights"])
@@ -88,8 +93,6 @@ def load_model(case: Case, folder: Path, machine: Machine) -> CausalWanModel:
         model = CausalWanModel(ModelConfig.from_mapping(case["model"]))
     load_into(model, state, path, machine.dtype, machine.device)
     model.attention = attention_backend(machine.attention, machine.device, machine.dtype)
-    if machine.engine == "compiled":
-        model.compile_layers()
     return model
 
 
@@ -117,7 +120,7 @@ def context_policy(case: Case) -> tuple[ContextPolicy, int | None]:
     return ContextPolicy(policy.name, policy.initial, fixed, policy.window_sinks), frames
 
 
-def start_rollout(case: Case, tensors: Tensors, model: CausalWanModel) -> Rollout:
+def make_generator(case: Case, model: CausalWanModel, machine: Machine) -> BlockGenerator:
     schedule = case["schedule"]
     policy, window = context_policy(case)
     settings = GeneratorSettings(
@@ -130,16 +133,21 @@ def start_rollout(case: Case, tensors: Tensors, model: CausalWanModel) -> Rollou
         reclassify_on_switch=bool(case.get("reclassify_on_switch", False)),
         teacache_threshold=case.get("teacache"),
     )
+    return BlockGenerator(model, settings, machine.passes(model))
+
+
+def start_rollout(case: Case, tensors: Tensors, generator: BlockGenerator) -> Rollout:
     geometry = LatentGeometry(case["height"], case["width"], case["num_frames"], case["frames_per_block"])
     starts = [0, *case.get("switch", ())]
-    segments = [Segment(s, model.encode_text(tensors[f"prompt_embeds.{i}"])) for i, s in enumerate(starts)]
+    segments = [Segment(s, generator.model.encode_text(tensors[f"prompt_embeds.{i}"])) for i, s in enumerate(starts)]
     noise = ReplayedNoise(tensors["noise"], tensors["renoise"], geometry.frames_per_block)
-    return BlockGenerator(model, settings).start(geometry, segments, noise, int(case["batch"]))
+    return generator.start(geometry, segments, noise, int(case["batch"]))
 
 
 @torch.inference_mode()
 def compute_rollout(case: Case, tensors: Tensors, folder: Path, machine: Machine) -> dict[str, Tensor]:
-    rollout = start_rollout(case, tensors, load_model(case, folder, machine))
+    generator = make_generator(case, load_model(case, folder, machine), machine)
+    rollout = start_rollout(case, tensors, generator)
     rollout.record = FlowRecord(FLOWS)
     latents = [block.latents for block in rollout.blocks()]
     result = {"latents": torch.cat(latents, dim=1)}
@@ -192,26 +200,63 @@ def differences(result: Tensors, expected: Tensors) -> dict[str, float]:
     }
 
 
+def relative_errors(result: Tensors, expected: Tensors) -> dict[str, float]:
+    """The norm of the difference over that of the expectation."""
+    return {
+        name: ((result[name].double() - tensor.double()).norm() / tensor.double().norm()).item()
+        if name in result and result[name].shape == tensor.shape
+        else float("inf")
+        for name, tensor in expected.items()
+    }
+
+
+def report(result: Tensors, expected: Tensors, precision: str) -> bool:
+    """Print how far each result is from its expectation; whether all are near enough.
+
+    In bf16, heads that are nearly of another role may get it: their number is printed and decides nothing by itself.
+    """
+    good = True
+    errors = differences(result, expected) if precision == "fp32" else relative_errors(result, expected)
+    for name, error in errors.items():
+        limit = TOLERANCES.get(name, TOLERANCE) if precision == "fp32" else BF16_TOLERANCE
+        near = error <= limit
+        good &= near or (precision == "bf16" and name == "head_roles")
+        print(f"{name:16} {error:.2e}  {'ok' if near else f'above {limit:.0e}'}")
+    return good
+
+
+def exact(device: torch.device) -> None:
+    """No shortened float32 products on a GPU."""
+    if device.type == "cuda":
+        torch.backends.cudnn.allow_tf32 = False
+        torch.backends.cuda.matmul.allow_tf32 = False
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m tests.conformance", description=__doc__)
-    parser.add_argument("case", type=Path)
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("cases", type=Path, nargs="+")
+    parser.add_argument("--out", type=Path, help="of the last case")
     parser.add_argument("--device", default="cpu")
     parser.add_argument("--precision", choices=("fp32", "bf16"), default="fp32")
-    parser.add_argument("--engine", default="eager", choices=("eager", "compiled"))
+    parser.add_argument("--engine", default="eager", choices=WAYS)
     parser.add_argument("--attention", default="auto", choices=get_args(AttentionName))
     arguments = parser.parse_args(argv)
     dtype = torch.float32 if arguments.precision == "fp32" else torch.bfloat16
     machine = Machine(torch.device(arguments.device), dtype, arguments.engine, arguments.attention)
-    result, expected = compute(arguments.case, machine)
-    if arguments.out is not None:
-        save_file(result, arguments.out)
-    failed = False
-    for name, difference in differences(result, expected).items():
-        tolerance = TOLERANCES.get(name, TOLERANCE)
-        failed |= not difference <= tolerance
-        print(f"{name:16} {difference:.2e}  {'ok' if difference <= tolerance else f'above {tolerance:.0e}'}")
-    return int(failed)
+    exact(machine.device)
+    failed = []
+    for path in arguments.cases:
+        if len(arguments.cases) > 1:
+            print(f"{path.stem}, {arguments.engine}, {arguments.precision}")
+            torch._dynamo.reset()  # cases of many sizes would run into the limit of compilations
+        result, expected = compute(path, machine)
+        if arguments.out is not None:
+            save_file(result, arguments.out)
+        if not report(result, expected, arguments.precision):
+            failed.append(path.stem)
+    if failed and len(arguments.cases) > 1:
+        print(f"not met: {', '.join(failed)}")
+    return int(bool(failed))
 
 
 if __name__ == "__main__":

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import os
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -11,17 +14,19 @@ from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
 from benchmarks import dit, policies
-from benchmarks.counting import (
+from benchmarks.steady import POLICIES, STEPS, SteadyBlock, build_model
+from benchmarks.trace import CROSS, KINDS, SELF, breakdown
+from wan.config import WAN_1_3B, ModelConfig
+from wan.geometry import LatentGeometry
+from wan.operations import (
     clean_pass_operations,
     forward_operations,
     linear_operations,
     self_attention_operations,
     text_attention_operations,
 )
-from benchmarks.steady import POLICIES, STEPS, SteadyBlock, build_model
-from wan.config import WAN_1_3B, ModelConfig
-from wan.geometry import LatentGeometry
 
+ROOT = Path(__file__).parents[1]
 SMALL = ModelConfig(dim=64, ffn_dim=128, num_heads=4, num_layers=3, text_dim=32, text_len=16, freq_dim=32)
 
 
@@ -76,11 +81,121 @@ def test_the_policy_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_the_transformer_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rows.json"
-    arguments = ["--dim", "64", "--layers", "1", "--policy", "packed", "--engine", "eager", "--repeat", "1"]
+    arguments = ["--resolution", "tiny", "--dim", "64", "--layers", "2", "--policy", "full,packed", "--repeat", "1"]
+    arguments += ["--engine", "eager", "--attention", "auto,fa3", "--profile"]
     assert dit.main([*arguments, "--device", "cpu", "--json", str(out)]) == 0
-    assert "ceilings:" in capsys.readouterr().out
+    printed = capsys.readouterr().out
+    assert "left out: attention: 'fa3' needs an NVIDIA GPU" in printed
+    assert "tiny eager: packed is " in printed and "times as fast as full, operations predict 1." in printed
     content = json.loads(out.read_text())
     assert content["torch"] == torch.__version__
-    (row,) = content["rows"]
-    assert row["launches"] > 100
-    assert row["fps"] == pytest.approx(12 / row["block_ms"] * 1000)
+    assert content["command"].startswith("benchmarks.dit --resolution tiny")
+    assert content["ceilings"]["product_tflops"] > 0
+    full, packed = content["rows"]
+    assert (full["attention"], full["frames_per_head"], packed["frames_per_head"]) == ("sdpa", 18, 4.0)
+    assert packed["launches"] > 100
+    assert packed["fps"] == pytest.approx(12 / packed["block_ms"] * 1000)
+    assert packed["cache_bytes"] < full["cache_bytes"]
+    assert set(full["ms_by_kind"]) == set(KINDS)
+    assert all(full["ms_by_kind"][kind] > 0 for kind in KINDS if kind not in ("attention",))
+
+
+def test_fp8_beside_what_it_is_made_from(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = "--resolution tiny --dim 64 --layers 1 --policy packed --engine eager --repeat 1 --precision auto,fp8"
+    assert dit.main([*arguments.split(), "--device", "cpu"]) == 0
+    (line,) = [line for line in capsys.readouterr().out.splitlines() if "off by" in line]
+    assert line.startswith("tiny packed eager: fp8 is off by ")
+    assert 0.01 < float(line.split()[-1].rstrip("%")) < 10
+
+
+def test_the_transformer_needs_neither_encoders_nor_writers() -> None:
+    """Machines to measure on may be bare: torch and PyYAML have to do."""
+    program = """
+import sys
+absent = "imageio_ffmpeg transformers diffusers omegaconf ftfy tokenizers tqdm safetensors huggingface_hub peft"
+sys.modules.update(dict.fromkeys(absent.split()))
+from benchmarks import dit
+dit.main("--resolution tiny --dim 64 --layers 1 --policy packed --engine eager --repeat 1 --device cpu".split())
+"""
+    done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, cwd=ROOT, check=False)
+    assert done.returncode == 0, done.stderr
+    assert "packed" in done.stdout
+
+
+def event(category: str, name: str, start: float, duration: float) -> dict[str, object]:
+    return {"ph": "X", "cat": category, "name": name, "ts": start, "dur": duration, "tid": 1}
+
+
+def test_kinds_of_a_trace_from_a_gpu() -> None:
+    flash = "void cutlass::device_kernel<flash::FlashAttnFwdSm90<...>>"
+    events = [
+        event("cuda_runtime", "cudaLaunchKernelExC", 0, 3),
+        event("cuda_driver", "cuLaunchKernel", 4, 3),
+        event("cuda_runtime", "cudaGraphLaunch", 8, 3),
+        event("cuda_runtime", "cudaMemcpyAsync", 12, 3),
+        event("gpu_user_annotation", SELF, 19, 12),
+        event("gpu_user_annotation", CROSS, 39, 12),
+        event("kernel", flash, 20, 10),
+        event("kernel", "nvjet_tst_192x192_64x4_2x1_v_bz_coopB_TNT", 30, 9),
+        event("kernel", "cudnn_generated_fort_native_sdpa_sm90_flash_fprop_wgmma_f16_knob_7_64x128", 40, 8),
+        event("kernel", "triton_poi_fused__to_copy_addmm_gelu_2", 50, 7),
+        event("gpu_memcpy", "Memcpy DtoD (Device -> Device)", 57, 6),
+        event("kernel", "void at::native::elementwise_kernel<128, 4, direct_copy_kernel_cuda>", 63, 5),
+        event("kernel", flash, 70, 4),
+    ]
+    found = breakdown(events)
+    spent = {kind: round(1000 * value) for kind, value in found.milliseconds.items()}
+    expected = {"linear": 9, SELF: 10, CROSS: 8, "attention": 4, "elementwise": 7, "copies": 11, "idle": 1 + 2 + 2}
+    assert spent == expected
+    assert (found.launches, found.kernels) == (3, 7)
+
+
+def test_an_operators_own_time_is_without_that_of_what_it_calls() -> None:
+    events = [
+        event("user_annotation", "whole", 0, 100),
+        event("user_annotation", SELF, 10, 30),
+        event("cpu_op", "aten::scaled_dot_product_attention", 12, 26),
+        event("cpu_op", "aten::copy_", 14, 6),
+        event("cpu_op", "aten::linear", 50, 20),
+        event("cpu_op", "aten::addmm", 51, 18),
+        event("cpu_op", "aten::add", 80, 5),
+    ]
+    spent = {kind: round(1000 * value) for kind, value in breakdown(events).milliseconds.items()}
+    assert spent == {
+        "linear": 20,
+        SELF: 24,  # what the range itself takes is the attention's, too
+        CROSS: 0,
+        "attention": 0,
+        "elementwise": 5,
+        "copies": 6,
+        "idle": 45,
+    }
+
+
+def test_all_for_a_gpu_in_one_call(tmp_path: Path) -> None:
+    """On a CPU, with less of everything; a part that runs out of time costs no other."""
+    command = ["benchmarks/gpu.sh", str(tmp_path / "out"), "--device", "cpu", "--small"]
+    environment = {**os.environ, "PYTHON": sys.executable, "LIMIT": "20"}
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+    lines = (tmp_path / "out" / "summary.txt").read_text().splitlines()
+    assert [line.split()[0] for line in lines] == [
+        "machine",
+        "vectors_eager_fp32",
+        "vectors_eager_bf16",
+        "vectors_compiled_fp32",
+        "tests_gpu",
+        "tiny",
+    ]
+    assert done.stdout.splitlines() == lines
+    endings = {line[33:].strip() for line in lines}
+    assert endings <= {"ok", "out of time", "left out, no time"} and "ok" in endings, done.stderr
+    assert "left out, no time" in endings
+    assert "latents" in (tmp_path / "out" / "vectors_eager_fp32.txt").read_text()
+    assert done.returncode == 0
+
+
+def test_long_context_costs_what_the_window_does() -> None:
+    config = ModelConfig(dim=64, ffn_dim=128, num_heads=4, num_layers=4, text_dim=32, text_len=16)
+    model = build_model(config, torch.device("cpu"))
+    long, window = (SteadyBlock(model, LatentGeometry(4, 6, 48, 3), name) for name in ("long", "window"))
+    assert long.head_frames == window.head_frames == 12 * 16

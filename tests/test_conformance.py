@@ -31,6 +31,23 @@ def test_a_vector_compiled(capsys: pytest.CaptureFixture[str]) -> None:
     assert conformance.main([str(path), "--engine", "compiled"]) == 0, capsys.readouterr().out
 
 
+def test_several_vectors_in_bf16(capsys: pytest.CaptureFixture[str]) -> None:
+    """Rounding is within its own, relative limit; a result that is not comes out with the name of its case."""
+    paths = [str(VECTORS / f"{name}.safetensors") for name in ("packed_start1", "window_sink")]
+    assert conformance.main([*paths, "--precision", "bf16"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert [line for line in lines if "eager" in line] == ["packed_start1, eager, bf16", "window_sink, eager, bf16"]
+    errors = [float(line.split()[1]) for line in lines if line.startswith("latents")]
+    assert all(1e-3 < error < conformance.BF16_TOLERANCE for error in errors)
+
+
+def test_roles_that_differ_decide_nothing_in_bf16(capsys: pytest.CaptureFixture[str]) -> None:
+    expected = {"head_roles": torch.tensor([[0, 1]]), "latents": torch.ones(4)}
+    assert conformance.report({**expected, "head_roles": torch.tensor([[2, 1]])}, expected, "bf16")
+    assert not conformance.report({**expected, "latents": 1.1 * torch.ones(4)}, expected, "bf16")
+    assert "latents          1.00e-01  above 2e-02" in capsys.readouterr().out
+
+
 def test_a_wrong_expectation_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     case, tensors = conformance.read_case(VECTORS / "packed_start1.safetensors")
     tensors["expect.latents"][0, 7, 3, 2, 1] += 1e-3

@@ -8,7 +8,9 @@ equally much share one buffer, allocated once, and one attention call:
 The block is written in place before it attends; kept slots fill in order, so that what is visible is always a prefix,
 and a frame that leaves gives its slot to one that comes: softmax does not care about the order of keys. Which frame
 lies in which slot is known on the host; nothing here reads a value from the device, and nothing is concatenated in a
-block's passes. The file knows no head roles and no prompts; a policy is a retention per head.
+block's passes. What a pass does to the device follows from `KVCache.layout` and `KVCache.state` alone, so that it can
+be recorded once and replayed (wan/graphs.py). The file knows no head roles and no prompts; a policy is a retention per
+head.
 """
 
 from __future__ import annotations
@@ -16,148 +18,17 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
-from itertools import groupby, pairwise
+from itertools import groupby
 
 import torch
 from torch import Tensor
 
 from wan.attention import AttentionFn
-from wan.rope import RotaryEmbedding, Rotation, rotate
-
-UNBOUNDED = 1 << 40  # a number of frames that no video reaches
+from wan.head_group import CacheBytes, CacheShape, HeadGroup, Retention
+from wan.rope import RotaryEmbedding, Rotation
 
 Observer = Callable[[int, Tensor, Tensor, Sequence[int]], None]
 """(layer, q [B, L, H, D], keys [B, S, H, D], the frame number of every T keys), called before a layer attends."""
-
-
-@dataclass(frozen=True)
-class Retention:
-    """The earlier frames that a head keeps: the first `sink` and the last `recent`; one that is both counts once."""
-
-    sink: int
-    recent: int
-
-    @property
-    def total(self) -> int:
-        return self.sink + self.recent
-
-    def keep(self, frames: Sequence[int]) -> Sequence[int]:
-        """The frames to keep out of `frames`, which are in ascending order."""
-        if len(frames) <= self.total:
-            return frames
-        return [*frames[: self.sink], *frames[len(frames) - self.recent :]]
-
-
-FULL_HISTORY = Retention(0, UNBOUNDED)
-
-
-@dataclass(frozen=True)
-class CacheShape:
-    """Sizes that all layers of a cache share."""
-
-    batch: int
-    num_heads: int
-    head_dim: int
-    tokens_per_frame: int
-    frames_per_block: int
-    max_past: int  # no block has more earlier frames than this; bounds what full history allocates
-
-    def slots(self, retention: Retention) -> int:
-        return min(retention.total, self.max_past)
-
-
-@dataclass(frozen=True)
-class CacheBytes:
-    """kept: earlier frames; own: the slots of the block at work; turning: the sinks' unturned keys (relative RoPE)."""
-
-    kept: int
-    own: int
-    turning: int
-
-    @property
-    def total(self) -> int:
-        return self.kept + self.own + self.turning
-
-
-class HeadGroup:
-    """Consecutive heads of a layer with one retention.
-
-    `kv` [2, B, (n + slots) * T, heads, D] is this group's part of a buffer that it may share with other groups;
-    `frames[i]` is the latent frame in kept slot i. The sinks are always the first slots.
-    """
-
-    def __init__(self, heads: slice, retention: Retention, kv: Tensor, shape: CacheShape, relative: bool) -> None:
-        self.heads = heads
-        self.retention = retention
-        self.kv = kv
-        self.frames: list[int] = []
-        self._shape = shape
-        sinks = min(retention.sink, shape.slots(retention)) if relative else 0
-        # With relative positions the sinks' keys turn with every block; turning the original avoids piling up rounding.
-        self._unturned = kv.new_empty(kv.shape[1], sinks * shape.tokens_per_frame, *kv.shape[3:]) if sinks else None
-
-    def _slots(self, first: int, count: int) -> slice:
-        tokens = self._shape.tokens_per_frame
-        begin = (self._shape.frames_per_block + first) * tokens
-        return slice(begin, begin + count * tokens)
-
-    def commit(self, k: Tensor, v: Tensor, frames: range) -> None:
-        """Take over what the retention keeps of `frames`, whose keys and values are k, v [B, len(frames) * T, H, D]."""
-        keep = set(self.retention.keep([*sorted(self.frames), *frames]))
-        fresh = [frame for frame in frames if frame in keep]
-        free = [slot for slot, frame in enumerate(self.frames) if frame not in keep]
-        free += range(len(self.frames), len(self.frames) + len(fresh) - len(free))
-        tokens = self._shape.tokens_per_frame
-        for slot, frame, count in _runs(free, fresh):
-            source = slice((frame - frames.start) * tokens, (frame - frames.start + count) * tokens)
-            target = self._slots(slot, count)
-            self.kv[0, :, target] = k[:, source, self.heads]
-            self.kv[1, :, target] = v[:, source, self.heads]
-            self.frames[slot : slot + count] = range(frame, frame + count)
-        self._remember_sinks(any(slot < self.retention.sink for slot in free[: len(fresh)]))
-
-    def _remember_sinks(self, changed: bool) -> None:
-        if self._unturned is not None and changed:
-            count = min(self.retention.sink, len(self.frames))
-            self._unturned[:, : count * self._shape.tokens_per_frame] = self.kv[0, :, self._slots(0, count)]
-
-    def sink_shift(self, window_start: int) -> int:
-        """Positions by which the sinks move if they stand at `window_start` once that is later than their own place."""
-        return max(0, window_start - self.frames[0]) if self.frames else 0
-
-    def turn_sinks(self, shift: Rotation) -> None:
-        if self._unturned is not None and self.frames:
-            count = min(self.retention.sink, len(self.frames))
-            sinks = self._unturned[:, : count * self._shape.tokens_per_frame]
-            self.kv[0, :, self._slots(0, count)] = rotate(sinks, shift)
-
-    @property
-    def bytes(self) -> CacheBytes:
-        own = self.kv[:, :, : self._shape.frames_per_block * self._shape.tokens_per_frame].nelement()
-        turning = 0 if self._unturned is None else self._unturned.nelement()
-        size = self.kv.element_size()
-        return CacheBytes((self.kv.nelement() - own) * size, own * size, turning * size)
-
-    def forget(self, keep_sinks_before: int) -> None:
-        self.frames = [frame for frame in self.frames[: self.retention.sink] if frame < keep_sinks_before]
-
-    def copy_from(self, source: HeadGroup, heads: Tensor) -> None:
-        """Fill an empty group with what its retention keeps of `source`, taking the source's heads by index [heads]."""
-        frames = self.retention.keep(sorted(source.frames))
-        for slot, frame in enumerate(frames):
-            old = source._slots(source.frames.index(frame), 1)
-            self.kv[:, :, self._slots(slot, 1)] = source.kv[:, :, old].index_select(3, heads)
-        self.frames = list(frames)
-        if self._unturned is not None and source._unturned is not None:
-            tokens = min(self.retention.sink, len(frames)) * self._shape.tokens_per_frame
-            self._unturned[:, :tokens] = source._unturned[:, :tokens].index_select(2, heads)
-
-
-def _runs(slots: Sequence[int], frames: Sequence[int]) -> Iterator[tuple[int, int, int]]:
-    """Pair slots with frames and join neighbours: (first slot, first frame, count) of every contiguous run."""
-    pairs = list(zip(slots, frames, strict=False))
-    starts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(pairs)) if b != (a[0] + 1, a[1] + 1)), len(pairs)]
-    return ((*pairs[a], b - a) for a, b in pairwise(starts) if b > a)
 
 
 @dataclass(frozen=True)
@@ -169,6 +40,14 @@ class _Span:
     visible: int  # tokens, the block's own included
 
 
+CacheState = tuple[tuple[tuple[int, int, int], ...], ...]
+"""Per layer and attention call: first head, last head + 1, visible tokens."""
+
+
+class Layout:
+    """Stands for a cache's buffers: what was made for them, and has this as its key, is of no use once it is gone."""
+
+
 class LayerCache:
     """The cache of one layer. Heads are in the order of the layer's weights."""
 
@@ -178,13 +57,23 @@ class LayerCache:
         self._attention = attention
         self._like = like
         self._relative = relative
+        self._parts: list[tuple[int, Retention]] = []
         self._buffers: list[tuple[Tensor, list[HeadGroup]]] = []
         self._spans: list[_Span] = []
         self.observer: Observer | None = None
 
-    def allocate(self, parts: Sequence[tuple[int, Retention]]) -> None:
-        """Start empty with `parts`: (number of heads, what they keep) in head order."""
+    def allocate(self, parts: Sequence[tuple[int, Retention]]) -> bool:
+        """Start empty with `parts`: (number of heads, what they keep) in head order. True if the buffers are new ones;
+        those at hand serve again if they were made for the same parts."""
+        if list(parts) == self._parts:
+            self.forget(0)
+            return False
+        self._build(parts)
+        return True
+
+    def _build(self, parts: Sequence[tuple[int, Retention]]) -> None:
         assert sum(heads for heads, _ in parts) == self._shape.num_heads
+        self._parts = list(parts)
         self._buffers = []
         first = 0
         for slots, same in groupby((part for part in parts if part[0]), key=lambda part: self._shape.slots(part[1])):
@@ -209,7 +98,7 @@ class LayerCache:
     def split(self, order: Sequence[int], parts: Sequence[tuple[int, Retention]]) -> None:
         """Go over from one group to `parts`; head i is from now on what head order[i] was."""
         (old,) = self.groups
-        self.allocate(parts)
+        self._build(parts)
         for group in self.groups:
             group.copy_from(old, torch.tensor(order[group.heads], device=self._like.device))
         self._refresh()
@@ -219,7 +108,7 @@ class LayerCache:
 
         A block is written to its own slots. A longer pass (re-encoding) is joined with what is kept for this once.
         """
-        own = self._shape.frames_per_block * self._shape.tokens_per_frame
+        own = self._shape.block_tokens
         out = torch.empty_like(q) if len(self._spans) > 1 else None
         for span in self._spans:
             heads = span.heads
@@ -239,6 +128,12 @@ class LayerCache:
         assert out is not None
         return out
 
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """Put a block's keys and values into its own slots, as `attend` does."""
+        for span in self._spans:
+            span.kv[0, :, : self._shape.block_tokens] = k[:, :, span.heads]
+            span.kv[1, :, : self._shape.block_tokens] = v[:, :, span.heads]
+
     def _observe(self, q: Tensor, keys: Tensor) -> None:
         assert self.observer is not None and len(self.groups) == 1
         self.observer(self._index, q, keys, self.groups[0].frames)
@@ -246,13 +141,23 @@ class LayerCache:
     def commit(self, k: Tensor, v: Tensor, frames: range) -> None:
         """Keep what the retentions keep of `frames`; k, v [B, len(frames) * T, H, D]."""
         for group in self.groups:
-            group.commit(k, v, frames)
+            group.commit(k[:, :, group.heads], v[:, :, group.heads], frames)
+        self._refresh()
+
+    def commit_own(self, frames: range) -> None:
+        """As `commit`, of the block whose keys and values the last pass has left in the own slots."""
+        for group in self.groups:
+            group.commit_own(frames)
         self._refresh()
 
     def forget(self, keep_sinks_before: int) -> None:
         for group in self.groups:
             group.forget(keep_sinks_before)
         self._refresh()
+
+    @property
+    def state(self) -> tuple[tuple[int, int, int], ...]:
+        return tuple((span.heads.start, span.heads.stop, span.visible) for span in self._spans)
 
     def _refresh(self) -> None:
         """Recompute the attention calls after the number of kept frames may have changed."""
@@ -277,31 +182,56 @@ class KVCache:
         attention: AttentionFn,
         like: Tensor,
         relative_window: int | None = None,
+        parts: Sequence[Sequence[tuple[int, Retention]]] | None = None,
     ) -> None:
-        """`like` gives dtype and device; `relative_window` (frames) turns on relative positions for the sinks."""
+        """All heads keep `retention`, unless `parts` says for each layer which keep what. `like` gives dtype and
+        device; `relative_window` (frames) turns on relative positions for the sinks."""
         self._shape = shape
         self._window = relative_window
         self.device = like.device
+        self.layout = Layout()
         self._rotary = RotaryEmbedding(shape.head_dim)
         self.layers = [
             LayerCache(index, shape, attention, like, relative_window is not None) for index in range(num_layers)
         ]
-        self.reset(retention)
+        if parts is None:
+            self.reset(retention)
+        else:
+            self.allocate(parts)
 
     def reset(self, retention: Retention) -> None:
         """Forget everything; all heads of all layers keep `retention` from now on."""
-        for layer in self.layers:
-            layer.allocate([(self._shape.num_heads, retention)])
+        self.allocate([[(self._shape.num_heads, retention)]] * len(self.layers))
 
     def allocate(self, parts: Sequence[Sequence[tuple[int, Retention]]]) -> None:
         """Forget everything; layer l starts with parts[l]."""
-        for layer, layer_parts in zip(self.layers, parts, strict=True):
-            layer.allocate(layer_parts)
+        renewed = [layer.allocate(layer_parts) for layer, layer_parts in zip(self.layers, parts, strict=True)]
+        if any(renewed):
+            self.layout = Layout()
 
     def split(self, orders: Sequence[Sequence[int]], parts: Sequence[Sequence[tuple[int, Retention]]]) -> None:
         """Give every layer its head order and groups; layer by layer, so that only one is ever held twice."""
+        self.layout = Layout()
         for layer, order, layer_parts in zip(self.layers, orders, parts, strict=True):
             layer.split(order, layer_parts)
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a pass over one block; what is longer re-encodes earlier frames."""
+        return self._shape.block_tokens
+
+    @property
+    def frames_per_block(self) -> int:
+        return self._shape.frames_per_block
+
+    @property
+    def state(self) -> CacheState:
+        return tuple(layer.state for layer in self.layers)
+
+    def commit_own(self, frames: range) -> None:
+        """Let the block join the cache whose keys and values the last pass has left in the own slots of all layers."""
+        for layer in self.layers:
+            layer.commit_own(frames)
 
     def begin_pass(self, start_frame: int, frames: int) -> None:
         """Prepare for passes over the given frames: with relative positions, turn the sinks to their new place."""

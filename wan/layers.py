@@ -1,8 +1,8 @@
 """The layers of the Wan 2.1 transformer (arXiv 2503.20314) as functions of tensors.
 
-A transformer block comes in two halves, before and after self-attention, because what lies between (the cache and what
-a head may see of it) is not the layers' business. Nothing here depends on a position in the video or on a policy, so
-each half can be compiled once for all layers and all blocks.
+A transformer block comes in three parts, between which the two attentions lie: what a head may see is not the layers'
+business, and attention kernels are nothing that a compiler could join with its neighbours. Nothing here depends on a
+position in the video or on a policy, so each part can be compiled once for all layers and all blocks.
 """
 
 from __future__ import annotations
@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.attention import AttentionFn
 from wan.config import ModelConfig
 from wan.rope import Rotation, rotate
 
@@ -73,21 +72,33 @@ class SelfAttention(AttentionLayer):
     def keys(self, x: Tensor, rotation: Rotation) -> Tensor:
         return rotate(self.heads(self.norm_k(x)), rotation)
 
+    def inputs(self, x: Tensor, first: int = 0) -> Tensor:
+        """[B, L, dim] -> queries, keys and values side by side, from output `first` on."""
+        return F.linear(x, self.qkv_weight[first:], self.qkv_bias[first:])
+
+    def output(self, attended: Tensor) -> Tensor:
+        """[B, L, dim], the heads side by side -> [B, L, dim]."""
+        projected: Tensor = self.o(attended)
+        return projected
+
     def project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, L, dim] -> rotated queries and keys, and values, all [B, L, H, D]."""
-        q, k, v = F.linear(x, self.qkv_weight, self.qkv_bias).chunk(3, dim=-1)
+        q, k, v = self.inputs(x).chunk(3, dim=-1)
         return self.queries(q, rotation), self.keys(k, rotation), self.heads(v)
 
     def keys_and_values(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
         """As `project`, without the queries."""
-        dim = self.q.in_features
-        k, v = F.linear(x, self.qkv_weight[dim:], self.qkv_bias[dim:]).chunk(2, dim=-1)
+        k, v = self.inputs(x, first=x.shape[-1]).chunk(2, dim=-1)
         return self.keys(k, rotation), self.heads(v)
+
+    def rows(self, order: Tensor) -> Tensor:
+        """The channels of the heads in the given order."""
+        width = torch.arange(self.head_dim, device=order.device)
+        return (order[:, None] * self.head_dim + width).flatten()
 
     def permute_heads(self, order: Tensor) -> None:
         """Head i becomes what head order[i] was; in place, so that tensors keep their addresses."""
-        width = torch.arange(self.head_dim, device=order.device)
-        rows = (order[:, None] * self.head_dim + width).flatten()
+        rows = self.rows(order)
         for linear in (self.q, self.k, self.v):
             linear.weight.copy_(linear.weight[rows])
             linear.bias.copy_(linear.bias[rows])
@@ -107,10 +118,8 @@ class CrossAttention(AttentionLayer):
         k = self.heads(self.norm_k(self.k(text)))
         return k, self.heads(self.v(text))
 
-    def forward(self, x: Tensor, k: Tensor, v: Tensor, attention: AttentionFn) -> Tensor:
-        q = self.heads(self.norm_q(self.q(x)))
-        projected: Tensor = self.o(attention(q, k, v).flatten(2))
-        return projected
+    def queries(self, x: Tensor) -> Tensor:
+        return self.heads(self.norm_q(self.q(x)))
 
 
 class TransformerBlock(nn.Module):
@@ -130,12 +139,14 @@ class TransformerBlock(nn.Module):
         """x [B, L, dim], time [6, dim], position tables -> queries, keys, values [B, L, H, D]."""
         return self.self_attn.project(torch.addcmul(time[0], self.norm1(x), time[1]), Rotation(cos, sin))
 
-    def after_attention(
-        self, x: Tensor, attended: Tensor, time: Tensor, text_keys: Tensor, text_values: Tensor, attention: AttentionFn
-    ) -> Tensor:
-        """The rest of the layer: `attended` [B, L, H, D] projected, cross-attention, FFN; [B, L, dim]."""
-        x = torch.addcmul(x, time[2], self.self_attn.o(attended.flatten(2)))
-        x = x + self.cross_attn(self.norm3(x), text_keys, text_values, attention)
+    def between_attentions(self, x: Tensor, attended: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
+        """x with the self-attention's result [B, L, H, D] added, and the queries of cross-attention [B, L, H, D]."""
+        x = torch.addcmul(x, time[2], self.self_attn.output(attended.flatten(2)))
+        return x, self.cross_attn.queries(self.norm3(x))
+
+    def after_attention(self, x: Tensor, attended: Tensor, time: Tensor) -> Tensor:
+        """The rest of the layer: the cross-attention's result [B, L, H, D] added, and the FFN; [B, L, dim]."""
+        x = x + self.cross_attn.o(attended.flatten(2))
         return torch.addcmul(x, time[5], self.ffn(torch.addcmul(time[3], self.norm2(x), time[4])))
 
     def commit_only(self, x: Tensor, time: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:

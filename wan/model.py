@@ -8,17 +8,20 @@ depends on the timestep alone in a `TimeContext`; both are computed once and nev
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from wan.attention import AttentionFn, sdpa
-from wan.cache import CacheShape, KVCache, Retention
+from wan.cache import KVCache
 from wan.config import ModelConfig
 from wan.geometry import LatentGeometry
+from wan.head_group import CacheShape, Retention
 from wan.layers import OutputHead, TransformerBlock
 from wan.rope import RotaryEmbedding, Rotation
 
@@ -52,6 +55,19 @@ class StackResidual:
     value: Tensor | None = None
 
 
+class _LayerParts(NamedTuple):
+    """What a layer does before, between and after its attentions, as it stands or compiled."""
+
+    before: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    between: Callable[..., tuple[Tensor, Tensor]]
+    after: Callable[..., Tensor]
+
+
+_EAGER = _LayerParts(
+    TransformerBlock.before_attention, TransformerBlock.between_attentions, TransformerBlock.after_attention
+)
+
+
 class CausalWanModel(nn.Module):
     """The transformer; build it on the meta device and load weights into it, or initialise it with `random_`."""
 
@@ -70,7 +86,7 @@ class CausalWanModel(nn.Module):
         self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 6 * config.dim))
         self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
         self.head = OutputHead(config)
-        self._before, self._after = TransformerBlock.before_attention, TransformerBlock.after_attention
+        self._parts = _EAGER
         self._rotary = RotaryEmbedding(config.head_dim)
         self._head_order: list[list[int]] | None = None
 
@@ -96,14 +112,16 @@ class CausalWanModel(nn.Module):
                     parameter.normal_(0.0, 0.02, generator=generator)
         return self.requires_grad_(False)
 
-    def compile_layers(self) -> None:
-        """Compile what lies between the attentions, once for all layers, without graph breaks.
+    def compile_layers(self, on: bool = True) -> None:
+        """Compile what lies between the attentions, once for all layers, without graph breaks; or go back from it.
 
         Attention and the cache stay outside: their shapes follow from what is kept, those of the compiled parts from
         the size of a block alone, so that a growing cache, new head roles or another prompt compile nothing anew.
+        Passes that re-encode earlier frames have other sizes; they run as they are.
         """
-        self._before = torch.compile(TransformerBlock.before_attention, fullgraph=True)
-        self._after = torch.compile(TransformerBlock.after_attention, fullgraph=True)
+        # torch.compile has graphs of its own, which know nothing of those in wan/graphs.py.
+        whole = partial(torch.compile, fullgraph=True, dynamic=False, options={"triton.cudagraphs": False})
+        self._parts = _LayerParts(*map(whole, _EAGER)) if on else _EAGER
 
     def encode_time(self, timestep: float) -> TimeContext:
         """The modulations of one timestep, computed in float32 whatever the model's dtype is."""
@@ -126,9 +144,15 @@ class CausalWanModel(nn.Module):
         return TextContext(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
 
     def new_cache(
-        self, geometry: LatentGeometry, batch: int, retention: Retention, relative_window: int | None = None
+        self,
+        geometry: LatentGeometry,
+        batch: int,
+        retention: Retention,
+        relative_window: int | None = None,
+        parts: Sequence[Sequence[tuple[int, Retention]]] | None = None,
     ) -> KVCache:
-        """An empty cache for `batch` videos of this geometry in which all heads keep `retention`."""
+        """An empty cache for `batch` videos of this geometry in which all heads keep `retention`, or `parts` says which
+        heads of each layer keep what (`KVCache.allocate`)."""
         shape = CacheShape(
             batch,
             self.config.num_heads,
@@ -138,7 +162,7 @@ class CausalWanModel(nn.Module):
             geometry.num_frames - geometry.frames_per_block,
         )
         like = self.patch_embedding.weight
-        return KVCache(self.config.num_layers, shape, retention, self.attention, like, relative_window)
+        return KVCache(self.config.num_layers, shape, retention, self.attention, like, relative_window, parts)
 
     def set_head_order(self, order: Sequence[Sequence[int]] | None) -> None:
         """Put the self-attention heads of every layer in the given order; None restores that of the checkpoint.
@@ -169,23 +193,60 @@ class CausalWanModel(nn.Module):
 
         With `commit` the pass's keys and values join the cache. `residual` receives what `skip_layers` needs.
         """
-        x, rotation, frames = self._embed(latents, start_frame)
-        y = x
+        frames = range(start_frame, start_frame + latents.shape[1]) if commit else None
+        return self.flow(latents, time, text, cache, self.rotation(latents, start_frame), frames, residual)
+
+    def commit(self, latents: Tensor, time: TimeContext, text: TextContext, cache: KVCache, start_frame: int) -> None:
+        """A clean pass: like `forward` with `commit`, without what nobody uses (the head, most of the last layer)."""
+        frames = range(start_frame, start_frame + latents.shape[1])
+        self.encode(latents, time, text, cache, self.rotation(latents, start_frame), frames)
+
+    def flow(
+        self,
+        latents: Tensor,
+        time: TimeContext,
+        text: TextContext,
+        cache: KVCache,
+        rotation: Rotation,
+        commit: range | None = None,
+        residual: StackResidual | None = None,
+    ) -> Tensor:
+        """`forward` with its positions given as tensors; the pass joins the cache as the frames `commit`, if any."""
+        x = y = self._patchify(latents)
         for layer, block in enumerate(self.layers()):
-            y = self._run(block, layer, y, time, text, cache, rotation, frames if commit else None)
+            y = self._run(block, layer, y, time, text, cache, rotation, commit)
         if residual is not None:
             residual.value = y - x
         return self._unpatchify(self.head(y, time.head), latents)
 
-    def commit(self, latents: Tensor, time: TimeContext, text: TextContext, cache: KVCache, start_frame: int) -> None:
-        """A clean pass: like `forward` with `commit`, without what nobody uses (the head, most of the last layer)."""
-        x, rotation, frames = self._embed(latents, start_frame)
+    def encode(
+        self,
+        latents: Tensor,
+        time: TimeContext,
+        text: TextContext,
+        cache: KVCache,
+        rotation: Rotation,
+        commit: range | None = None,
+    ) -> None:
+        """`commit` with its positions given as tensors; without frames to commit, a block's keys and values are left
+        in the own slots of all layers, for `KVCache.commit_own`."""
+        x = self._patchify(latents)
         last = self.config.num_layers - 1
         for layer, block in enumerate(self.layers()):
-            if layer == last and not cache.observing:
-                cache.layers[layer].commit(*block.commit_only(x, time.layers[layer], rotation), frames)
-            else:
-                x = self._run(block, layer, x, time, text, cache, rotation, frames)
+            if layer < last or cache.observing:
+                x = self._run(block, layer, x, time, text, cache, rotation, commit)
+        if cache.observing:
+            return
+        k, v = self.layers()[last].commit_only(x, time.layers[last], rotation)
+        if commit is None:
+            cache.layers[last].write(k, v)
+        else:
+            cache.layers[last].commit(k, v, commit)
+
+    def rotation(self, latents: Tensor, start_frame: int) -> Rotation:
+        """The rotary positions of a pass over latents [B, F, C, h, w] from frame `start_frame` on."""
+        grid = latents.shape[3] // self.config.patch_size[1], latents.shape[4] // self.config.patch_size[2]
+        return self._rotary.table(start_frame, latents.shape[1], grid, self.device)
 
     def skip_layers(self, latents: Tensor, time: TimeContext, residual: StackResidual) -> Tensor:
         """The flow if the layers add what they added in the pass that filled `residual`."""
@@ -204,17 +265,13 @@ class CausalWanModel(nn.Module):
         commit: range | None,
     ) -> Tensor:
         modulation = time.layers[layer]
-        q, k, v = self._before(block, x, modulation, rotation.cos, rotation.sin)
+        parts = self._parts if x.shape[1] == cache.block_tokens else _EAGER
+        q, k, v = parts.before(block, x, modulation, rotation.cos, rotation.sin)
         attended = cache.layers[layer].attend(q, k, v)
         if commit is not None:
             cache.layers[layer].commit(k, v, commit)
-        return self._after(block, x, attended, modulation, text.keys[layer], text.values[layer], self.attention)
-
-    def _embed(self, latents: Tensor, start_frame: int) -> tuple[Tensor, Rotation, range]:
-        frames = latents.shape[1]
-        grid = latents.shape[3] // self.config.patch_size[1], latents.shape[4] // self.config.patch_size[2]
-        rotation = self._rotary.table(start_frame, frames, grid, self.device)
-        return self._patchify(latents), rotation, range(start_frame, start_frame + frames)
+        x, q = parts.between(block, x, attended, modulation)
+        return parts.after(block, x, self.attention(q, text.keys[layer], text.values[layer]), modulation)
 
     def _patchify(self, latents: Tensor) -> Tensor:
         """[B, F, C, h, w] -> tokens [B, L, dim]; a convolution with stride = kernel is a product over patches."""

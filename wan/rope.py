@@ -2,7 +2,8 @@
 
 Of the D/2 rotation pairs of a head the first D/2 - 2 * (D // 6) turn with the latent-frame index, the next D // 6 with
 the row and the rest with the column; pairs are neighbouring channels. Angles are computed in float64 on the host from
-the position itself, so any frame index works; what reaches the device are small float32 tables, once a block.
+the position itself, so any frame index works; what reaches the device are the float32 cosines and sines of each axis,
+a few kilobytes, which are spread over the grid there, once a block.
 The file knows positions only, neither caches nor policies.
 """
 
@@ -12,6 +13,8 @@ from dataclasses import dataclass
 
 import torch
 from torch import Tensor
+
+from utils.transfer import to_device
 
 BASE = 10000.0
 
@@ -57,26 +60,27 @@ class RotaryEmbedding:
         """Rotation [frames * rows * columns, 1, D/2] for the frames from `start_frame` on, absolute positions."""
         key = (start_frame, frames, grid, device)
         if self._table is None or key != self._key:
-            rows, columns = grid
-            time = torch.outer(_positions(start_frame, frames), self._frame)
-            row = torch.outer(_positions(0, rows), self._row)
-            column = torch.outer(_positions(0, columns), self._column)
-            shape = (frames, rows, columns, -1)
-            angles = (
-                time[:, None, None].expand(shape),
-                row[None, :, None].expand(shape),
-                column[None, None, :].expand(shape),
-            )
-            flat = torch.cat(angles, dim=-1).flatten(0, 2).unsqueeze(1)
-            self._key, self._table = key, _rotation(flat, device)
+            self._key, self._table = key, self._spread(start_frame, frames, grid, device)
         return self._table
+
+    def _spread(self, start_frame: int, frames: int, grid: tuple[int, int], device: torch.device) -> Rotation:
+        rows, columns = grid
+        axes = (
+            torch.outer(_positions(start_frame, frames), self._frame)[:, None, None],
+            torch.outer(_positions(0, rows), self._row)[None, :, None],
+            torch.outer(_positions(0, columns), self._column)[None, None, :],
+        )
+        parts = [_turns(angles, device).expand(2, frames, rows, columns, -1) for angles in axes]
+        cos, sin = torch.cat(parts, dim=-1).flatten(1, 3).unsqueeze(2)
+        return Rotation(cos, sin)
 
     def frame_shift(self, frames: int, device: torch.device) -> Rotation:
         """The turn [1, 1, D/2] that moves rotated keys by `frames` positions along the frame axis."""
         still = torch.zeros(len(self._row) + len(self._column), dtype=torch.float64, device="cpu")
-        return _rotation(torch.cat((frames * self._frame, still))[None, None], device)
+        cos, sin = _turns(torch.cat((frames * self._frame, still))[None, None], device)
+        return Rotation(cos, sin)
 
 
-def _rotation(angles: Tensor, device: torch.device) -> Rotation:
-    cos, sin = (f(angles).float().to(device, non_blocking=True) for f in (torch.cos, torch.sin))
-    return Rotation(cos, sin)
+def _turns(angles: Tensor, device: torch.device) -> Tensor:
+    """Cosines and sines [2, ...] of float64 angles on the host, float32 on the device."""
+    return to_device(torch.stack((angles.cos(), angles.sin())).float(), device)

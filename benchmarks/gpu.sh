@@ -1,0 +1,97 @@
+#!/usr/bin/env bash
+# Everything worth knowing about the transformer on one GPU, in one call of under 9 minutes:
+#
+#     benchmarks/gpu.sh FOLDER [--device cpu --small]
+#
+# Correctness first (the stored vectors in fp32 and bf16 with each engine, the tests marked gpu), then the tables. Every
+# part has its own time limit and its own files in FOLDER, so that one that fails costs nothing else; FOLDER/summary.txt
+# has a line for each. --small takes minutes of a CPU instead: fewer cases, tiny models, the same parts.
+# PYTHON is the interpreter, python3 by default.
+set -u
+cd "$(dirname "$0")/.." || exit 2
+
+if [ $# -lt 1 ] || [ "${1#--}" != "$1" ]; then
+    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    exit 2
+fi
+FOLDER=$1
+shift
+DEVICE=cuda
+SMALL=no
+while [ $# -gt 0 ]; do
+    case $1 in
+    --device) DEVICE=$2 && shift 2 ;;
+    --small) SMALL=yes && shift ;;
+    *) echo "gpu.sh: $1 is unknown" >&2 && exit 2 ;;
+    esac
+done
+PYTHON=${PYTHON:-python3}
+LIMIT=${LIMIT:-530} # seconds for everything
+mkdir -p "$FOLDER" || exit 2
+FOLDER=$(cd "$FOLDER" && pwd)
+# What one part compiles, the next finds.
+export TORCHINDUCTOR_CACHE_DIR="$FOLDER/compile_cache"
+: >"$FOLDER/summary.txt"
+
+# part NAME SECONDS COMMAND...: run it for at most so long, output to NAME.txt
+part() {
+    local name=$1 limit=$2 left=$((LIMIT - SECONDS)) begin=$SECONDS status
+    shift 2
+    [ "$left" -lt "$limit" ] && limit=$left
+    if [ "$limit" -le 5 ]; then
+        status="left out, no time"
+    else
+        timeout -k 5 "$limit" "$@" >"$FOLDER/$name.txt" 2>&1
+        case $? in
+        0) status="ok" ;;
+        124 | 137) status="out of time" ;;
+        *) status="FAILED" ;;
+        esac
+    fi
+    printf '%-24s %4d s  %s\n' "$name" "$((SECONDS - begin))" "$status" | tee -a "$FOLDER/summary.txt"
+}
+
+vectors() { # NAME ENGINE PRECISION SECONDS CASES...
+    local name=$1 engine=$2 precision=$3 limit=$4
+    shift 4
+    part "$name" "$limit" "$PYTHON" -m tests.conformance "$@" --device "$DEVICE" --engine "$engine" --precision "$precision"
+}
+
+dit() { # NAME SECONDS ARGUMENTS...
+    local name=$1 limit=$2
+    shift 2
+    part "$name" "$limit" "$PYTHON" -m benchmarks.dit --device "$DEVICE" --json "$FOLDER/$name.json" "$@"
+}
+
+DATA=tests/data/vectors
+ALL=()
+for case in "$DATA"/*.safetensors; do
+    case $case in
+    *_a.safetensors | */text_encoder.* | */vae.*) ;;
+    *) ALL+=("$case") ;;
+    esac
+done
+FEW=("$DATA/packed_start1.safetensors" "$DATA/storyboard_window.safetensors")
+
+part machine 30 bash -c 'nvidia-smi || true; '"$PYTHON"' -m torch.utils.collect_env'
+if [ "$SMALL" = yes ]; then
+    vectors vectors_eager_fp32 eager fp32 60 "${FEW[@]}"
+    vectors vectors_eager_bf16 eager bf16 60 "${FEW[@]}"
+    vectors vectors_compiled_fp32 compiled fp32 120 "${FEW[0]}"
+    part tests_gpu 60 "$PYTHON" -m pytest -m gpu -q tests/test_gpu.py tests/test_attention.py tests/test_fp8.py
+    dit tiny 120 --resolution tiny --dim 64 --layers 1 --policy full,packed --engine eager,compiled --repeat 1 --profile
+else
+    vectors vectors_eager_fp32 eager fp32 40 "${ALL[@]}"
+    vectors vectors_recorded_fp32 recorded fp32 40 "${ALL[@]}"
+    vectors vectors_recorded_bf16 recorded bf16 40 "${ALL[@]}"
+    vectors vectors_graphed_fp32 graphed fp32 60 "${FEW[@]}"
+    vectors vectors_graphed_bf16 graphed bf16 60 "${FEW[@]}"
+    part tests_gpu 60 "$PYTHON" -m pytest -m gpu -q tests/test_gpu.py tests/test_attention.py tests/test_fp8.py
+    dit dit_480 150 --resolution 480 --engine graphed,compiled,eager --policy packed,full,window,prune --profile
+    dit dit_fp8_480 60 --resolution 480 --engine graphed --policy packed --precision auto,fp8 --repeat 3 --profile
+    dit dit_attention_480 60 --resolution 480 --engine graphed --policy packed,full --attention sdpa,cudnn,fa2,fa3 --repeat 3
+    dit dit_720 90 --resolution 720 --engine graphed --policy packed,full --repeat 3 --profile
+    dit dit_1080 100 --resolution 1080 --engine graphed --policy packed,full --repeat 3 --profile
+fi
+grep -q FAILED "$FOLDER/summary.txt" && exit 1
+exit 0

@@ -1,0 +1,90 @@
+"""What only a GPU can show: real recordings, their numbers, and that nothing in the loop waits for the device."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import Tensor
+
+from dummy.roles import HeadRoles
+from pipeline.engine import choose_engine, passes_of, start_engine
+from pipeline.generator import BlockGenerator
+from tests.test_generator import GEOMETRY, ROLES, generator, latents, start
+from tests.tiny import CONFIG, tiny_model
+from wan.graphs import GraphedPasses
+from wan.model import CausalWanModel
+
+pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
+
+WIDE = replace(CONFIG, dim=256, ffn_dim=512)  # heads of 64, which fused attention kernels take
+
+
+def on_gpu(dtype: torch.dtype) -> CausalWanModel:
+    return tiny_model(WIDE).to("cuda", dtype)
+
+
+def videos(made: BlockGenerator, *seeds: int) -> list[Tensor]:
+    return [latents(start(made, seed)) for seed in seeds]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("kind", "roles"), [("full", None), ("window", None), ("prune", ROLES), ("packed", ROLES), ("packed", None)]
+)
+def test_recordings_give_the_same_videos(kind: str, roles: HeadRoles | None, dtype: torch.dtype) -> None:
+    """The same kernels on the same numbers, for a second video with other noise too; kernels may be chosen by how
+    their inputs are aligned, and then round otherwise."""
+    eager = generator(on_gpu(dtype), kind, roles)
+    recorded = BlockGenerator(eager.model, eager.settings, passes_of(eager.model, "recorded"))
+    for one, other in zip(videos(eager, 1, 2), videos(recorded, 1, 2), strict=True):
+        assert (one - other).norm() / one.norm() < (1e-4 if dtype is torch.float32 else 0.01)
+
+
+def test_auto_is_graphed_and_says_nothing(caplog: pytest.LogCaptureFixture) -> None:
+    """Everything is compiled and recorded at the start: the first video adds nothing."""
+    pytest.importorskip("triton")
+    made = generator(on_gpu(torch.bfloat16), "packed", ROLES)
+    with caplog.at_level(logging.WARNING):
+        start_engine(made, "auto", GEOMETRY)
+    assert choose_engine("auto", torch.device("cuda")) == "graphed"
+    assert not caplog.records
+    passes = made.passes
+    assert isinstance(passes, GraphedPasses)
+    captures = passes.captures
+    (video,) = videos(made, 1)
+    assert passes.captures == captures > 0
+    (expected,) = videos(generator(on_gpu(torch.bfloat16), "packed", ROLES), 1)
+    assert (video - expected).norm() / expected.norm() < 0.02
+
+
+def test_the_loop_never_waits_for_the_device() -> None:
+    made = generator(on_gpu(torch.bfloat16), "packed", ROLES)
+    made.passes = passes_of(made.model, "recorded")
+    videos(made, 1)
+    rollout = start(made, 2)
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # the mode says that it is a prototype
+            for _ in rollout.blocks():
+                pass
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+def test_recordings_share_their_memory() -> None:
+    """Four times as many recordings do not take four times as much."""
+    sizes = []
+    for frames in (6, 24):
+        torch.cuda.empty_cache()
+        before = torch.cuda.memory_reserved()
+        made = generator(on_gpu(torch.bfloat16), "full")
+        made.passes = passes_of(made.model, "recorded")
+        latents(start(made, 1, geometry=replace(GEOMETRY, num_frames=frames)))
+        sizes.append(torch.cuda.memory_reserved() - before)
+        del made
+    assert sizes[1] < 2 * sizes[0] + (64 << 20)
