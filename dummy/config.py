@@ -9,6 +9,8 @@ from __future__ import annotations
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
+from dummy.budget import DummyBudget, Within
+from dummy.presets import PRESETS, PresetName
 from utils.errors import InputError
 
 
@@ -22,15 +24,15 @@ class HeadRetentions(NamedTuple):
 
 @dataclass(frozen=True)
 class RetentionConfig:
-    """`dummy_forcing.retention`: [sink, recent] latent frames a role; what is left out stays as in the paper.
+    """`dummy_forcing.retention`: [sink, recent] latent frames a role; a role that is left out is as in the preset.
 
     Raises:
         InputError: a negative number.
     """
 
-    sink: tuple[int, int] = (1, 0)
-    neighbor: tuple[int, int] | None = None  # null: [0, local_context_length * num_frame_per_block]
-    dummy: tuple[int, int] = (0, 1)
+    sink: tuple[int, int] | None = None  # paper: [1, 0]
+    neighbor: tuple[int, int] | None = None  # paper: [0, local_context_length * num_frame_per_block]
+    dummy: tuple[int, int] | None = None  # paper: [0, 1]
 
     def __post_init__(self) -> None:
         for field in fields(self):
@@ -46,6 +48,11 @@ class RetentionConfig:
 class DummyForcingConfig:
     """Settings of Dummy Forcing; with `enabled: false` the others are not looked at.
 
+    `equal_cost` lets neighbour heads keep as many recent frames as make a block cost what it does without Dummy
+    Forcing: with all earlier frames (full), with the window of `local_attn_size` (window), both by counting; or as many
+    as a speed in pixel frames a second leaves room for, which the run measures when it starts, so that such videos
+    differ from machine to machine.
+
     Raises:
         InputError: a value out of range, or a retention for a policy that has none.
     """
@@ -55,10 +62,14 @@ class DummyForcingConfig:
     denoise_start: int = 0  # denoising step from which heads are split; published programs work with 0 alone
     ar_start: int = 1  # block, counted from 0, in whose clean pass the head roles are found
     local_context_length: int = 1  # L, blocks that neighbour heads (before the split: all heads) look back
-    num_dummy: int = 180  # heads made dummy, of layers x heads (360 in Wan 1.3B)
+    num_dummy: int | float | Literal["auto"] = 180  # heads made dummy, of layers x heads (360 in Wan 1.3B); 0.5: half
+    num_dummy_within: Within = "model"  # layer: num_dummy heads (or that share) in each layer
+    max_loss: float = 0.05  # num_dummy auto: the share of all heads' attention that dummy heads may lose together
     sink_score_frames: int = 1  # first context frames whose attention counts as sink
     score_query_share: float = 0.25  # share of the block's queries that are scored; the paper takes 25 %
+    preset: PresetName = "paper"  # what heads of each role keep; dummy/presets.py lists them with their sources
     retention: RetentionConfig | None = None
+    equal_cost: Literal["full", "window"] | float | None = None  # see above
     roles: str | None = None  # file of saved head roles; null: observe them in every video
     reclassify_on_switch: bool = False  # find the roles anew after a prompt switch
     teacache_enabled: bool = False
@@ -73,8 +84,7 @@ class DummyForcingConfig:
         for name in ("local_context_length", *observing):
             if getattr(self, name) < 1:
                 raise InputError(f"dummy_forcing.{name}: must be 1 or more, got {getattr(self, name)}")
-        if self.num_dummy < 0:
-            raise InputError(f"dummy_forcing.num_dummy: must be 0 or more heads, got {self.num_dummy}")
+        self._check_budget()
         if not 0 < self.score_query_share <= 1:
             raise InputError(
                 "dummy_forcing.score_query_share: must be above 0 and at most 1 (all queries), "
@@ -82,15 +92,44 @@ class DummyForcingConfig:
             )
         if self.teacache_threshold < 0:
             raise InputError(f"dummy_forcing.teacache_threshold: must be 0 or more, got {self.teacache_threshold}")
-        if self.policy == "prune" and self.retention is not None:
+        for name, default in (("retention", None), ("preset", "paper"), ("equal_cost", None)):
+            if self.policy == "prune" and getattr(self, name) != default:
+                raise InputError(
+                    f"dummy_forcing.{name}: policy prune drops all earlier frames of dummy heads and leaves the other "
+                    f"heads as they are; remove the {name} or use dummy_forcing.policy=packed"
+                )
+        if isinstance(self.equal_cost, float) and self.equal_cost <= 0:
             raise InputError(
-                "dummy_forcing.retention: policy prune drops all earlier frames of dummy heads and leaves the other "
-                "heads as they are; remove the retention or use dummy_forcing.policy=packed"
+                "dummy_forcing.equal_cost: must be full, window, or a speed above 0 in pixel frames a second, "
+                f"got {self.equal_cost}"
             )
 
+    def _check_budget(self) -> None:
+        amount = self.num_dummy
+        if isinstance(amount, float) and not 0 <= amount <= 1:
+            raise InputError(
+                f"dummy_forcing.num_dummy: a share must be from 0.0 to 1.0, got {amount}; write a number of heads "
+                "without a point"
+            )
+        if isinstance(amount, int) and amount < 0:
+            raise InputError(f"dummy_forcing.num_dummy: must be 0 or more heads, got {amount}")
+        if not 0 <= self.max_loss <= 1:
+            raise InputError(
+                f"dummy_forcing.max_loss: must be from 0 to 1, a share of all heads' attention, got {self.max_loss}"
+            )
+
+    @property
+    def budget(self) -> DummyBudget:
+        """How many heads become dummy."""
+        return DummyBudget(self.num_dummy, self.num_dummy_within, self.max_loss)
+
     def retentions(self, num_frame_per_block: int) -> HeadRetentions:
-        """What the `packed` policy keeps after the split, for blocks of that many latent frames (n); defaults as in
-        the paper: sink heads the first frame, neighbour heads the last L n frames, dummy heads the last frame."""
-        given = self.retention or RetentionConfig()
-        neighbor = given.neighbor or (0, self.local_context_length * num_frame_per_block)
-        return HeadRetentions(given.sink, neighbor, given.dummy)
+        """What the `packed` policy keeps after the split, for blocks of that many latent frames (n); in the paper: sink
+        heads the first frame, neighbour heads the last L n frames, dummy heads the last frame."""
+        preset, given = PRESETS[self.preset], self.retention or RetentionConfig()
+        context = self.local_context_length * num_frame_per_block
+        return HeadRetentions(
+            given.sink or preset.sink.frames(context),
+            given.neighbor or preset.neighbor.frames(context),
+            given.dummy or preset.dummy.frames(context),
+        )

@@ -2,7 +2,7 @@
 
 An observer of a cache: it sees a pass's queries and keys layer by layer and adds up softmax probabilities by frame, in
 float32 and in pieces of bounded size, so that 1080p (57,000 keys for 24,000 queries) needs no more memory than 480p.
-Queries may be sampled at a fixed, even spacing; no random numbers are drawn.
+Queries may be sampled, a fixed choice that is evenly spread; no random numbers are drawn.
 """
 
 from __future__ import annotations
@@ -13,17 +13,29 @@ import torch
 from torch import Tensor
 
 PIECE_BYTES = 128 << 20  # of float32 scores at a time
+GOLDEN = 0.5 * 5**0.5 - 0.5  # of its multiples the fractional parts are as evenly spread as any
 
 
 class FrameAttention:
-    """Collects, per layer and head, the mean attention to each visible frame over queries and batch."""
+    """Collects, per layer and head, the mean attention to each visible frame over queries and batch.
 
-    def __init__(self, tokens_per_frame: int, query_share: float = 1.0, piece_bytes: int = PIECE_BYTES) -> None:
+    `with_entropy`: also the mean entropy of a query's attention over all keys, in nats.
+    """
+
+    def __init__(
+        self,
+        tokens_per_frame: int,
+        query_share: float = 1.0,
+        piece_bytes: int = PIECE_BYTES,
+        with_entropy: bool = False,
+    ) -> None:
         assert 0 < query_share <= 1
         self._tokens = tokens_per_frame
         self._query_share = query_share
         self._piece_bytes = piece_bytes
+        self._with_entropy = with_entropy
         self._layers: dict[int, Tensor] = {}
+        self._entropies: dict[int, Tensor] = {}
         self.frames: list[int] = []
 
     def __call__(self, layer: int, q: Tensor, keys: Tensor, context: Sequence[int]) -> None:
@@ -31,25 +43,45 @@ class FrameAttention:
         q = q[:, self._sample(q.shape[1]).to(q.device)]
         batch, queries, heads, width = q.shape
         mass = torch.zeros(heads, keys.shape[1] // self._tokens, device=q.device)
+        entropy = torch.zeros(heads, device=q.device)
         per_query = heads * keys.shape[1] * 4
         for item in range(batch):
             k = keys[item].float().transpose(0, 1)  # [H, S, D]
             for piece in torch.split(q[item], max(1, self._piece_bytes // per_query)):
                 scores = piece.float().transpose(0, 1) @ k.transpose(1, 2) * width**-0.5  # [H, queries, S]
-                by_frame = scores.softmax(dim=-1).unflatten(-1, (-1, self._tokens)).sum(-1)
-                mass += by_frame.sum(dim=1)
+                shares = scores.softmax(dim=-1)
+                mass += shares.unflatten(-1, (-1, self._tokens)).sum(-1).sum(dim=1)
+                if self._with_entropy:
+                    entropy += (scores.logsumexp(-1) - shares.mul_(scores).sum(-1)).sum(dim=1)
         self._layers[layer] = mass / (batch * queries)
+        self._entropies[layer] = entropy / (batch * queries)
         self.frames = list(context)
 
     def _sample(self, queries: int) -> Tensor:
+        """One query in each of as many equal stretches; its place in them follows the golden ratio, since a constant
+        step would meet the same few columns in every row of a frame."""
         count = max(1, round(queries * self._query_share))
-        return (torch.arange(count, dtype=torch.float64) + 0.5).mul(queries / count).long()
+        stretch = torch.arange(count, dtype=torch.float64)
+        return ((stretch + (0.5 + stretch * GOLDEN) % 1) * (queries / count)).long()
+
+    def by_frame(self) -> Tensor:
+        """[layers, heads, context frames + 1]: attention to each context frame, oldest first, and to the block."""
+        mass = torch.stack([self._layers[layer] for layer in sorted(self._layers)])
+        own = mass.shape[-1] - len(self.frames)
+        ages = torch.tensor(self.frames, dtype=torch.long).argsort().to(mass.device) + own
+        return torch.cat((mass[..., ages], mass[..., :own].sum(-1, keepdim=True)), dim=-1)
 
     def regions(self, sink_frames: int) -> Tensor:
         """[layers, heads, 3]: attention to the first `sink_frames` context frames, the other ones, and the block."""
-        mass = torch.stack([self._layers[layer] for layer in sorted(self._layers)])
-        own = mass.shape[-1] - len(self.frames)
-        ages = torch.tensor(self.frames).argsort().to(mass.device) + own  # context columns, oldest frame first
-        context = mass[..., ages]
-        sums = context[..., :sink_frames].sum(-1), context[..., sink_frames:].sum(-1), mass[..., :own].sum(-1)
-        return torch.stack(sums, dim=-1)
+        return regions(self.by_frame(), sink_frames)
+
+    def entropy(self) -> Tensor:
+        """[layers, heads], nats; at most the logarithm of the number of keys."""
+        assert self._with_entropy
+        return torch.stack([self._entropies[layer] for layer in sorted(self._entropies)])
+
+
+def regions(by_frame: Tensor, sink_frames: int) -> Tensor:
+    """[..., context frames + 1] as `FrameAttention.by_frame` gives it to [..., 3]: sink, neighbour and current."""
+    context, own = by_frame[..., :-1], by_frame[..., -1]
+    return torch.stack((context[..., :sink_frames].sum(-1), context[..., sink_frames:].sum(-1), own), dim=-1)

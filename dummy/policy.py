@@ -7,12 +7,17 @@ head-wise method are retentions here and nothing else; neither the cache nor att
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field, replace
 
+from torch import Tensor
+
+from dummy.budget import DummyBudget
 from dummy.config import DummyForcingConfig
+from dummy.equal_cost import EqualCost
+from dummy.frame_attention import regions
 from dummy.roles import HeadRoles, Role
-from wan.cache import FULL_HISTORY, Retention
 from wan.config import ModelKwargs
+from wan.head_group import FULL_HISTORY, UNBOUNDED, Retention
 
 HeadParts = list[tuple[int, Retention]]
 """Consecutive heads of a layer and what they keep."""
@@ -23,22 +28,41 @@ class HeadSplit:
     """How heads part by role.
 
     Roles are observed in the clean pass of block `ar_start` and hold from the next block on, or are given in `roles`.
-    `from_start`: given roles hold from the first block.
+    `from_start`: given roles hold from the first block. `equal_cost` decides what neighbour heads keep when it is known
+    how many there are.
     """
 
     by_role: Mapping[Role, Retention]
     ar_start: int
-    num_dummy: int = 0
+    budget: DummyBudget = field(default_factory=DummyBudget)
     sink_score_frames: int = 1
     query_share: float = 1.0
     roles: HeadRoles | None = None
     from_start: bool = False
+    equal_cost: EqualCost | None = None
+
+    def find_roles(self, by_frame: Tensor) -> tuple[HeadRoles, Tensor]:
+        """Roles from the attention that heads gave to a block's frames, [layers, heads, context frames + 1] as
+        `FrameAttention.by_frame` has it, and its sums [layers, heads, 3] over sink, neighbour and current frames."""
+        shares = regions(by_frame, self.sink_score_frames)
+        return HeadRoles.from_frame_attention(shares, self.budget, self.lost_by_dummy(by_frame)), shares
+
+    def lost_by_dummy(self, by_frame: Tensor) -> Tensor:
+        """[..., context frames + 1] to the attention [...] that goes to frames which dummy heads do not keep."""
+        context = by_frame.shape[-1] - 1
+        kept = set(self.by_role[Role.DUMMY].keep(range(context)))
+        return by_frame[..., [frame for frame in range(context) if frame not in kept]].sum(-1)
+
+    def retentions(self, roles: HeadRoles) -> Mapping[Role, Retention]:
+        """What heads of each role keep, given how many there are."""
+        return self.by_role if self.equal_cost is None else self.equal_cost.fit(self.by_role, roles.counts())
 
     def layout(self, roles: HeadRoles) -> tuple[list[list[int]], list[HeadParts]]:
         """Per layer the order of the heads, with heads that keep equally much together, and the parts in that order."""
-        ranked = sorted(Role, key=lambda role: (self.by_role[role].total, role))
+        by_role = self.retentions(roles)
+        ranked = sorted(Role, key=lambda role: (by_role[role].total, role))
         orders = [sorted(range(len(row)), key=lambda head: ranked.index(row[head])) for row in roles.table]
-        parts = [[(row.count(role), self.by_role[role]) for role in ranked if role in row] for row in roles.table]
+        parts = [[(row.count(role), by_role[role]) for role in ranked if role in row] for row in roles.table]
         return orders, parts
 
 
@@ -84,7 +108,7 @@ def policy_from_config(
     split = HeadSplit(
         by_role,
         dummy.ar_start,
-        dummy.num_dummy,
+        dummy.budget,
         dummy.sink_score_frames,
         dummy.score_query_share,
         roles,
@@ -92,4 +116,25 @@ def policy_from_config(
     )
     if dummy.policy == "prune":
         return ContextPolicy("prune", base, split, window_sinks=base.sink)
-    return ContextPolicy("packed", largest(by_role), split)
+    packed = ContextPolicy("packed", largest(by_role), split)
+    if dummy.equal_cost == "window":
+        return with_equal_cost(packed, base.total, block)
+    return with_equal_cost(packed, UNBOUNDED, block) if dummy.equal_cost == "full" else packed
+
+
+def split_of(dummy: DummyForcingConfig, block: int) -> HeadSplit:
+    """How heads part with these settings (prune: over full history); given roles are not looked at."""
+    split = policy_from_config(ModelKwargs(), replace(dummy, enabled=True), block).split
+    assert split is not None
+    return split
+
+
+def with_equal_cost(packed: ContextPolicy, frames: float, block: int) -> ContextPolicy:
+    """The policy with neighbour heads that keep what is left of `frames` earlier frames a head, see `EqualCost`.
+
+    How many that are is known when the roles are; until then all heads keep all that there is by then.
+    """
+    assert packed.split is not None
+    until_split = (packed.split.ar_start + 1) * block
+    initial = Retention(packed.initial.sink, max(packed.initial.recent, until_split))
+    return replace(packed, initial=initial, split=replace(packed.split, equal_cost=EqualCost(frames)))

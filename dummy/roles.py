@@ -15,6 +15,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dummy.budget import DummyBudget
 from utils.errors import InputError
 
 
@@ -38,18 +39,21 @@ class HeadRoles:
         return cls(tuple(tuple(Role(code) for code in row) for row in codes))
 
     @classmethod
-    def from_frame_attention(cls, frame_attention: Tensor, num_dummy: int) -> HeadRoles:
+    def from_frame_attention(
+        cls, frame_attention: Tensor, budget: DummyBudget, lost: Tensor | None = None
+    ) -> HeadRoles:
         """Assign roles from `frame_attention` [layers, heads, 3], the attention to sink, neighbour and current frames.
 
-        Sink and neighbour shares are normalised over all heads; the `num_dummy` heads whose larger share is smallest
-        are dummy (ties by layer and head), the others are sink or neighbour by their larger share.
+        Sink and neighbour shares are normalised over all heads; the heads whose larger share is smallest are dummy, as
+        many as `budget` says (ties by layer and head), the others are sink or neighbour by their larger share. `lost`
+        [layers, heads]: the attention that a head loses as a dummy head, by default all but that to the block.
         """
-        shares = frame_attention.double().cpu().flatten(0, 1)
-        sink, neighbor = (shares[:, i] / shares[:, i].sum() for i in (0, 1))
-        dummy = torch.argsort(torch.maximum(sink, neighbor), stable=True)[:num_dummy]
+        sink, neighbor = normalised(frame_attention)
+        if lost is None:
+            lost = frame_attention[..., :2].sum(-1)
         codes = torch.where(sink >= neighbor, int(Role.SINK), int(Role.NEIGHBOR))
-        codes[dummy] = int(Role.DUMMY)
-        return cls.from_codes(codes.view(frame_attention.shape[:2]).tolist())
+        codes[budget.choose(torch.maximum(sink, neighbor), lost.cpu())] = int(Role.DUMMY)
+        return cls.from_codes(codes.tolist())
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -68,6 +72,7 @@ class HeadRoles:
             "layers": self.shape[0],
             "heads": self.shape[1],
             "codes": {role.name.lower(): int(role) for role in Role},
+            "counts": {role.name.lower(): count for role, count in self.counts().items()},
             "roles": self.codes(),
         }
 
@@ -75,28 +80,64 @@ class HeadRoles:
     def load(cls, path: Path, layers: int, heads: int) -> HeadRoles:
         """Read a roles file, or the metadata of a video that has them under "head_roles".
 
-        Raises InputError if it cannot be read or is for a model with other numbers of layers and heads.
+        Raises InputError if it cannot be read, contradicts itself, or is for a model with other numbers of layers and
+        heads.
         """
         field = f"dummy_forcing.roles: {path}"
-        try:
-            content = json.loads(path.read_text(encoding="utf-8"))
-        except OSError as error:
+        roles = cls.read(path, field)
+        if roles.shape != (layers, heads):
             raise InputError(
-                f"{field} cannot be read ({error.strerror}); give a roles file or remove the key"
-            ) from error
-        except ValueError as error:
-            raise InputError(f"{field} is not a JSON file ({error}); give a roles file") from error
-        table = content.get("head_roles", content) if isinstance(content, dict) else None
-        codes = table.get("roles") if isinstance(table, dict) else None
-        if not isinstance(codes, list) or not all(isinstance(row, list) for row in codes):
-            raise InputError(f'{field} has no "roles", a list of one list of codes per layer; give a roles file')
-        found = len(codes), len(codes[0]) if codes else 0
-        if found != (layers, heads) or any(len(row) != heads for row in codes):
-            raise InputError(
-                f"{field} is for {found[0]} layers of {found[1]} heads, the model has {layers} of {heads}; "
+                f"{field} is for {roles.shape[0]} layers of {roles.shape[1]} heads, the model has {layers} of {heads}; "
                 "use the roles of a model of this size"
             )
+        return roles
+
+    @classmethod
+    def read(cls, path: Path, field: str) -> HeadRoles:
+        """As `load`, for a model of any size; messages begin with `field`."""
+        table = _roles_table(path, field)
+        codes = table.get("roles")
+        if not isinstance(codes, list) or not codes or not all(isinstance(row, list) for row in codes):
+            raise InputError(f'{field} has no "roles", a list of one list of codes per layer; give a roles file')
+        widths = sorted({len(row) for row in codes})
+        if len(widths) > 1 or not widths[0]:
+            raise InputError(f"{field} has layers of {widths} heads; all layers of a model have equally many")
         try:
-            return cls.from_codes(codes)
+            roles = cls.from_codes(codes)
         except ValueError as error:
             raise InputError(f"{field}: {error}; codes are 0 sink, 1 neighbor, 2 dummy") from error
+        found = roles.to_json()
+        for key in ("layers", "heads", "counts"):
+            if table.get(key, found[key]) != found[key]:
+                raise InputError(
+                    f"{field} says {key}: {table[key]}, but its table has {found[key]}; it was cut or changed by hand, "
+                    "so make it again or mend what it says"
+                )
+        return roles
+
+
+def _roles_table(path: Path, field: str) -> dict[str, object]:
+    try:
+        content = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise InputError(f"{field} cannot be read ({error.strerror}); give a roles file or remove the key") from error
+    except ValueError as error:
+        raise InputError(f"{field} is not a JSON file ({error}); give a roles file") from error
+    table = content.get("head_roles", content) if isinstance(content, dict) else None
+    return table if isinstance(table, dict) else {}
+
+
+def normalised(frame_attention: Tensor) -> tuple[Tensor, Tensor]:
+    """[layers, heads, 3] to the sink and the neighbour column [layers, heads], each divided by its sum over all heads;
+    float64, on the CPU. A column of zeros, where a block has no such frames, stays one."""
+    shares = frame_attention.double().cpu()
+    sink, neighbor = (shares[..., i] / shares[..., i].sum().clamp_min(1e-30) for i in (0, 1))
+    return sink, neighbor
+
+
+def dummy_ranks(frame_attention: Tensor) -> Tensor:
+    """[layers, heads] of int64: a head's place, from 0 on, in the order in which heads become dummy."""
+    scores = torch.maximum(*normalised(frame_attention)).flatten()
+    ranks = torch.empty(len(scores), dtype=torch.int64)
+    ranks[torch.argsort(scores, stable=True)] = torch.arange(len(scores))
+    return ranks.view(frame_attention.shape[:2])

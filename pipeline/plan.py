@@ -6,25 +6,28 @@ numbers are bytes of tensors; what a GPU's libraries and allocator add is not in
 
 from __future__ import annotations
 
-from collections.abc import Iterable
-from dataclasses import dataclass, field
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass, field, replace
 
 import torch
 from torch import Tensor
 
-from dummy.policy import HeadSplit
-from dummy.roles import HeadRoles, Role
+from dummy.roles import Role
 from pipeline.config import InferenceConfig, check_against_model
+from pipeline.cost import assumed_roles, cost_lines
+from pipeline.decoding import DecodingWay, fastest_way
 from pipeline.generator import GeneratorSettings
-from pipeline.loading import META, choose_dtype, model_config_file, model_sizes
+from pipeline.loading import META, choose_dtype, choose_vae_device, model_config_file, model_sizes
 from utils.memory import PeakTracker, format_bytes, memory_of
-from wan.cache import CacheBytes, KVCache, Retention
+from wan.cache import KVCache
 from wan.config import WAN_1_3B, WAN_14B, ModelConfig
 from wan.geometry import LatentGeometry, pixel_frames
+from wan.head_group import CacheBytes, Retention
 from wan.model import CausalWanModel
 from wan.vae import VAE
 from wan.vae_memory import decode_bytes
 
+GPU = torch.device("cuda")
 TILES = (960, 640, 512, 384)  # pixels; below, the tiles' halos cost more memory than smaller tiles save
 MOST_TILES = 24  # more of them cost more memory for their halos than their size saves, and time to plan
 RESERVE = 0.1  # of the device's memory, for its libraries and the allocator
@@ -44,13 +47,23 @@ class MemoryPlan:
     vae_cache: int
     vae_activations: int
     text_encoder: int  # there before the other parts, and gone before they come
+    aside: bool = False  # a block is decoded while the next is denoised
+    vae_elsewhere: bool = False  # on another device than the rest
 
     @property
     def peak(self) -> int:
         """The most that is there at once while videos are made."""
         caches = [self.cache.total, self.cache_before_split.total if self.cache_before_split else 0]
-        standing = self.transformer + self.vae + self.text + self.vae_cache
-        return standing + max(caches) + max(self.transformer_activations, self.vae_activations)
+        standing = self.transformer + self.text + max(caches)
+        if self.vae_elsewhere:
+            return standing + self.transformer_activations
+        at_work = (self.transformer_activations, self.vae_activations)
+        return standing + self.vae + self.vae_cache + (sum(at_work) if self.aside else max(at_work))
+
+    @property
+    def vae_peak(self) -> int:
+        """The most that the VAE alone takes."""
+        return self.vae + self.vae_cache + self.vae_activations
 
     def lines(self) -> list[str]:
         rows = [
@@ -68,6 +81,8 @@ class MemoryPlan:
             rows.insert(6, ("(cache until the roles are known)", self.cache_before_split.total))
         table = [f"  {name:40}{format_bytes(size):>12}" for name, size in rows if size]
         table.append(f"  {'peak while videos are made':40}{format_bytes(self.peak):>12}")
+        if self.vae_elsewhere:
+            table.append(f"  {'peak on the device of the VAE':40}{format_bytes(self.vae_peak):>12}")
         if self.text_encoder:
             table.append(f"  {'text encoder (freed before that)':40}{format_bytes(self.text_encoder):>12}")
         return table
@@ -96,6 +111,7 @@ class Planner:
     vae: VAE
     dtype: torch.dtype
     text_encoder_bytes: int = 0
+    vae_device: torch.device = GPU  # of the run; which of them decodes in which way
     model: CausalWanModel = field(init=False)
 
     def __post_init__(self) -> None:
@@ -104,8 +120,11 @@ class Planner:
         model.attention = _no_scores
         object.__setattr__(self, "model", model)
 
-    def memory(self, config: InferenceConfig, settings: GeneratorSettings, tile: int | None = None) -> MemoryPlan:
-        """The plan for one video of this configuration, decoded whole or in tiles of at most `tile` pixels a side."""
+    def memory(
+        self, config: InferenceConfig, settings: GeneratorSettings, way: DecodingWay | None = None
+    ) -> MemoryPlan:
+        """The plan for one video of this configuration, decoded in this way, or the fastest."""
+        way = way or fastest_way(self.vae_device, config.num_frame_per_block, config.overlap is not False)
         geometry = _geometry(config, self.sizes)
         split = settings.policy.split
         relative = settings.window if settings.relative_rope else None
@@ -115,9 +134,9 @@ class Planner:
             before = None if split.from_start else cache.bytes()
             cache.allocate(split.layout(split.roles or assumed_roles(self.sizes, split))[1])
         scale = self.vae.spatial_scale
-        decode = decode_bytes(
-            self.vae, geometry.height * scale, geometry.width * scale, tile, geometry.frames_per_block
-        )
+        sides = geometry.height * scale, geometry.width * scale
+        block = geometry.frames_per_block
+        decode = decode_bytes(self.vae, *sides, way.tile, block, way.frames, piece=way.piece)
         return MemoryPlan(
             transformer=_bytes(self.model.parameters()),
             vae=_bytes(self.vae.module.parameters()),
@@ -128,20 +147,34 @@ class Planner:
             vae_cache=decode.cache,
             vae_activations=decode.activations,
             text_encoder=self.text_encoder_bytes,
+            aside=way.aside,
+            vae_elsewhere=config.vae_device != "auto",
         )
 
-    def tile(self, config: InferenceConfig, settings: GeneratorSettings, available: int) -> int | None:
-        """The tile that `vae_tile` asks for; "auto" is the largest with which the plan's peak leaves a reserve of the
-        `available` bytes, None (whole frames) if they do."""
-        if isinstance(config.vae_tile, int):
-            return config.vae_tile
-        if config.vae_tile == "never":
-            return None
+    def way(self, config: InferenceConfig, settings: GeneratorSettings, available: int) -> DecodingWay:
+        """The first of `ways` with which the plan's peak leaves a reserve of the `available` bytes, or the last."""
         room = available * (1 - RESERVE)
-        height, width = config.pixel_size
-        few = [tile for tile in TILES if -(-height // tile) * -(-width // tile) <= MOST_TILES] or [TILES[0]]
-        fitting = (tile for tile in (None, *few) if self.memory(config, settings, tile).peak <= room)
-        return next(fitting, few[-1])
+        ways = list(self.ways(config))
+        for way in ways[:-1]:
+            plan = self.memory(config, settings, way)
+            if (plan.vae_peak if plan.vae_elsewhere else plan.peak) <= room:
+                return way
+        return ways[-1]
+
+    def ways(self, config: InferenceConfig) -> Iterator[DecodingWay]:
+        """How the configuration lets videos be decoded, from the fastest to what takes least memory."""
+        fast = fastest_way(self.vae_device, config.num_frame_per_block, config.overlap is not False)
+        if isinstance(config.vae_tile, int):
+            fast = replace(fast, tile=config.vae_tile)
+        small = DecodingWay(1, fast.tile, piece=1)
+        if config.low_memory is not True:
+            yield fast
+        if config.low_memory is not False:
+            yield small
+        if config.vae_tile == "auto":
+            height, width = config.pixel_size
+            few = [tile for tile in TILES if -(-height // tile) * -(-width // tile) <= MOST_TILES] or [TILES[0]]
+            yield from (replace(small, tile=tile) for tile in few)
 
     def _text_bytes(self) -> int:
         """Cross-attention keys and values of one prompt."""
@@ -165,8 +198,9 @@ def planner_for(config: InferenceConfig, device: torch.device) -> Planner:
     else:
         sizes = WAN_14B if "14B" in config.model_name else WAN_1_3B
         check_against_model(config, sizes)
+    place = choose_vae_device(config, device)
     vae = VAE.load(config.vae_path, dtype, META) if config.vae_path.exists() else VAE.published(dtype)
-    return Planner(sizes, vae, dtype, _text_encoder_bytes(config, device))
+    return Planner(sizes, vae.lay_out_for(place), dtype, _text_encoder_bytes(config, device), place)
 
 
 def _text_encoder_bytes(config: InferenceConfig, device: torch.device) -> int:
@@ -190,16 +224,6 @@ def _geometry(config: InferenceConfig, sizes: ModelConfig) -> LatentGeometry:
     return LatentGeometry(height, width, config.num_output_frames, config.num_frame_per_block, sizes.in_dim)
 
 
-def assumed_roles(sizes: ModelConfig, split: HeadSplit) -> HeadRoles:
-    """Roles for a plan before any are observed: dummy heads spread evenly, the others half sink, half neighbour."""
-    total = sizes.num_layers * sizes.num_heads
-    others = (i for i in range(total))
-    dummy = {i * total // split.num_dummy for i in range(split.num_dummy)} if split.num_dummy else set()
-    codes = [Role.DUMMY if i in dummy else (Role.SINK, Role.NEIGHBOR)[next(others) % 2] for i in range(total)]
-    rows = [codes[i : i + sizes.num_heads] for i in range(0, total, sizes.num_heads)]
-    return HeadRoles.from_codes(rows)
-
-
 def head_contexts(settings: GeneratorSettings, sizes: ModelConfig) -> list[HeadContext]:
     """What each kind of head sees, before and after a split."""
     policy = settings.policy
@@ -207,16 +231,16 @@ def head_contexts(settings: GeneratorSettings, sizes: ModelConfig) -> list[HeadC
         return [HeadContext(policy.name, None, policy.initial)]
     split = policy.split
     roles = split.roles or assumed_roles(sizes, split)
-    after = [HeadContext(role.name.lower(), roles.counts()[role], split.by_role[role]) for role in Role]
+    by_role = split.retentions(roles)
+    after = [HeadContext(role.name.lower(), roles.counts()[role], by_role[role]) for role in Role]
     before = [] if split.from_start else [HeadContext(f"blocks 0 to {split.ar_start}", None, policy.initial)]
     return before + after
 
 
-def choose_tile(config: InferenceConfig, settings: GeneratorSettings, device: torch.device) -> int | None:
-    """The side of the tiles in which the run decodes, None for whole frames."""
-    if config.vae_tile == "auto":
-        return planner_for(config, device).tile(config, settings, memory_of(device))
-    return None if config.vae_tile == "never" else config.vae_tile
+def choose_way(config: InferenceConfig, settings: GeneratorSettings, device: torch.device) -> DecodingWay:
+    """How the run decodes, so that it fits the device."""
+    place = choose_vae_device(config, device)
+    return planner_for(config, device).way(config, settings, memory_of(place))
 
 
 def plan_lines(
@@ -225,7 +249,6 @@ def plan_lines(
     """Geometry, policy and memory of a run as text."""
     geometry = _geometry(config, planner.sizes)
     height, width = config.pixel_size
-    split = settings.policy.split
     max_past = geometry.num_frames - geometry.frames_per_block
     lines = [
         f"Video: {width}x{height}, {pixel_frames(geometry.num_frames)} frames at {config.fps} fps "
@@ -237,8 +260,8 @@ def plan_lines(
         f"Policy: {settings.policy.name} (latent frames that a head keeps of what came before)",
         *(context.line(max_past, geometry.frames_per_block) for context in head_contexts(settings, planner.sizes)),
     ]
-    if split is not None and split.roles is None:
-        lines.append("  (sink and neighbor heads: an even split is assumed; the run finds it out)")
-    tile = planner.tile(config, settings, memory_of(device))
-    lines.append("Decoding: " + ("whole frames" if tile is None else f"in tiles of at most {tile} pixels a side"))
-    return [*lines, "Memory, as tensors:", *planner.memory(config, settings, tile).lines()]
+    lines += cost_lines(config, settings.policy, planner.sizes, geometry)
+    way = planner.way(config, settings, memory_of(choose_vae_device(config, device)))
+    frames = "whole frames" if way.tile is None else f"in tiles of at most {way.tile} pixels a side"
+    lines.append(f"Decoding: {frames}" + (", beside the next block's denoising" if way.aside else ""))
+    return [*lines, "Memory, as tensors:", *planner.memory(config, settings, way).lines()]

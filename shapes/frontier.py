@@ -272,26 +272,27 @@ def _panel(
     span = max(high - low, 1e-6)
 
     def place(cost: float, value: float) -> tuple[float, float]:
-        return left + (right - left) * cost / most, bottom - (bottom - top) * (factor * value - low) / span
+        along = math.sqrt(cost / most)  # where the cheap points would lie on top of each other otherwise
+        return left + (right - left) * along, bottom - (bottom - top) * (factor * value - low) / span
 
     for tick in np.linspace(low, high, 5):
         _, at = place(0, float(tick) / factor)
         figure.line([(left, at), (right, at)], "#e2e2e2")
         figure.text(left - 6, at + 4, f"{tick:.{decimals}f}", 10, "end", "#666666")
-    for tick in np.linspace(0, most, 5):
-        at, _ = place(float(tick), low / factor)
-        figure.text(at, bottom + 14, f"{tick:.1f}", 10, "middle", "#666666")
+    for frames in (0.0, 0.5, 1, 2, 4, 8, 16, 32):
+        if frames <= most:
+            figure.text(place(frames, 0)[0], bottom + 14, f"{frames:g}", 10, "middle", "#666666")
     figure.text((left + right) / 2, bottom + 26, "earlier frames a head sees", 10, "middle", "#666666")
     best = content["pareto"][measure]
     figure.line([place(rows[name]["context"], rows[name][measure]["mean"]) for name in best], "#b04a00", 1, dashed=True)
-    for name, row in rows.items():
+    for number, (name, row) in enumerate(rows.items()):
         colour = "#b04a00" if name in best else "#7a93ad"
         at, middle = place(row["context"], row[measure]["mean"])
         ends = [place(row["context"], row[measure][end]) for end in ("low", "high")]
         figure.line(ends, colour, 1)
         figure.circle(at, middle, 4 if name == ORIGINAL else 3, "#000000" if name == ORIGINAL else colour, name)
         if name in best or name == ORIGINAL:
-            figure.text(at + 5, middle - 5, name, 9, fill="#222222")
+            figure.text(at + 5, middle + (12 if number % 2 else -5), name, 9, fill="#222222")
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -9,15 +9,19 @@ import pytest
 import torch
 from torch import Tensor
 
+from dummy.budget import DummyBudget
 from dummy.config import DummyForcingConfig
 from dummy.frame_attention import FrameAttention
 from dummy.policy import policy_from_config
 from dummy.roles import HeadRoles, Role
 from dummy.teacache import computed_steps
+from pipeline.generator import BlockGenerator, GeneratorSettings
+from tests.test_generator import SCHEDULE, start
+from tests.tiny import tiny_model
 from utils.errors import InputError
 from utils.memory import PeakTracker
-from wan.cache import FULL_HISTORY, Retention
 from wan.config import ModelKwargs
+from wan.head_group import FULL_HISTORY, Retention
 
 TOKENS = 4
 
@@ -56,7 +60,11 @@ def test_sampled_queries_are_fixed_and_even() -> None:
     first = observed(0.25)[0].regions(1)
     torch.manual_seed(2)
     assert torch.equal(first, observed(0.25)[0].regions(1))
-    assert FrameAttention(TOKENS, 0.25)._sample(12).tolist() == [2, 6, 10]
+    assert FrameAttention(TOKENS, 0.25)._sample(12).tolist() == [2, 4, 10]
+    assert FrameAttention(TOKENS, 1.0)._sample(12).tolist() == list(range(12))
+    # Every fourth query of a grid with eight columns would see two of them.
+    assert len(set((FrameAttention(TOKENS, 0.25)._sample(240) % 8).tolist())) == 8
+    assert (FrameAttention(TOKENS, 0.25)._sample(240) // 4).tolist() == list(range(60))
     assert not torch.allclose(first, observed(1.0)[0].regions(1))
 
 
@@ -66,22 +74,43 @@ def test_memory_of_the_scores_is_bounded_at_1080p() -> None:
     q = torch.empty(1, 3 * tokens, 12, 128, device="meta", dtype=torch.bfloat16)
     keys = torch.empty(1, 7 * tokens, 12, 128, device="meta", dtype=torch.bfloat16)
     with PeakTracker() as tracker:
-        FrameAttention(tokens, 0.25)(0, q, keys, [0, 1, 2, 3])
+        FrameAttention(tokens, 0.25, with_entropy=True)(0, q, keys, [0, 1, 2, 3])
     assert tracker.peak < 1.3 * (1 << 30)
+
+
+@pytest.mark.parametrize("piece_bytes", [1, 1 << 20])
+def test_entropy_is_that_of_the_softmax(piece_bytes: int) -> None:
+    generator = torch.Generator().manual_seed(0)
+    q, keys = (torch.randn(2, length * TOKENS, 3, 8, generator=generator) for length in (3, 7))
+    observer = FrameAttention(TOKENS, 1.0, piece_bytes, with_entropy=True)
+    observer(0, q, keys, [5, 0, 3, 4])
+    shares = (torch.einsum("blhd,bshd->bhls", q.double(), keys.double()) * 8**-0.5).softmax(-1)
+    expected = -(shares * shares.log()).sum(-1).mean(dim=(0, 2))
+    torch.testing.assert_close(observer.entropy()[0].double(), expected, atol=1e-5, rtol=1e-5)
+    # Recording it changes nothing else.
+    plain = FrameAttention(TOKENS, 1.0, piece_bytes)
+    plain(0, q, keys, [5, 0, 3, 4])
+    assert torch.equal(plain.by_frame(), observer.by_frame())
+
+
+def test_frames_come_oldest_first_and_the_block_last() -> None:
+    observer, mass = observed(1.0)
+    expected = torch.stack((mass[:, 4], mass[:, 5], mass[:, 6], mass[:, 3], mass[:, :3].sum(-1)), -1)  # 0, 3, 4, 5, own
+    torch.testing.assert_close(observer.by_frame()[0].double(), expected, atol=1e-6, rtol=1e-5)
 
 
 def test_roles_follow_the_normalised_shares() -> None:
     attention = torch.tensor([[[0.4, 0.1, 0.5], [0.1, 0.6, 0.3]], [[0.05, 0.05, 0.9], [0.02, 0.3, 0.68]]])
     # sink / 0.57: .70 .18 .09 .04; neighbour / 1.05: .10 .57 .05 .29
-    assert HeadRoles.from_frame_attention(attention, 1).codes() == [[0, 1], [2, 1]]
-    assert HeadRoles.from_frame_attention(attention, 2).codes() == [[0, 1], [2, 2]]
-    assert HeadRoles.from_frame_attention(attention, 0).codes() == [[0, 1], [0, 1]]
-    assert HeadRoles.from_frame_attention(attention, 4).codes() == [[2, 2], [2, 2]]
+    assert HeadRoles.from_frame_attention(attention, DummyBudget(1)).codes() == [[0, 1], [2, 1]]
+    assert HeadRoles.from_frame_attention(attention, DummyBudget(2)).codes() == [[0, 1], [2, 2]]
+    assert HeadRoles.from_frame_attention(attention, DummyBudget(0)).codes() == [[0, 1], [0, 1]]
+    assert HeadRoles.from_frame_attention(attention, DummyBudget(4)).codes() == [[2, 2], [2, 2]]
 
 
 def test_ties_go_by_layer_and_head() -> None:
     attention = torch.full((2, 3, 3), 1 / 3)
-    assert HeadRoles.from_frame_attention(attention, 4).codes() == [[2, 2, 2], [2, 0, 0]]
+    assert HeadRoles.from_frame_attention(attention, DummyBudget(4)).codes() == [[2, 2, 2], [2, 0, 0]]
 
 
 def test_roles_survive_a_file(tmp_path: Path) -> None:
@@ -98,7 +127,10 @@ def test_roles_survive_a_file(tmp_path: Path) -> None:
         ("{", "is not a JSON file"),
         ("[]", 'has no "roles"'),
         ('{"roles": [[0, 1, 2]]}', "is for 1 layers of 3 heads, the model has 2 of 3"),
-        ('{"roles": [[0, 1, 2], [0, 1]]}', "is for 2 layers"),
+        ('{"roles": [[0, 1, 2], [0, 1]]}', "has layers of [2, 3] heads"),
+        ('{"roles": [[], []]}', "has layers of [0] heads"),
+        ('{"layers": 3, "roles": [[0, 1, 2], [0, 1, 2]]}', "says layers: 3, but its table has 2"),
+        ('{"counts": {"dummy": 3}, "roles": [[0, 1, 2], [0, 1, 2]]}', "says counts: {'dummy': 3}, but its table"),
         ('{"roles": [[0, 1, 2], [0, 1, 3]]}', "3 is not a valid Role; codes are 0 sink, 1 neighbor, 2 dummy"),
     ],
 )
@@ -146,3 +178,15 @@ def test_teacache_is_decided_from_the_modulations() -> None:
     # Equal modulations: each step adds the polynomial's constant, 0.1379, until 0.2 is passed.
     assert computed_steps(steps, 0.2) == (True, False, True, True)
     assert computed_steps(steps, 1e9) == (True, False, False, False)
+
+
+def test_a_batch_is_scored_as_the_mean_of_its_videos() -> None:
+    settings = GeneratorSettings(SCHEDULE, policy_from_config(ModelKwargs(), DummyForcingConfig(num_dummy=6), 3))
+    made = BlockGenerator(tiny_model(), settings)
+    together, *alone = (start(made, *seeds) for seeds in ((8, 7), (8,), (7,)))
+    for rollout in (together, *alone):
+        for _ in rollout.blocks():
+            pass
+    mean = torch.stack([rollout.frame_attention for rollout in alone]).mean(0)
+    torch.testing.assert_close(together.frame_attention, mean, atol=1e-4, rtol=1e-4)
+    assert together.roles == HeadRoles.from_frame_attention(mean, DummyBudget(6))

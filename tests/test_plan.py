@@ -13,8 +13,9 @@ import torch
 
 from dummy.roles import HeadRoles, Role
 from pipeline.config import InferenceConfig, load_config
+from pipeline.cost import assumed_roles
 from pipeline.loading import generator_settings
-from pipeline.plan import MemoryPlan, Planner, assumed_roles
+from pipeline.plan import MemoryPlan, Planner
 from tests.conftest import ROOT, Program
 from wan.config import WAN_1_3B
 from wan.vae import VAE

@@ -7,7 +7,9 @@ softmax in float64.
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import get_args
 
+import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -15,12 +17,26 @@ from torch import Tensor
 
 from dummy.config import DummyForcingConfig, RetentionConfig
 from dummy.policy import policy_from_config
+from dummy.presets import PRESETS, PresetName
 from dummy.roles import HeadRoles, Role
 from wan.attention import sdpa
-from wan.cache import CacheShape, KVCache
+from wan.cache import KVCache
 from wan.config import ModelKwargs
+from wan.head_group import CacheShape
 
 WIDTH = 6
+
+# What heads of each role keep, (sink, recent), with C latent frames of context (L blocks); written down once more here.
+KEPT = {
+    "paper": lambda c: ((1, 0), (0, c), (0, 1)),
+    "anchor": lambda c: ((1, 1), (0, c), (0, 1)),
+    "neighbor_sink": lambda c: ((1, 0), (1, c), (0, 1)),
+    "anchored": lambda c: ((1, 1), (1, c), (0, 1)),
+    "traded": lambda c: ((1, 1), (1, c), (0, 0)),
+    "dummy_none": lambda c: ((1, 0), (0, c), (0, 0)),
+    "dummy_two": lambda c: ((1, 0), (0, c), (0, 2)),
+    "static_dynamic": lambda c: ((1, 1), (1, 2 * c), (0, 1)),
+}
 
 
 @dataclass(frozen=True)
@@ -32,10 +48,12 @@ class Case:
     sink: int
     ar_start: int
     local_blocks: int
+    preset: str
     retention: tuple[tuple[int, int], ...] | None
     roles: tuple[Role, ...]
     tokens: int
     batch: int
+    own: bool  # a block joins the cache from its own slots
 
 
 @st.composite
@@ -53,10 +71,12 @@ def cases(draw: st.DrawFn) -> Case:
         sink,
         draw(st.integers(1, 3)),
         draw(st.integers(1, 3)),
+        draw(st.sampled_from(sorted(PRESETS))) if policy == "packed" else "paper",
         draw(st.none() | custom) if policy == "packed" else None,
         tuple(draw(st.lists(st.sampled_from(Role), min_size=1, max_size=5))),
         draw(st.integers(1, 3)),
         draw(st.integers(1, 2)),
+        draw(st.booleans()),
     )
 
 
@@ -75,7 +95,7 @@ def visible(case: Case, index: int, role: Role) -> set[int]:
         return windowed
     if case.policy == "prune":
         return set() if split and role is Role.DUMMY else windowed
-    retention = case.retention or ((1, 0), (0, case.local_blocks * case.block), (0, 1))
+    retention = case.retention or KEPT[case.preset](case.local_blocks * case.block)
     if split:
         return keep(*retention[role])
     return keep(max(sink for sink, _ in retention), max(recent for _, recent in retention))
@@ -90,6 +110,23 @@ def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
 @settings(max_examples=150, deadline=None)
 @given(cases())
 def test_policy_equals_masked_attention(case: Case) -> None:
+    check_against_the_twin(case)
+
+
+@pytest.mark.parametrize("local_blocks", [1, 2])
+@pytest.mark.parametrize("preset", PRESETS)
+def test_every_preset_equals_masked_attention(preset: str, local_blocks: int) -> None:
+    roles = (Role.DUMMY, Role.SINK, Role.NEIGHBOR, Role.SINK, Role.DUMMY)
+    check_against_the_twin(Case("packed", 3, 6, -1, 0, 1, local_blocks, preset, None, roles, 2, 1, True))
+
+
+def test_every_preset_is_written_down_here_and_says_where_it_is_from() -> None:
+    assert set(KEPT) == set(PRESETS) == set(get_args(PresetName))
+    for preset in PRESETS.values():
+        assert len(preset.source) > 20
+
+
+def check_against_the_twin(case: Case) -> None:
     heads = len(case.roles)
     enabled = case.policy in ("prune", "packed")
     retention = RetentionConfig(*case.retention) if case.retention is not None else None
@@ -98,6 +135,7 @@ def test_policy_equals_masked_attention(case: Case) -> None:
         case.policy if enabled else "packed",
         ar_start=case.ar_start,
         local_context_length=case.local_blocks,
+        preset=case.preset,
         retention=retention,
     )
     policy = policy_from_config(ModelKwargs(case.window, sink_size=case.sink), dummy, case.block)
@@ -125,7 +163,10 @@ def test_policy_equals_masked_attention(case: Case) -> None:
         if index == case.blocks - 1:
             break
         frames_now = range(index * case.block, (index + 1) * case.block)
-        layer.commit(clean[1][:, :, order], clean[2][:, :, order], frames_now)
+        if case.own:
+            layer.commit_own(frames_now)  # the clean pass was the last, so the block lies there
+        else:
+            layer.commit(clean[1][:, :, order], clean[2][:, :, order], frames_now)
         history_k, history_v = torch.cat((history_k, clean[1]), 1), torch.cat((history_v, clean[2]), 1)
         if policy.split is not None and index == case.ar_start:
             orders, parts = policy.split.layout(HeadRoles((case.roles,)))

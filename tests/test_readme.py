@@ -16,6 +16,9 @@ import inference
 import interactive_inference
 import sample_vbench
 from benchmarks import tables
+from dummy import compare
+from pipeline import atlas
+from shapes import frontier
 from tests import conformance
 from tests.small_checkpoints import write_small_checkpoints
 from utils import recover
@@ -124,6 +127,28 @@ def test_a_target_exists(command: str) -> None:
     subprocess.run([*shlex.split(command), "-n"], cwd=ROOT, check=True, capture_output=True)
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "-m dummy." in c])
+def test_the_atlas_and_the_comparison_run(
+    command: str, clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(clone)
+    _, _, module, *arguments = shlex.split(command)
+    if module == "dummy.compare":
+        for name in arguments:
+            Path(name).parent.mkdir(parents=True, exist_ok=True)
+            Path(name).write_text('{"roles": [[0, 1, 2], [1, 2, 2]]}', encoding="utf-8")
+        assert compare.main(arguments) == 0
+        return
+    small = [] if "--atlas" in arguments else ["inference_iter=1", "num_output_frames=12"]
+    assert atlas.main([*arguments, *small]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "-m shapes.frontier" in c])
+def test_the_frontier_is_called_rightly(command: str) -> None:
+    """The run itself is tests/test_frontier.py's; here its arguments are understood."""
+    assert frontier._arguments(shlex.split(command)[3:]).captions > 0
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "tests.conformance" in c])
 def test_the_runner_is_called_rightly(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(ROOT)
@@ -132,7 +157,13 @@ def test_the_runner_is_called_rightly(command: str, monkeypatch: pytest.MonkeyPa
 
 def test_no_command_is_left_out() -> None:
     known = ("python inference.py", "python interactive_inference.py", "bash hfd.sh", "make ", "python -m tests.")
-    known += ("python sample_vbench.py", "torchrun ", "python -m utils.recover")
+    known += (
+        "python -m dummy.",
+        "python -m shapes.frontier",
+        "python sample_vbench.py",
+        "torchrun ",
+        "python -m utils.recover",
+    )
     others = [command for command in COMMANDS if not command.startswith((*known, "pip install -r requirements.txt"))]
     assert others == []
 

@@ -1,0 +1,41 @@
+"""Watches whole videos being made and keeps what heads looked at in chosen passes (an observer, see wan.cache).
+
+Passes are told apart by counting them, since a video without prompt switches always makes the same ones: for every
+block the denoising steps, then the clean pass. Nothing is read from the device until a video is finished.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Collection, Sequence
+
+from torch import Tensor
+
+from dummy.frame_attention import FrameAttention
+
+
+class PassRecorder:
+    """One `FrameAttention` for each of the `wanted` passes (block, place in the block) of the video at hand."""
+
+    def __init__(
+        self, wanted: Collection[tuple[int, int]], passes_per_block: int, tokens_per_frame: int, query_share: float
+    ) -> None:
+        self._wanted = wanted
+        self._passes_per_block = passes_per_block
+        self._tokens = tokens_per_frame
+        self._query_share = query_share
+        self.begin()
+
+    def begin(self) -> None:
+        """Forget; the next pass is the first of a new video."""
+        self._pass = -1
+        self.seen: dict[tuple[int, int], FrameAttention] = {}
+
+    def __call__(self, layer: int, q: Tensor, keys: Tensor, context: Sequence[int]) -> None:
+        if layer == 0:
+            self._pass += 1
+        key = divmod(self._pass, self._passes_per_block)
+        if key not in self._wanted:
+            return
+        if key not in self.seen:
+            self.seen[key] = FrameAttention(self._tokens, self._query_share, with_entropy=True)
+        self.seen[key](layer, q, keys, context)
