@@ -1,6 +1,6 @@
 """What a context policy costs: held-out captions, videos by the product's own loop, numbers read off their pixels.
 
-    python -m shapes.evaluate --policies full,window,prune,packed --out FOLDER
+    python -m shapes.evaluate --policies full,window,prune,packed,anchored --out FOLDER
 
 prints a table and writes report.json and report.svg. `--gate FILE` holds a short run to bounds and ends with status 1
 when one is not met. Every policy gets the same captions and the same noise.
@@ -42,11 +42,19 @@ CAPTION_SEED, STORYBOARD_SEED = 31, 32  # unlike every seed of training
 SWITCHES = (6, 9, 12)  # latent frames
 CONFIG = "configs/shapes_demo.yaml"
 WINDOW = 7  # latent frames: the first, three recent ones, and the block: what a neighbour head and a sink head keep
+HALF = "dummy_forcing.num_dummy=12"  # of 24 heads
 POLICIES = {
     "full": ["dummy_forcing.enabled=false", "model_kwargs.local_attn_size=-1"],
     "window": ["dummy_forcing.enabled=false", f"model_kwargs.local_attn_size={WINDOW}", "model_kwargs.sink_size=1"],
-    "prune": ["dummy_forcing.enabled=true", "dummy_forcing.policy=prune", "model_kwargs.local_attn_size=-1"],
-    "packed": ["dummy_forcing.enabled=true", "dummy_forcing.policy=packed"],
+    "prune": [
+        "dummy_forcing.enabled=true",
+        "dummy_forcing.policy=prune",
+        "dummy_forcing.preset=paper",
+        "model_kwargs.local_attn_size=-1",
+        HALF,
+    ],
+    "packed": ["dummy_forcing.enabled=true", "dummy_forcing.policy=packed", "dummy_forcing.preset=paper", HALF],
+    "anchored": ["dummy_forcing.enabled=true", "dummy_forcing.policy=packed", "dummy_forcing.preset=anchored", HALF],
 }
 
 
