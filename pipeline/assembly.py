@@ -4,29 +4,35 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from pipeline.config import InferenceConfig
+from pipeline.decoding import start_decoder
+from pipeline.engine import choose_engine, start_engine, use_compile_cache
 from pipeline.generator import BlockGenerator
 from pipeline.loading import (
     check_before_loading,
     choose_dtype,
+    choose_vae_device,
     encode_prompts,
     load_transformer,
     load_vae,
     require_files,
 )
-from pipeline.plan import choose_tile
+from pipeline.plan import choose_way
 from pipeline.remedies import is_out_of_memory, out_of_memory
+from pipeline.speed import at_speed
 from pipeline.video_pipeline import VideoPipeline
 
 
 def assemble(
-    config: InferenceConfig, prompts: Sequence[str], device: torch.device
+    config: InferenceConfig, prompts: Sequence[str], device: torch.device, batch: int = 1
 ) -> tuple[VideoPipeline, dict[str, Tensor]]:
-    """The pipeline, and the embeddings of `prompts`; the text encoder has come and gone before the rest is loaded.
+    """The pipeline, ready for `batch` videos at a time, and the embeddings of `prompts`; the text encoder has come and
+    gone before the rest is loaded.
 
     Raises InputError, before anything large is read, if a file is missing or does not fit.
     """
@@ -34,9 +40,18 @@ def assemble(
     sizes, settings = check_before_loading(config, device)
     embeds = encode_prompts(config, prompts, sizes.text_len, device)
     dtype = choose_dtype(config, device)
+    use_compile_cache(None if config.compile_cache is None else Path(config.compile_cache))
     generator = BlockGenerator(load_transformer(config, sizes, device, dtype), settings)
-    vae = load_vae(config, device, dtype)
-    return VideoPipeline(generator, vae, config, choose_tile(config, settings, device)), embeds
+    vae = load_vae(config, choose_vae_device(config, device), dtype)
+    pipeline = VideoPipeline(generator, vae, config, choose_way(config, settings, device))
+    start_engine(generator, config.engine, pipeline.geometry, batch)
+    if pipeline.way.aside and pipeline.way.tile is None:
+        latents = torch.zeros(batch, *pipeline.geometry.block_shape, device=device)
+        start_decoder(vae, choose_engine(config.engine, vae.device), config.engine != "auto", latents)
+    speed = config.dummy_forcing.equal_cost
+    if config.dummy_forcing.enabled and isinstance(speed, float):
+        generator.settings = at_speed(generator, pipeline.geometry, speed)
+    return pipeline, embeds
 
 
 @contextmanager

@@ -17,7 +17,7 @@ from typing import Literal
 from dummy.config import DummyForcingConfig
 from pipeline import paths
 from pipeline.published_keys import expand_overrides, translate
-from utils.config import build, load_mapping
+from utils.config import build
 from utils.errors import InputError
 from wan.config import ModelConfig, ModelKwargs
 
@@ -81,11 +81,15 @@ class InferenceConfig:
 
     model_root: str = field(default_factory=paths.default_model_root)
     device: str = "auto"
-    precision: Literal["auto", "bf16", "fp32"] = "auto"  # auto: bf16 on CUDA, fp32 on the CPU
+    precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"  # auto: bf16 on CUDA, fp32 on the CPU; fp8: products
     attention: Literal["auto", "sdpa", "cudnn", "fa2", "fa3"] = "auto"
-    engine: Literal["eager", "compiled"] = "eager"  # compiled: layers go through torch.compile in the first block
+    engine: Literal["auto", "eager", "compiled", "graphed"] = "auto"  # graphed: CUDA graphs; auto: those on a GPU
+    compile_cache: str | None = None  # folder for what torch.compile makes, so that the next start is quick
     rope: Literal["absolute", "relative"] = "absolute"  # relative: no distance leaves the trained range
     text_encoder_device: Literal["auto", "cpu", "device"] = "auto"
+    vae_device: str = "auto"  # auto: as device; another GPU decodes beside the model
+    overlap: Literal["auto"] | bool = "auto"  # decode and write a block while the next is made; auto: yes
+    low_memory: Literal["auto"] | bool = "auto"  # prefer what takes less memory to what is faster; auto: where needed
     overwrite: bool = False  # make videos again whose files exist
     save_metadata: bool = True
     contact_sheet: bool = False  # a PNG of evenly spaced frames beside each video
@@ -97,6 +101,7 @@ class InferenceConfig:
     samples_per_batch: int = 1  # VBench: videos made together; above 1, they share their observed head roles
     fps: int = 16  # pixel frames a second
     video_crf: int = 18  # H.264 quality, 0 (lossless) to 51
+    video_codec: Literal["libx264", "h264_nvenc"] = "libx264"  # h264_nvenc: by an NVIDIA GPU, with another ffmpeg
 
     def __post_init__(self) -> None:
         _check_schedule(self)
@@ -175,17 +180,23 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> InferenceCon
     Raises:
         InputError: the file cannot be read, a key is unknown (close ones are suggested), or a value does not fit.
     """
+    from utils.settings_file import load_mapping  # the rest of the program does without OmegaConf
+
     return build(InferenceConfig, translate(load_mapping(Path(path), expand_overrides(overrides))))
 
 
 def check_against_model(config: InferenceConfig, model: ModelConfig) -> None:
     """The conditions that need the model's sizes. Raises InputError."""
-    heads = model.num_layers * model.num_heads
     forcing = config.dummy_forcing
+    if not forcing.enabled or forcing.roles is not None or not isinstance(forcing.num_dummy, int):
+        return
+    within_model = forcing.num_dummy_within == "model"
+    most = model.num_heads * (model.num_layers if within_model else 1)
+    counted = f"{model.num_layers} layers x {model.num_heads} heads = {most}" if within_model else f"{most}"
     _require(
-        not forcing.enabled or forcing.roles is not None or forcing.num_dummy <= heads,
-        f"dummy_forcing.num_dummy: {forcing.num_dummy} is more than the model has heads; use at most "
-        f"{model.num_layers} layers x {model.num_heads} heads = {heads}",
+        forcing.num_dummy <= most,
+        f"dummy_forcing.num_dummy: {forcing.num_dummy} is more than {'the model' if within_model else 'a layer'} has "
+        f"heads; use at most {counted}",
     )
 
 
@@ -255,20 +266,18 @@ def _check_run(config: InferenceConfig) -> None:
         config.inference_iter == -1 or config.inference_iter >= 1,
         f"inference_iter: must be -1 (all prompts) or 1 or more, got {config.inference_iter}",
     )
-    flickering = config.num_flickering_samples
-    _require(flickering >= 1, f"num_flickering_samples: must be 1 or more videos a prompt, got {flickering}")
-    _require(config.samples_per_batch >= 1, f"samples_per_batch: must be 1 or more, got {config.samples_per_batch}")
+    for name in ("num_flickering_samples", "samples_per_batch", "num_samples"):
+        _require(getattr(config, name) >= 1, f"{name}: must be 1 or more videos, got {getattr(config, name)}")
     tile = config.vae_tile
     _require(
         isinstance(tile, str) or (tile >= 128 and tile % 16 == 0),
         f"vae_tile: must be auto, never, or a multiple of 16 pixels from 128 on, got {tile}",
     )
-    _require(config.num_samples >= 1, f"num_samples: must be 1 or more videos a prompt, got {config.num_samples}")
     _require(0 <= config.seed < 2**63, f"seed: must be from 0 to 2**63 - 1, got {config.seed}")
-    _require(
-        re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", config.device) is not None,
-        f"device: expected auto, cpu, cuda, cuda:1 or the like, got {config.device!r}",
-    )
+    for name in ("device", "vae_device"):
+        fits = re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", getattr(config, name))
+        told = f"expected auto, cpu, cuda, cuda:1 or the like, got {getattr(config, name)!r}"
+        _require(fits is not None, f"{name}: {told}")
 
 
 def _check_context(config: InferenceConfig) -> None:
@@ -291,6 +300,11 @@ def _check_context(config: InferenceConfig) -> None:
 
 def _check_dummy_forcing(config: InferenceConfig) -> None:
     forcing, block, blocks = config.dummy_forcing, config.num_frame_per_block, config.num_blocks
+    _require(
+        not forcing.enabled or forcing.equal_cost != "window" or config.model_kwargs.local_attn_size != -1,
+        "dummy_forcing.equal_cost: window is the cost of model_kwargs.local_attn_size, which is -1 (all frames); set "
+        "it (published: 12), or use dummy_forcing.equal_cost=full",
+    )
     # Roles found in the last block would never be used; roles from a file need no block to find them in.
     if not forcing.enabled or forcing.roles is not None or forcing.ar_start <= blocks - 2:
         return

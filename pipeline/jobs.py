@@ -20,11 +20,12 @@ from utils.seed import video_seed
 logger = logging.getLogger(__name__)
 
 STORYBOARD_SUFFIX = ".jsonl"
-# Settings that say which videos are made, where and how fast; all others decide what a video looks like.
+# Settings that say which videos are made, where, how fast and in what memory; all others decide what they look like.
 WHICH = ("data_path", "extended_prompt_path", "inference_iter", "num_samples", "num_flickering_samples")
 WHERE = ("output_folder", "save_with_index", "save_metadata", "contact_sheet", "overwrite", "model_root")
-HOW_FAST = ("device", "attention", "engine", "text_encoder_device", "stream_output", "vae_tile")
-NOT_OF_THE_VIDEO = {*WHICH, *WHERE, *HOW_FAST}
+HOW_FAST = ("device", "attention", "engine", "compile_cache", "stream_output", "overlap")
+WITH_WHAT_MEMORY = ("text_encoder_device", "vae_device", "vae_tile", "low_memory")
+NOT_OF_THE_VIDEO = {*WHICH, *WHERE, *HOW_FAST, *WITH_WHAT_MEMORY}
 
 
 @dataclass(frozen=True)

@@ -15,13 +15,16 @@ from torch.utils._pytree import tree_map_only
 from dummy.policy import policy_from_config
 from dummy.roles import HeadRoles
 from pipeline.config import InferenceConfig, check_against_model
+from pipeline.engine import check_engine
 from pipeline.generator import GeneratorSettings
 from pipeline.schedule import DenoisingSchedule
 from utils.errors import InputError
+from utils.ffmpeg import check_codec
 from wan.attention import attention_backend
 from wan.checkpoint import download_hint, generator_state, load_into, read_tensors
 from wan.config import ModelConfig
 from wan.diffusers_layout import read_model_config, read_model_state
+from wan.fp8 import check_fp8, to_fp8
 from wan.lora import merge_lora
 from wan.model import CausalWanModel
 from wan.text import TextEncoder
@@ -39,7 +42,16 @@ def choose_device(config: InferenceConfig) -> torch.device:
     """The device that `device` names; "auto" is the first GPU if there is one. Raises InputError if it is not there."""
     if config.device == "auto":
         return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
-    device = torch.device(config.device)
+    return _require_device("device", config.device)
+
+
+def choose_vae_device(config: InferenceConfig, device: torch.device) -> torch.device:
+    """The device that `vae_device` names; "auto" is that of the run. Raises InputError if it is not there."""
+    return device if config.vae_device == "auto" else _require_device("vae_device", config.vae_device)
+
+
+def _require_device(key: str, name: str) -> torch.device:
+    device = torch.device(name)
     counts = {
         "cpu": 1,
         "cuda": torch.cuda.device_count(),
@@ -49,16 +61,17 @@ def choose_device(config: InferenceConfig) -> torch.device:
     count = counts[device.type]
     if (device.index or 0) >= count:
         raise InputError(
-            f"device: {config.device!r} asked for, but PyTorch finds {count} {device.type} devices here; "
-            "use device=auto or device=cpu"
+            f"{key}: {name!r} asked for, but PyTorch finds {count} {device.type} devices here; "
+            f"use {key}=auto or {key}=cpu"
         )
     return device
 
 
 def choose_dtype(config: InferenceConfig, device: torch.device) -> torch.dtype:
+    """Of weights and activations; with FP8 it is that of everything but the transformer's products."""
     if config.precision == "auto":
         return torch.float32 if device.type == "cpu" else torch.bfloat16
-    return torch.bfloat16 if config.precision == "bf16" else torch.float32
+    return torch.float32 if config.precision == "fp32" else torch.bfloat16
 
 
 def model_config_file(config: InferenceConfig) -> Path:
@@ -108,6 +121,12 @@ def check_before_loading(config: InferenceConfig, device: torch.device) -> tuple
     settings = generator_settings(config, sizes)
     dtype = choose_dtype(config, device)
     attention_backend(config.attention, device, dtype)
+    check_engine(config.engine, device)
+    choose_vae_device(config, device)
+    if config.video_codec != "libx264":
+        check_codec(config.video_codec)
+    if config.precision == "fp8":
+        check_fp8(device)
     _assemble(config, sizes, META, dtype)
     load_vae(config, META, dtype)
     return sizes, settings
@@ -133,9 +152,12 @@ def encode_prompts(
 
 
 def text_encoder_place(config: InferenceConfig, device: torch.device) -> torch.device:
-    """Where the text encoder runs: "auto" is the run's device unless that is a GPU with too little free memory."""
+    """Where the text encoder runs: "auto" is the run's device unless that is a GPU with too little free memory, or
+    memory is to be saved."""
     if config.text_encoder_device != "auto":
         return device if config.text_encoder_device == "device" else torch.device("cpu")
+    if config.low_memory is True:
+        return torch.device("cpu")
     if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < TEXT_ENCODER_HEADROOM:
         logger.info("text encoder: on the CPU, since %s has less than 12 GiB free", device)
         return torch.device("cpu")
@@ -155,8 +177,8 @@ def load_transformer(
     """The causal transformer with its LoRA merged."""
     model = _assemble(config, sizes, device, dtype)
     model.attention = attention_backend(config.attention, device, dtype)
-    if config.engine == "compiled":
-        model.compile_layers()
+    if config.precision == "fp8":
+        to_fp8(model)
     return model
 
 

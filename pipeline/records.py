@@ -20,7 +20,7 @@ from pathlib import Path
 import torch
 
 from pipeline.config import InferenceConfig, as_dict
-from pipeline.jobs import NOT_OF_THE_VIDEO, VideoJob
+from pipeline.jobs import NOT_OF_THE_VIDEO, WITH_WHAT_MEMORY, VideoJob
 from utils.errors import InputError
 from utils.files import write_atomic, write_error
 from utils.profiler import device_name
@@ -28,7 +28,7 @@ from utils.profiler import device_name
 logger = logging.getLogger(__name__)
 
 # They can change bits, not what is seen; another machine may need others.
-_OF_THE_MACHINE = ("attention", "engine", "text_encoder_device", "vae_tile")
+_OF_THE_MACHINE = ("attention", "engine", "compile_cache", "overlap", *WITH_WHAT_MEMORY)
 
 
 def now() -> str:

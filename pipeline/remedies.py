@@ -66,7 +66,7 @@ def bytes_needed(config: InferenceConfig, device: torch.device) -> int:
     """The most that a run holds on the device at once, as tensors."""
     planner = planner_for(config, device)
     settings = generator_settings(config, planner.sizes)
-    plan = planner.memory(config, settings, planner.tile(config, settings, memory_of(device)))
+    plan = planner.memory(config, settings, planner.way(config, settings, memory_of(device)))
     return max(plan.peak, plan.text_encoder if text_encoder_place(config, device) == device else 0)
 
 

@@ -120,6 +120,11 @@ def sample(
     `report` hears of all processes' progress after every batch of this one. Raises InputError for what the user must
     mend: settings other than those the folder was begun with, another run in it, a full disk, missing weights.
     """
+    if config.dummy_forcing.enabled and isinstance(config.dummy_forcing.equal_cost, float):
+        raise InputError(
+            f"dummy_forcing.equal_cost: {config.dummy_forcing.equal_cost:g} pixel frames a second are measured by "
+            "every process for itself, and these videos must not depend on that; use window, full or a retention"
+        )
     if threads < 1:
         raise InputError(f"--threads: must be 1 or more, got {threads}")
     config = replace(config, save_metadata=False)  # VBench's folder holds nothing but videos
@@ -218,7 +223,7 @@ def _make(
     report: Callable[[Progress], None],
 ) -> None:
     with memory_explained(config, device):
-        pipeline, embeds = assemble(config, [batch[0].prompts[0] for batch in mine], device)
+        pipeline, embeds = assemble(config, [batch[0].prompts[0] for batch in mine], device, config.samples_per_batch)
         before, begin = _count(jobs), time.monotonic()
         for batch, timings in _written(pipeline, embeds, mine):
             for job in batch:

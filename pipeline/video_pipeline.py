@@ -1,43 +1,63 @@
 """From a job to a finished file: generate, decode and write block by block, so that memory stays flat.
 
-Parts are given, not built here: the generator and the VAE. What a video costs is measured while it is made.
+With `overlap` a block is decoded and copied beside the denoising of the next one where the device can do that, and
+written by a thread of its own. The order of things, and so the result, is the same without. Parts are given, not built
+here: the generator and the VAE. What a video costs is measured while it is made.
 """
 
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack
+from collections.abc import Callable, Generator, Mapping, Sequence
+from contextlib import ExitStack, closing
 from pathlib import Path
+from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from pipeline.config import InferenceConfig, as_dict
+from pipeline.decoding import BlockDecoder, DecodingWay, HostFrames, fastest_way
 from pipeline.generator import BlockGenerator, Rollout, Segment
 from pipeline.given import load_given
 from pipeline.jobs import VideoJob
+from utils.background import Background
 from utils.contact_sheet import write_contact_sheet
 from utils.files import write_atomic
 from utils.profiler import Profiler, VideoProfile, device_name
 from utils.seed import NoiseStream
-from utils.video import VideoWriter, to_uint8
+from utils.video import VideoWriter
 from wan.geometry import LatentGeometry
 from wan.text import pad
 from wan.vae import VAE
 
 OnBlock = Callable[[int], None]
 
+QUEUED = 2  # blocks that may wait to be written
+
+
+class FrameWriter(Protocol):
+    """What takes finished frames; `VideoWriter` is one."""
+
+    def write(self, frames: Tensor) -> None:
+        """The next frames, uint8 [frames, H, W, 3] on the host."""
+
+    def kill(self) -> None:
+        """Let a `write` that is at work in another thread fail."""
+
 
 class VideoPipeline:
     """Makes videos with one generator and one VAE, under one configuration."""
 
-    def __init__(self, generator: BlockGenerator, vae: VAE, config: InferenceConfig, tile: int | None = None) -> None:
-        """`tile`: decode in tiles of at most that many pixels a side, None for whole frames."""
+    def __init__(
+        self, generator: BlockGenerator, vae: VAE, config: InferenceConfig, way: DecodingWay | None = None
+    ) -> None:
+        """`way`: how to decode, None for the fastest."""
         self.generator = generator
         self.vae = vae
         self.config = config
-        self.tile = tile
+        self.overlap = config.overlap is not False
+        self.way = way or fastest_way(vae.device, config.num_frame_per_block, self.overlap)
         height, width = config.latent_size
         self.geometry = LatentGeometry(
             height, width, config.num_output_frames, config.num_frame_per_block, generator.model.config.in_dim
@@ -49,33 +69,36 @@ class VideoPipeline:
         embeds: Sequence[Tensor],
         seeds: Sequence[int],
         profiler: Profiler,
-        start_from: Path | None = None,
+        given: Tensor | None = None,
     ) -> Rollout:
         """Begin one video per seed, all with the prompts `embeds` (each [length, text_dim]) from frames `starts` on.
 
-        With `start_from` (an image or a video) its frames are the first of every video.
+        `given` latents, see `given`, are the first of every video.
         """
         model = self.generator.model
         with profiler.span("init"), torch.inference_mode():
             padded = [pad([embed] * len(seeds), model.config.text_len) for embed in embeds]
             segments = [Segment(s, model.encode_text(e)) for s, e in zip(starts, padded, strict=True)]
-            given = None
-            if start_from is not None:
-                given = (
-                    load_given(start_from, self.config, self.vae).to(model.device).expand(len(seeds), -1, -1, -1, -1)
-                )
+            if given is not None:
+                given = given.to(model.device).expand(len(seeds), -1, -1, -1, -1)
             return self.generator.start(self.geometry, segments, NoiseStream(seeds), len(seeds), profiler, given)
 
-    def frames(self, rollout: Rollout, profiler: Profiler) -> Iterator[Tensor]:
-        """Decode every block as it comes: uint8 [B, frames, H, W, 3] on the CPU, cropped to the configured size."""
-        height, width = self.config.pixel_size
-        decoder = self.vae.decoder(tile=self.tile)
-        for block in rollout.blocks():
-            with profiler.span("decode"):
-                video = decoder.decode(block.latents)[..., :height, :width]
-                frames = torch.stack([to_uint8(one) for one in video]).cpu()
-            profiler.mark("first frame")
-            yield frames
+    def given(self, path: Path | None, profiler: Profiler) -> Tensor | None:
+        """Latents [1, F, C, h, w] of the image or video to go on from."""
+        if path is None:
+            return None
+        with profiler.span("init", self.vae.device), torch.inference_mode():
+            return load_given(path, self.config, self.vae)
+
+    def decoded(self, rollout: Rollout, profiler: Profiler) -> Generator[HostFrames, None, None]:
+        """Every block as it comes: uint8 [B, frames, H, W, 3] on its way to the host, cropped to the configured size.
+
+        With overlap on a CUDA device, what is yielded may not be there yet; the device is at work on it.
+        """
+        decoder = BlockDecoder(self.vae, self.config.pixel_size, profiler, self.way)
+        with closing(decoder), closing(rollout.blocks()) as blocks:
+            for block in blocks:
+                yield decoder.decode(block.latents)
 
     def write(self, jobs: Sequence[VideoJob], embeds: Mapping[str, Tensor], on_block: OnBlock) -> VideoProfile:
         """Make the files of `jobs`, which differ in their noise alone, as one batch, and the JSON beside each.
@@ -86,17 +109,15 @@ class VideoPipeline:
         prompts, starts = jobs[0].prompts, jobs[0].starts
         assert all((job.prompts, job.starts, job.start_from) == (prompts, starts, jobs[0].start_from) for job in jobs)
         seeds = [job.noise_seed for job in jobs]
-        rollout = self.start(starts, [embeds[prompt] for prompt in prompts], seeds, profiler, jobs[0].start_from)
-        counts = []
+        given = self.given(jobs[0].start_from, profiler)
+        rollout = self.start(starts, [embeds[prompt] for prompt in prompts], seeds, profiler, given)
         with ExitStack() as files:
             writers = [files.enter_context(self._writer(job)) for job in jobs]
-            for index, batch in enumerate(self.frames(rollout, profiler)):
-                with profiler.span("write"):
-                    for writer, frames in zip(writers, batch, strict=True):
-                        writer.write(frames)
-                counts.append(batch.shape[1])
-                on_block(index)
-        profile = self._profile(profiler, rollout, counts)
+            counts = self.deliver(rollout, writers, profiler, on_block)
+            with profiler.host_span("write"):
+                files.close()
+        given_blocks = 0 if given is None else given.shape[1] // self.config.num_frame_per_block
+        profile = self.profile(profiler, rollout, counts, given_blocks)
         if self.config.contact_sheet:
             for job in jobs:
                 write_contact_sheet(job.path, profile.frames)
@@ -105,14 +126,49 @@ class VideoPipeline:
                 write_atomic(job.metadata_path, json.dumps(self._metadata(job, rollout, profile), indent=1) + "\n")
         return profile
 
+    def deliver(
+        self, rollout: Rollout, writers: Sequence[FrameWriter], profiler: Profiler, on_block: OnBlock
+    ) -> list[int]:
+        """Make every block of a batch and hand it to the batch's writers; returns how many frames each block had."""
+
+        def write(block: HostFrames) -> None:
+            batch = block.wait()
+            profiler.mark("first frame")
+            with profiler.host_span("write"):
+                for writer, frames in zip(writers, batch, strict=True):
+                    writer.write(frames)
+
+        def stop() -> None:
+            for writer in writers:
+                writer.kill()
+
+        counts = []
+        with ExitStack() as stack:
+            hand_over = stack.enter_context(Background(write, QUEUED, stop)).put if self.overlap else write
+            blocks = stack.enter_context(closing(self.decoded(rollout, profiler)))
+            for index, block in enumerate(blocks):
+                hand_over(block)
+                counts.append(block.frames.shape[1])
+                on_block(index)
+        return counts
+
     def _writer(self, job: VideoJob) -> VideoWriter:
         height, width = self.config.pixel_size
         config = self.config
-        return VideoWriter(job.path, width, height, config.fps, config.video_crf, stream=config.stream_output)
+        return VideoWriter(
+            job.path,
+            width,
+            height,
+            config.fps,
+            config.video_crf,
+            codec=config.video_codec,
+            stream=config.stream_output,
+        )
 
-    def _profile(self, profiler: Profiler, rollout: Rollout, counts: Sequence[int]) -> VideoProfile:
+    def profile(self, profiler: Profiler, rollout: Rollout, counts: Sequence[int], given_blocks: int) -> VideoProfile:
+        """The numbers of a video that is done, of whose blocks `counts` has the frames; waits for the device."""
         report = profiler.report()
-        spans = {name: report.spans.get(name, []) for name in ("init", "denoise", "clean", "decode", "write")}
+        spans = {name: report.spans.get(name, []) for name in ("init", "denoise", "clean", "decode", "copy", "write")}
         clean = [*spans["clean"], 0.0]  # the last block has no clean pass
         return VideoProfile(
             init_ms=sum(spans["init"]),
@@ -127,6 +183,8 @@ class VideoPipeline:
             peak_bytes=profiler.peak_memory_bytes(),
             forwards=rollout.forwards,
             skipped=rollout.skipped,
+            copy_ms=sum(spans["copy"]),
+            given_blocks=given_blocks,
         )
 
     def _metadata(self, job: VideoJob, rollout: Rollout, profile: VideoProfile) -> dict[str, object]:

@@ -1,4 +1,4 @@
-"""Files, overrides and the strict building of dataclasses (utils/config.py), on dataclasses made up here."""
+"""Files, overrides and the strict building of dataclasses, on dataclasses made up here."""
 
 from __future__ import annotations
 
@@ -10,8 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.config import build, load_mapping
+from utils.config import build
 from utils.errors import InputError
+from utils.settings_file import load_mapping
 
 
 def write(folder: Path, text: str) -> Path:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import threading
 import time
 
 import pytest
@@ -23,13 +24,14 @@ Profiling results:
     - Block 3 generation time: 250.00 ms (17.86% of diffusion)
     - Block 4 generation time: 200.00 ms (14.29% of diffusion)
   - VAE decoding time: 500.00 ms (25.00%)
+  - Frame copying time: 100.00 ms (5.00%)
   - Video writing time: 90.00 ms (4.50%)
-  - Total time: 2000.00 ms
+  - Total time: 2000.00 ms; parts were busy for 2100.00 ms, overlap saved 100.00 ms
 Device: Some GPU
 Pixel frames: 57 in 5 blocks, 24 forwards
-Diffusion FPS: 40.71 (pixel frames / diffusion time)
+Diffusion FPS: 40.71 (generated pixel frames / diffusion time)
 Steady diffusion FPS: 48.00 (frames of a block / median block, warm)
-End-to-end FPS: 28.50 (pixel frames / total time)
+End-to-end FPS: 28.50 (generated pixel frames / total time)
 Time to first frame: 555.50 ms
 Peak memory: 3.00 GiB"""
 
@@ -47,6 +49,7 @@ def _profile(block_ms: tuple[float, ...] = (400.0, 300.0, 250.0, 250.0, 200.0), 
         "device_name": "Some GPU",
         "peak_bytes": 3 * 1024**3,
         "forwards": 24,
+        "copy_ms": 100.0,
     }
     return VideoProfile(**{**values, **changes})  # type: ignore[arg-type]
 
@@ -131,6 +134,39 @@ def test_steady_rate_leaves_out_warm_up_and_the_last_block() -> None:
         short = _profile((100.0,) * blocks)
         assert short.steady_fps is None
         assert "Steady diffusion FPS: n/a" in short.format()
+
+
+def test_given_blocks_count_in_no_rate() -> None:
+    """9 + 12 frames were given, and 3 blocks of 12 made, of which the third is the last."""
+    profile = _profile((30.0, 30.0, 250.0, 250.0, 200.0), given_blocks=2)
+    assert profile.generated_frames == 36
+    assert profile.diffusion_fps == pytest.approx(36 / 0.7)
+    assert profile.end_to_end_fps == pytest.approx(18.0)
+    assert profile.steady_fps is None
+    assert "Pixel frames: 57, 21 of them given in 5 blocks" in profile.format()
+    assert profile.as_dict()["generated_frames"] == 36
+
+
+def test_no_overlap_is_no_loss() -> None:
+    profile = _profile(total_ms=5000.0)
+    assert profile.busy_ms == pytest.approx(2100.0)
+    assert profile.overlap_ms == 0.0
+
+
+def test_spans_of_several_threads_may_overlap() -> None:
+    profiler = Profiler(CPU)
+
+    def aside() -> None:
+        with profiler.host_span("write"):
+            time.sleep(0.05)
+
+    thread = threading.Thread(target=aside)
+    thread.start()
+    with profiler.span("denoise"):
+        time.sleep(0.05)
+    thread.join()
+    spans = profiler.report().spans
+    assert min(*spans["write"], *spans["denoise"]) > 45
 
 
 def test_unknown_and_zero_values_are_shown_as_such() -> None:

@@ -81,6 +81,9 @@ def test_a_video_goes_on(overrides: list[str], tmp_path: Path) -> None:
     (made,) = (tmp_path / "videos").glob("*.mp4")
     frames = read_frames(made)
     assert len(frames) == 33
+    timings = json.loads(made.with_suffix(".json").read_text())["timings"]
+    assert (timings["frames"], timings["generated_frames"], timings["given_blocks"]) == (33, 24, 1)
+    assert timings["end_to_end_fps"] == pytest.approx(24 / timings["total_ms"] * 1000)
     config = small_config("self_forcing_inference", overrides)
     expected = roundtrip(load_vae(config, torch.device("cpu"), torch.float32), read_frames(source))
     with VideoWriter(tmp_path / "expected.mp4", 48, 32, crf=0) as writer:  # the same loss of colour resolution

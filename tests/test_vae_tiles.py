@@ -13,8 +13,9 @@ from utils.errors import InputError
 from utils.memory import PeakTracker
 from utils.video import to_uint8
 from wan.vae import VAE
+from wan.vae_layers import History, run
 from wan.vae_memory import decode_bytes
-from wan.vae_tiles import Stage, Tile, TiledFrames, count_causal_convolutions, run, split, tiling
+from wan.vae_tiles import Stage, Tile, TiledFrames, split, tiling
 
 VECTOR = Path(__file__).parent / "data" / "vectors" / "vae.safetensors"
 GIB = 2**30
@@ -33,7 +34,7 @@ def vae(weights: dict[str, Tensor]) -> VAE:
 
 @pytest.fixture(scope="module")
 def stages(vae: VAE) -> tuple[Stage, ...]:
-    return split(vae.module.get_submodule("decoder"))[1]
+    return split(vae.module.decoder)[1]
 
 
 def _latents(height: int, width: int, frames: int = 3, batch: int = 1) -> Tensor:
@@ -57,9 +58,9 @@ def test_tiles_give_the_pixels_of_whole_frames(vae: VAE, height: int, width: int
     _rounding(vae, latents, vae.decoder(tile=tile).decode(latents))
 
 
-def test_one_tile_gives_the_bits_of_whole_frames(vae: VAE) -> None:
+def test_one_tile_gives_whole_frames(vae: VAE) -> None:
     latents = _latents(48, 64, frames=4)
-    assert torch.equal(vae.decoder(tile=64).decode(latents), vae.decoder().decode(latents))
+    _rounding(vae, latents, vae.decoder(tile=64).decode(latents))
 
 
 def test_any_blocks_give_the_same_bits(vae: VAE) -> None:
@@ -106,9 +107,9 @@ def _decode_around(stage: Stage, x: Tensor, inside: slice, margin: int) -> Tenso
     outer = slice(inside.start - margin, inside.stop + margin)
     spoilt = torch.full_like(x, torch.nan)
     spoilt[..., outer, outer] = x[..., outer, outer]
-    cache: list[Tensor | str | None] = [None] * sum(map(count_causal_convolutions, stage.layers))
+    history = History()
     square = slice(inside.start * stage.scale, inside.stop * stage.scale)
-    return torch.cat([run(stage.layers, spoilt, cache)[..., square, square] for _ in range(2)], dim=2)
+    return torch.cat([run(stage.layers, spoilt, history)[..., square, square] for _ in range(2)], dim=2)
 
 
 @pytest.mark.parametrize("index", [0, 1])
@@ -148,14 +149,14 @@ def test_tiles_that_cannot_be(vae: VAE, tile: int) -> None:
         vae.decoder(tile=tile)
 
 
-def test_the_caches_stop_growing_at_the_second_frame(vae: VAE) -> None:
+def test_the_caches_never_grow(vae: VAE) -> None:
     decoder = vae.decoder(tile=32)
     assert decoder.cache_bytes() == 0
     sizes = []
     for frame in _latents(48, 64, frames=4).split(1, dim=1):
         decoder.decode(frame)
         sizes.append(decoder.cache_bytes())
-    assert 0 < sizes[0] < sizes[1] == sizes[2] == sizes[3]
+    assert 0 < sizes[0] == sizes[1] == sizes[2] == sizes[3]
 
 
 def test_attention_is_not_tiled(vae: VAE) -> None:
@@ -165,7 +166,7 @@ def test_attention_is_not_tiled(vae: VAE) -> None:
     changed[..., :, -1] += 100.0
     before, after = (vae.decoder(tile=16).decode(x)[..., :16] for x in (latents, changed))
     assert not torch.equal(before, after)
-    tiles = TiledFrames(vae.module.get_submodule("decoder"), 16)
+    tiles = TiledFrames(vae.module.decoder, 16)
     assert tiles.cache_bytes() == 0
 
 
@@ -176,7 +177,7 @@ def test_1080p_takes_much_less_in_tiles() -> None:
     assert video.shape == (1, 9, 3, 1088, 1920)
     whole, tiled = (decode_bytes(published, 1088, 1920, tile) for tile in (None, 512))
     assert 9.1 * GIB < whole.cache < 9.3 * GIB
-    assert whole.activations > 10 * GIB
+    assert whole.activations > 7 * GIB
     assert tiled.activations < 2 * GIB
     assert tiled.cache < 1.15 * whole.cache
     assert tiled.total < 12.5 * GIB
@@ -185,6 +186,7 @@ def test_1080p_takes_much_less_in_tiles() -> None:
 @pytest.mark.parametrize(("tile", "frames_per_call"), [(None, 1), (32, 1), (None, 2)])
 def test_the_prediction_holds(vae: VAE, weights: dict[str, Tensor], tile: int | None, frames_per_call: int) -> None:
     planned = VAE.from_state({name: t.to("meta") for name, t in weights.items()}, None, torch.float32, "meta")
+    planned.lay_out_for(vae.device)
     predicted = decode_bytes(planned, 64, 96, tile, block=2, frames_per_call=frames_per_call, batch=2)
     decoder, latents = vae.decoder(frames_per_call, tile), _latents(64, 96, frames=5, batch=2)
     with PeakTracker() as tracker:

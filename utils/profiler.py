@@ -1,8 +1,9 @@
 """How long things took, measured without slowing them down, and how the result is shown.
 
 `Profiler` notes the start and end of named spans; on CUDA as events on the current stream, so that nothing waits until
-the report. `VideoProfile` holds the numbers of one video and writes them out. This file does not know what the spans
-are, nor where the report goes.
+the report. Spans may overlap, on other streams and in other threads: each says how long its part was busy.
+`VideoProfile` holds the numbers of one video and writes them out. This file does not know what the spans are, nor where
+the report goes.
 """
 
 from __future__ import annotations
@@ -36,7 +37,7 @@ class ProfileReport:
 
 
 class Profiler:
-    """Measures spans and instants on one device; the clock starts at construction and again at `reset`."""
+    """Measures spans and instants, of one device unless told; the clock starts at construction and again at `reset`."""
 
     def __init__(self, device: torch.device) -> None:
         self._device = device
@@ -45,43 +46,57 @@ class Profiler:
     def reset(self) -> None:
         """Forget everything and start the clock again."""
         self._spans: dict[str, list[tuple[Instant, Instant]]] = {}
-        self._marks: dict[str, Instant] = {}
+        self._marks: dict[str, float] = {}
+        self._devices = {self._device}
         self._wall_start = time.perf_counter()
-        self._start = self._now()
-
-    def _now(self) -> Instant:
-        if self._device.type != "cuda":
-            return time.perf_counter()
-        event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call,unused-ignore]
-        event.record(torch.cuda.current_stream(self._device))
-        return event
 
     @contextmanager
-    def span(self, name: str) -> Iterator[None]:
-        """Measure the block; spans of the same name are listed in order. On CUDA, the time the stream took for it."""
-        start = self._now()
+    def span(self, name: str, device: torch.device | None = None) -> Iterator[None]:
+        """Measure the block; spans of the same name are listed in order.
+
+        On CUDA, the time that the device's current stream took for it; `device` if it is not that of the profiler.
+        """
+        device = device or self._device
+        self._devices.add(device)
+        start = _now(device)
         try:
             yield
         finally:
-            self._spans.setdefault(name, []).append((start, self._now()))
+            self._spans.setdefault(name, []).append((start, _now(device)))
+
+    @contextmanager
+    def host_span(self, name: str) -> Iterator[None]:
+        """Measure what the host does, in whatever thread, by the wall clock."""
+        start = time.perf_counter()
+        try:
+            yield
+        finally:
+            self._spans.setdefault(name, []).append((start, time.perf_counter()))
 
     def mark(self, name: str) -> None:
-        """Note this instant (on CUDA, that of the stream). The first mark of a name counts, later ones do nothing."""
-        if name not in self._marks:
-            self._marks[name] = self._now()
+        """Note that the host is here. The first mark of a name counts, later ones do nothing."""
+        self._marks.setdefault(name, (time.perf_counter() - self._wall_start) * 1000)
 
     def report(self) -> ProfileReport:
         """All that was measured so far; on CUDA this is the one place that waits for the device."""
-        if self._device.type == "cuda":
-            torch.cuda.synchronize(self._device)
+        for device in self._devices:
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
         total_ms = (time.perf_counter() - self._wall_start) * 1000
         spans = {name: [_elapsed_ms(*pair) for pair in pairs] for name, pairs in self._spans.items()}
-        marks = {name: _elapsed_ms(self._start, instant) for name, instant in self._marks.items()}
-        return ProfileReport(spans=spans, marks=marks, total_ms=total_ms)
+        return ProfileReport(spans=spans, marks=dict(self._marks), total_ms=total_ms)
 
     def peak_memory_bytes(self) -> int | None:
         """See the function of the same name."""
         return peak_memory_bytes(self._device)
+
+
+def _now(device: torch.device) -> Instant:
+    if device.type != "cuda":
+        return time.perf_counter()
+    event = torch.cuda.Event(enable_timing=True)  # type: ignore[no-untyped-call,unused-ignore]
+    event.record(torch.cuda.current_stream(device))
+    return event
 
 
 def _elapsed_ms(start: Instant, end: Instant) -> float:
@@ -125,10 +140,11 @@ def device_name(device: torch.device) -> str:
 class VideoProfile:
     """The numbers of one run: times in milliseconds, `frames` and `block_frames` in pixel frames.
 
-    `init_ms` caches and text, `block_ms` each block's diffusion, `vae_ms` decoding, `write_ms` handing frames to the
-    encoder, `total_ms` wall clock, `first_frame_ms` from the start to the first finished frame (None: not measured).
-    `block_frames` are the pixel frames that each block gave, `peak_bytes` the peak of memory (None: not known),
-    `forwards` how often the model was called.
+    How long each part was busy: `init_ms` caches and text, `block_ms` each block's diffusion, `vae_ms` decoding,
+    `copy_ms` from the device, `write_ms` handing frames to the encoder and finishing the file. Parts may work at the
+    same time. `total_ms` is the wall clock, `first_frame_ms` from the start to the first finished frame (None: not
+    measured). `block_frames` are the pixel frames that each block gave, `peak_bytes` the peak of memory (None: not
+    known), `forwards` how often the model was called. The first `given_blocks` were not made but given to go on from.
     """
 
     init_ms: float
@@ -143,6 +159,8 @@ class VideoProfile:
     peak_bytes: int | None
     forwards: int
     skipped: int = 0  # forwards that did not run the layers (TeaCache)
+    copy_ms: float = 0.0
+    given_blocks: int = 0
 
     def __post_init__(self) -> None:
         if len(self.block_ms) != len(self.block_frames):
@@ -154,37 +172,51 @@ class VideoProfile:
         return sum(self.block_ms)
 
     @property
+    def busy_ms(self) -> float:
+        """What all parts would take one after the other, at the pace that they had."""
+        return self.init_ms + self.diffusion_ms + self.vae_ms + self.copy_ms + self.write_ms
+
+    @property
+    def overlap_ms(self) -> float:
+        """What working at the same time has saved."""
+        return max(self.busy_ms - self.total_ms, 0.0)
+
+    @property
+    def generated_frames(self) -> int:
+        """Pixel frames, without those of given blocks."""
+        return self.frames - sum(self.block_frames[: self.given_blocks])
+
+    @property
     def diffusion_fps(self) -> float | None:
-        """Pixel frames a second of diffusion time, without text encoder, VAE and file."""
-        return _per_second(self.frames, self.diffusion_ms)
+        """Generated pixel frames a second of their blocks' diffusion time, without text encoder, VAE and file."""
+        return _per_second(self.generated_frames, sum(self.block_ms[self.given_blocks :]))
 
     @property
     def end_to_end_fps(self) -> float | None:
-        """Pixel frames a second of wall-clock time, everything included."""
-        return _per_second(self.frames, self.total_ms)
+        """Generated pixel frames a second of wall-clock time, everything included."""
+        return _per_second(self.generated_frames, self.total_ms)
 
     @property
     def steady_fps(self) -> float | None:
         """Diffusion FPS once blocks take equally long: frames of a block over the median time of a block.
 
-        The first two blocks are left out (they warm up and have less context), and the last, which runs no clean pass.
-        None if no block is left.
+        The first two generated blocks are left out (they warm up and have less context), and the last, which runs no
+        clean pass. None if no block is left.
         """
-        steady = slice(_WARM_UP_BLOCKS, -1)
+        steady = slice(self.given_blocks + _WARM_UP_BLOCKS, -1)
         if not self.block_ms[steady]:
             return None
         return _per_second(statistics.median_low(self.block_frames[steady]), statistics.median(self.block_ms[steady]))
 
     def as_dict(self) -> dict[str, object]:
-        """Fields and derived rates, ready for JSON."""
-        rates = {"diffusion_fps": self.diffusion_fps, "steady_fps": self.steady_fps}
+        """Fields and derived values, ready for JSON."""
+        derived = ("diffusion_ms", "busy_ms", "overlap_ms", "generated_frames")
+        rates = ("diffusion_fps", "steady_fps", "end_to_end_fps")
         return {
             **asdict(self),
             "block_ms": list(self.block_ms),
             "block_frames": list(self.block_frames),
-            "diffusion_ms": self.diffusion_ms,
-            **rates,
-            "end_to_end_fps": self.end_to_end_fps,
+            **{name: getattr(self, name) for name in (*derived, *rates)},
         }
 
     def format(self) -> str:
@@ -214,6 +246,7 @@ def format_profile(profile: VideoProfile) -> str:
     skipped = f", {profile.skipped} of them without the layers (TeaCache)" if profile.skipped else ""
     first = "n/a" if profile.first_frame_ms is None else f"{profile.first_frame_ms:.2f} ms"
     peak = "n/a" if profile.peak_bytes is None else format_bytes(profile.peak_bytes)
+    given = f", {profile.frames - profile.generated_frames} of them given" if profile.given_blocks else ""
     return "\n".join(
         [
             "Profiling results:",
@@ -221,13 +254,16 @@ def format_profile(profile: VideoProfile) -> str:
             f"  - Diffusion generation time: {_share(diffusion, total)}",
             *blocks,
             f"  - VAE decoding time: {_share(profile.vae_ms, total)}",
+            f"  - Frame copying time: {_share(profile.copy_ms, total)}",
             f"  - Video writing time: {_share(profile.write_ms, total)}",
-            f"  - Total time: {total:.2f} ms",
+            f"  - Total time: {total:.2f} ms; parts were busy for {profile.busy_ms:.2f} ms, overlap saved "
+            f"{profile.overlap_ms:.2f} ms",
             f"Device: {profile.device_name}",
-            f"Pixel frames: {profile.frames} in {len(profile.block_ms)} blocks, {profile.forwards} forwards{skipped}",
-            f"Diffusion FPS: {_rate(profile.diffusion_fps, 'pixel frames / diffusion time')}",
+            f"Pixel frames: {profile.frames}{given} in {len(profile.block_ms)} blocks, {profile.forwards} forwards"
+            f"{skipped}",
+            f"Diffusion FPS: {_rate(profile.diffusion_fps, 'generated pixel frames / diffusion time')}",
             f"Steady diffusion FPS: {_rate(profile.steady_fps, 'frames of a block / median block, warm')}",
-            f"End-to-end FPS: {_rate(profile.end_to_end_fps, 'pixel frames / total time')}",
+            f"End-to-end FPS: {_rate(profile.end_to_end_fps, 'generated pixel frames / total time')}",
             f"Time to first frame: {first}",
             f"Peak memory: {peak}",
         ]

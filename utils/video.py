@@ -23,7 +23,7 @@ import torch
 from torch import Tensor
 
 from utils.errors import InputError
-from utils.ffmpeg import BITEXACT, failure, file_url, quiet_ffmpeg
+from utils.ffmpeg import BITEXACT, NVENC, failure, file_url, nvenc_quality, quiet_ffmpeg
 from utils.files import commit_partial, create_partial, remove_stale_partials
 from utils.growing import FRAGMENTED, LOW_DELAY, create_growing, finish_growing, keep_or_remove
 from utils.video_probe import Frames, VideoInfo, probe, read_frames
@@ -87,7 +87,8 @@ class VideoWriter:
         codec: str = "libx264",
         stream: bool = False,
     ) -> None:
-        """`width`, `height` in pixels; `crf` x264's quality, 0 (lossless) to 51. Raises InputError for odd sides."""
+        """`width`, `height` in pixels; `crf` x264's quality, 0 (lossless) to 51, or the like of another codec, which
+        `preset` is not for. Raises InputError for odd sides."""
         if width < 2 or height < 2 or width % 2 or height % 2:
             raise InputError(
                 f"resolution: {path.name} would be {width} x {height} pixels, but H.264 in yuv420p needs even sides. "
@@ -96,7 +97,8 @@ class VideoWriter:
         self.path = path
         self.frames_written = 0
         self._frame_shape = (height, width, 3)
-        self._options = ["-c:v", codec, "-preset", preset, "-crf", str(crf), *(LOW_DELAY if stream else ())]
+        quality = ["-preset", preset, "-crf", str(crf), *(LOW_DELAY if stream else ())]
+        self._options = ["-c:v", codec, *(nvenc_quality(crf, stream) if codec == NVENC else quality)]
         self._fps = fps
         self._stream = stream
         self._unfinished: Path | None = None  # what ffmpeg writes to: a growing or a partial file
@@ -170,6 +172,11 @@ class VideoWriter:
             self._process.wait()
             raise self._failure(self._process.returncode) from error
         self.frames_written += len(array)
+
+    def kill(self) -> None:
+        """End ffmpeg at once, so that a `write` in another thread fails; the file is lost."""
+        if self._process is not None:
+            self._process.kill()
 
     def _finish(self) -> None:
         assert self._process is not None

@@ -1,39 +1,33 @@
 """The VAE: latents to video and back, in one piece or as the frames come.
 
-The layers are Diffusers' AutoencoderKLWan; this file loads them from either published layout, normalises latents, and
-keeps the causal convolutions' feature cache outside the module, so that several videos can be decoded at once and a
-video's frames never stand in memory together. It does not know how latents are made nor how video is written.
+This file loads the layers (wan.vae_layers, wan.vae_modules) from either published layout, normalises latents, and has
+one decoder a video, which keeps what the causal convolutions remember, so that several videos can be decoded at once
+and a video's frames never stand in memory together. It does not know how latents are made nor how video is written.
 
 Source: Wan 2.1 (arXiv 2503.20314), section 4.1.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Protocol, cast
+from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from utils.errors import InputError
-from wan.checkpoint import load_into, read_json, read_tensors, some_names, stripped_tensors
-from wan.vae_tiles import FrameDecoder, TiledFrames, WholeFrames, count_causal_convolutions
+from wan.checkpoint import load_into, read_json, read_tensors, stripped_tensors
+from wan.vae_layers import History, run
+from wan.vae_modules import VAEConfig, VAEModule
+from wan.vae_names import to_diffusers
+from wan.vae_tiles import FrameDecoder, Run, Steady, TiledFrames, WholeFrames, check_tile
 
+if TYPE_CHECKING:
+    from wan.graphs import Recorder
+
+GPU_PIECE = 4  # pixel frames that the last levels work on at once: those of one latent frame, enough to fill a GPU
 DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
-# What Diffusers' converter of Wan2.1_VAE.pth assumes; the names of the decoder's layers follow from it.
-RES_BLOCKS = 2
-LEVELS = 4
-
-
-class Settings(Protocol):
-    """What is read of AutoencoderKLWan's configuration, under its names and in its spelling."""
-
-    z_dim: int
-    dim_mult: list[int]
-    temperal_downsample: list[bool]
-    latents_mean: list[float]
-    latents_std: list[float]
 
 
 class VAE:
@@ -43,16 +37,20 @@ class VAE:
     `temporal_scale` (4) pixel frames, except the first of a video, which is 1.
     """
 
-    def __init__(self, module: nn.Module) -> None:
-        settings = cast("Settings", module.config)
-        self.module = module
-        self.z_dim = settings.z_dim
-        self.spatial_scale: int = 2 ** (len(settings.dim_mult) - 1)
-        self.temporal_scale: int = 2 ** sum(settings.temperal_downsample)
-        self._mean = self._per_channel(settings.latents_mean)
-        self._std = self._per_channel(settings.latents_std)
+    def __init__(self, module: VAEModule, config: VAEConfig) -> None:
+        self.module = module.eval()
+        self.config = config
+        self.z_dim = config.z_dim
+        self.spatial_scale: int = 2 ** (len(config.dim_mult) - 1)
+        self.temporal_scale: int = 2 ** sum(config.temperal_downsample)
+        self._mean = self._per_channel(config.latents_mean)
+        self._std = self._per_channel(config.latents_std)
+        self._steady: Steady | None = None
+        self._spare: tuple[tuple[int, ...], FrameDecoder] | None = None
+        self._stream: torch.cuda.Stream | None = None
+        self.lay_out_for(self.device)
 
-    def _per_channel(self, values: list[float]) -> Tensor:
+    def _per_channel(self, values: Sequence[float]) -> Tensor:
         return torch.tensor(values, dtype=torch.float32, device=self.device).view(1, 1, -1, 1, 1)
 
     @classmethod
@@ -79,18 +77,16 @@ class VAE:
         `config` is Diffusers' configuration; without it the sizes are read off the shapes and the latents' mean and
         standard deviation are Wan 2.1's. Raises InputError when names or shapes do not fit.
         """
-        if "decoder.conv1.weight" in state:
-            state = _to_diffusers(state)
-        settings = dict(config) if config is not None else infer_config(state, source)
-        module = _build(settings, source)
+        state = to_diffusers(state)
+        sizes = VAEConfig.of_state(state, source) if config is None else VAEConfig.from_mapping(config, source)
+        module = _build(sizes)
         load_into(module, state, source, dtype, device)
-        return cls(module.eval())
+        return cls(module, sizes)
 
     @classmethod
     def published(cls, dtype: torch.dtype) -> VAE:
         """Wan 2.1's sizes on the meta device, without weights: to find out what it takes."""
-        module = _build({}, Path("Wan 2.1")).eval()
-        return cls(nn.Module.to(module, dtype))  # not Diffusers' own method, which warns of what it never did
+        return cls(_build(VAEConfig()).to(dtype), VAEConfig())
 
     @property
     def dtype(self) -> torch.dtype:
@@ -102,14 +98,26 @@ class VAE:
         """Where the parameters are."""
         return self._parameter().device
 
-    def _parameter(self) -> nn.Parameter:
+    def _parameter(self) -> Tensor:
         return next(self.module.parameters())
 
     def to(self, device: torch.device | str) -> VAE:
         """Move the parameters; live decoders keep their cache where it is, so move between videos."""
         self.module.to(device)
         self._mean, self._std = self._mean.to(device), self._std.to(device)
+        return self.lay_out_for(self.device)
+
+    def lay_out_for(self, device: torch.device) -> VAE:
+        """Compute as is best on `device`; on the meta device, to find out what it takes there."""
+        self.module.lay_out(planes=device.type == "cpu")
+        self.piece = 1 if device.type == "cpu" else GPU_PIECE
         return self
+
+    def prepare(self, frames: int, step: Run, recorder: Recorder | None = None) -> None:
+        """From now on decoders run calls of `frames` latent frames through `step`, see `compiled_run`, and from
+        recordings; not a video's first call, and not with tiles, whose sizes vary."""
+        self._steady = Steady(frames, step, recorder)
+        self._spare = None
 
     def pixel_frames(self, latent_frames: int) -> int:
         """The length in pixel frames of a video of `latent_frames` (at least 1): 21 -> 81."""
@@ -122,13 +130,12 @@ class VAE:
         Raises InputError unless frames = 1 + 4·k and H, W are multiples of 8.
         """
         self._check_video(video)
-        encoder, quantise = self.module.get_submodule("encoder"), self.module.get_submodule("quant_conv")
+        layers, history = self.module.encoder.layers(), History()
         pixels = video.to(self.device, self.dtype).transpose(1, 2)
-        cache: list[Tensor | str | None] = [None] * count_causal_convolutions(encoder)
         starts = range(1, pixels.shape[2], self.temporal_scale)
         chunks = [pixels[:, :, :1], *(pixels[:, :, i : i + self.temporal_scale] for i in starts)]
-        features = [encoder(chunk, feat_cache=cache, feat_idx=[0]) for chunk in chunks]
-        moments = quantise(torch.cat(features, dim=2))  # [B, 2 z_dim, F, h, w]: means, then log variances
+        features = [run(layers, chunk, history) for chunk in chunks]
+        moments = self.module.quant_conv(torch.cat(features, dim=2))  # [B, 2 z_dim, F, h, w]: means, log variances
         return self.normalize(moments[:, : self.z_dim].transpose(1, 2))
 
     def _check_video(self, video: Tensor) -> None:
@@ -153,30 +160,58 @@ class VAE:
         """latents · std + mean in float32, [B, F, z_dim, h, w]."""
         return latents.float() * self._std.to(latents.device) + self._mean.to(latents.device)
 
-    def decoder(self, frames_per_call: int = 1, tile: int | None = None) -> StreamingDecoder:
-        """A decoder for one video (or one batch of videos); see StreamingDecoder."""
-        return StreamingDecoder(self, frames_per_call, tile)
+    def decoder(self, frames_per_call: int = 1, tile: int | None = None, piece: int | None = None) -> StreamingDecoder:
+        """A decoder for one video (or one batch of videos); see StreamingDecoder. `piece`: None for what is fastest."""
+        return StreamingDecoder(self, frames_per_call, tile, self.piece if piece is None else piece)
+
+    def side_stream(self) -> torch.cuda.Stream:
+        """The one CUDA stream beside the current one on which this VAE decodes, so that what a decoder leaves behind is
+        used again on the same stream."""
+        if self._stream is None:
+            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call,unused-ignore]
+        return self._stream
+
+    def take_frames(self, key: tuple[int, ...], tile: int | None, piece: int) -> FrameDecoder:
+        """A new FrameDecoder, or one that was given back under the same key (what its sizes depend on)."""
+        spare, self._spare = self._spare, None
+        if spare is not None and spare[0] == key:
+            spare[1].clear()
+            return spare[1]
+        decoder = self.module.decoder
+        return WholeFrames(decoder, piece, self._steady) if tile is None else TiledFrames(decoder, tile, piece)
+
+    def forget(self) -> None:
+        """Free what closed decoders have left for the next video."""
+        self._spare = None
+
+    def give_back(self, key: tuple[int, ...], frames: FrameDecoder) -> None:
+        """Let the next video have it, with its memory and its recording."""
+        self._spare = key, frames
 
 
 class StreamingDecoder:
     """Decodes one video's latent frames in order, any number at a time; the cache in between is bounded.
 
-    With `frames_per_call` 1 every call of the module decodes one latent frame, and the pixels are bit-identical to
-    those of the whole video decoded at once. With more, later frames go through the module several at a time: fewer
-    and larger kernels and more memory for activations, the pixels about 5e-6 apart in float32. The first latent
-    frame always goes alone.
+    With `frames_per_call` 1 latent frames go through the layers one by one, and the pixels do not depend on how the
+    video was cut into calls of `decode`. With more, later frames go several at a time: larger kernels and fewer of
+    them, and pixels that may differ in their last bits. The first latent frame always goes alone.
 
     With `tile`, the last levels run in tiles of at most `tile` output pixels a side (a multiple of 16): less memory for
-    activations, some of the work twice, the pixels apart by float rounding alone; see wan.vae_tiles.
+    activations, some of the work twice, the pixels apart by float rounding alone; see wan.vae_tiles. The last levels
+    work on `piece` pixel frames at once: fewer take less memory.
     """
 
-    def __init__(self, vae: VAE, frames_per_call: int = 1, tile: int | None = None) -> None:
+    def __init__(self, vae: VAE, frames_per_call: int, tile: int | None, piece: int) -> None:
         if frames_per_call < 1:
             raise InputError(f"frames_per_call is {frames_per_call}; at least 1 latent frame a call is needed.")
-        module = vae.module.get_submodule("decoder")
+        if tile is not None:
+            check_tile(tile)
         self._vae = vae
         self._frames_per_call = frames_per_call
-        self._decoder: FrameDecoder = WholeFrames(module) if tile is None else TiledFrames(module, tile)
+        self._tile = tile
+        self._piece = piece
+        self._key: tuple[int, ...] = ()
+        self._frames: FrameDecoder | None = None
         self._started = False
 
     @torch.no_grad()
@@ -189,12 +224,16 @@ class StreamingDecoder:
         assert latents.ndim == 5, "latents are [B, F, z_dim, h, w]"
         assert latents.shape[1] > 0, "at least one latent frame is needed"
         z = vae.denormalize(latents.to(vae.device)).to(vae.dtype).transpose(1, 2)
-        z = vae.module.get_submodule("post_quant_conv")(z)
+        z = vae.module.post_quant_conv(z)
         video = self._empty_video(latents)
+        if self._frames is None:
+            assert not self._started, "the decoder is closed"
+            self._key = (latents.shape[0], *latents.shape[3:], self._tile or 0, self._piece)
+            self._frames = vae.take_frames(self._key, self._tile, self._piece)
         done = 0
         for start, stop in self._calls(latents.shape[1]):
             frames = (stop - start) * vae.temporal_scale if self._started else 1
-            self._decoder.decode(z[:, :, start:stop], video[:, done : done + frames])
+            self._frames.decode(z[:, :, start:stop], video[:, done : done + frames])
             self._started = True
             done += frames
         assert done == video.shape[1], f"{done} of {video.shape[1]} frames were decoded"
@@ -214,58 +253,23 @@ class StreamingDecoder:
         return later if self._started else [(0, 1), *later]
 
     def cache_bytes(self) -> int:
-        """Bytes that the feature cache holds now; constant from the second latent frame on."""
-        return self._decoder.cache_bytes()
+        """Bytes that are kept for the next frames; constant from the first latent frame on."""
+        return 0 if self._frames is None else self._frames.cache_bytes()
+
+    def close(self) -> None:
+        """The video is done: leave the memory to the next one. Nothing can be decoded any more."""
+        if self._frames is not None:
+            self._vae.give_back(self._key, self._frames)
+            self._frames = None
 
 
-def _build(settings: Mapping[str, object], source: Path) -> nn.Module:
-    """AutoencoderKLWan on the meta device."""
-    from diffusers import AutoencoderKLWan
-
-    if settings.get("is_residual") or settings.get("patch_size") is not None:
-        raise InputError(f"{source} is a Wan 2.2 VAE (is_residual, patch_size); the models here use Wan 2.1's.")
-    build = cast("Callable[[dict[str, object]], nn.Module]", AutoencoderKLWan.from_config)
+def _build(config: VAEConfig) -> VAEModule:
     with torch.device("meta"):
-        module = build(dict(settings))
-    config = cast("Settings", module.config)
-    if not config.z_dim == len(config.latents_mean) == len(config.latents_std):
-        raise InputError(
-            f"{source}: z_dim is {config.z_dim}, but latents_mean and latents_std have {len(config.latents_mean)} and "
-            f"{len(config.latents_std)} entries; give all three in the VAE's config.json."
-        )
-    return module
+        return VAEModule(config)
 
 
-def _to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    from diffusers.loaders import single_file_utils
-
-    convert = cast("Callable[[dict[str, Tensor]], dict[str, Tensor]]", single_file_utils.convert_wan_vae_to_diffusers)
-    return convert(dict(state))
-
-
-def infer_config(state: Mapping[str, Tensor], source: Path) -> dict[str, object]:
-    """AutoencoderKLWan's configuration from the shapes of its tensors, under Diffusers' names.
-
-    Read off are the widths, the latent channels and which levels halve the time axis. Raises InputError when the
-    tensors are not those of a Wan 2.1 VAE.
-    """
-    stages = [RES_BLOCKS * level + level - 1 for level in range(1, LEVELS)]  # the downsampling layers: 2, 5, 8
-    lasts = [*(stage - 1 for stage in stages), stages[-1] + RES_BLOCKS]  # the last residual block of each level
-    needed = [
-        "encoder.conv_in.weight",
-        "decoder.conv_in.weight",
-        "decoder.conv_out.weight",
-        *(f"encoder.down_blocks.{last}.conv2.weight" for last in lasts),
-    ]
-    absent = [name for name in needed if name not in state]
-    if absent:
-        raise InputError(f"{source} is not a Wan 2.1 VAE: it lacks {some_names(absent)} (Diffusers' names).")
-    base = state["encoder.conv_in.weight"].shape[0]
-    return {
-        "base_dim": base,
-        "decoder_base_dim": state["decoder.conv_out.weight"].shape[1],
-        "z_dim": state["decoder.conv_in.weight"].shape[1],
-        "dim_mult": [state[f"encoder.down_blocks.{last}.conv2.weight"].shape[0] // base for last in lasts],
-        "num_res_blocks": RES_BLOCKS,
-        "temperal_downsample": [f"encoder.down_blocks.{stage}.time_conv.weight" in state for stage in stages],
-    }
+def compiled_run() -> Run:
+    """`wan.vae_layers.run` through torch.compile, whole, once for every size."""
+    # torch.compile has graphs of its own, which know nothing of those that are recorded here.
+    options: dict[str, str | int | bool | Callable[..., object]] = {"triton.cudagraphs": False}
+    return torch.compile(run, fullgraph=True, dynamic=False, options=options)

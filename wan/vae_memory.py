@@ -31,15 +31,23 @@ class DecodeBytes:
 
 
 def decode_bytes(
-    vae: VAE, height: int, width: int, tile: int | None = None, block: int = 3, frames_per_call: int = 1, batch: int = 1
+    vae: VAE,
+    height: int,
+    width: int,
+    tile: int | None = None,
+    block: int = 3,
+    frames_per_call: int = 1,
+    batch: int = 1,
+    piece: int | None = None,
 ) -> DecodeBytes:
     """What `vae`, on the meta device, takes to decode blocks of `block` latent frames of height x width pixels,
     `batch` videos at once.
 
-    `tile` and `frames_per_call` as in VAE.decoder. The block's video counts, as the activations do; weights do not.
+    `tile`, `frames_per_call` and `piece` as in VAE.decoder. The block's video counts, as the activations do; weights
+    do not.
     """
     assert vae.device.type == "meta", "memory is predicted with VAE.published, or a VAE that is loaded to meta"
-    decoder = vae.decoder(frames_per_call, tile)
+    decoder = vae.decoder(frames_per_call, tile, piece)
     shape = (batch, block, vae.z_dim, height // vae.spatial_scale, width // vae.spatial_scale)
     latents = torch.empty(shape, device="meta")
     with PeakTracker() as tracker, _FusedAttention():

@@ -1,31 +1,36 @@
 """The Wan VAE's decoder for a few latent frames: on whole frames, or in spatial tiles that need less memory.
 
-The middle of the decoder attends over the whole frame, so no tile of the latents decodes to the tile of the pixels. But
-that part works on few pixels: what takes memory are the last levels, and those are convolutions alone. `TiledFrames`
-runs the decoder up to its first enlargement on the whole frame, then the rest in two stages tile by tile, each tile
-with the margin (halo) of input that its pixels depend on. So tiles and whole frames differ by float rounding alone.
-The halo is computed from the layers; at the frame's border there is none, and the convolutions pad as they always do.
-For Wan 2.1 it is 7 pixels of the first stage's input and 10 of the second's: 28 and 20 pixels of the video. What the
-tiles save is activations: together their caches are as large as the whole frame's, and the halos on top.
-This file knows Diffusers' layers; it does not know normalised latents, nor how frames follow each other in a video.
+What takes memory are the last levels. `WholeFrames` runs the last one a few pixel frames at a time, which changes
+nothing, since its layers remember the frames before. The middle of the decoder attends over the whole frame, so no tile
+of the latents decodes to the tile of the pixels; but that part works on few pixels, and the levels after it are
+convolutions alone. `TiledFrames` runs the decoder up to its first enlargement on the whole frame, then the rest in two
+stages tile by tile, each tile with the margin (halo) of input that its pixels depend on. So tiles and whole frames
+differ by float rounding alone. The halo is computed from the layers; at the frame's border there is none, and the
+convolutions pad as they always do. For Wan 2.1 it is 7 pixels of the first stage's input and 10 of the second's: 28 and
+20 pixels of the video. What the tiles save is activations: together their caches are as large as the whole frame's, and
+the halos on top. This file does not know normalised latents, nor how frames follow each other in a video.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import Protocol, cast
+from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
 from utils.errors import InputError
+from wan.vae_layers import History, Upsample, run
+from wan.vae_modules import Decoder
+
+if TYPE_CHECKING:
+    from wan.graphs import Recorder, Replay
 
 TILE_MULTIPLE = 16  # output pixels: a tile's border must fall between the pixels of every level
 
-# One slot a causal convolution: its last two input frames, or the layers' own mark for "first frame seen".
-Slots = list[Tensor | str | None]
+Run = Callable[[Sequence[nn.Module], Tensor, History], Tensor]
 
 
 class FrameDecoder(Protocol):
@@ -37,21 +42,75 @@ class FrameDecoder(Protocol):
     def cache_bytes(self) -> int:
         """Bytes kept for the next frames."""
 
+    def clear(self) -> None:
+        """Be ready for another video of the same size, in the same memory."""
+
+
+@dataclass(frozen=True)
+class Steady:
+    """How calls of `frames` latent frames that do not begin a video are run: the layers through `run`, compiled for
+    instance, and the whole call from a recording if there is a `recorder`."""
+
+    frames: int
+    run: Run = run
+    recorder: Recorder | None = None
+
 
 class WholeFrames:
-    """A FrameDecoder that runs the decoder as it is."""
+    """A FrameDecoder that runs the decoder as it is, the last two levels `piece` pixel frames at a time."""
 
-    def __init__(self, decoder: nn.Module) -> None:
-        self._decoder = decoder
-        self._cache: Slots = [None] * count_causal_convolutions(decoder)
+    def __init__(self, decoder: Decoder, piece: int = 1, steady: Steady | None = None) -> None:
+        layers = decoder.layers()
+        second, third = [i for i, layer in enumerate(layers) if isinstance(layer, Upsample)][-2:]
+        self._parts = layers[:second], layers[second:third], layers[third:]
+        self._histories = [History() for _ in self._parts]
+        self._pieces = max(piece // 2, 1), piece  # that enter the last two parts, of which the first doubles them
+        self._steady = steady
+        self._recorded: tuple[Tensor, Tensor, Replay] | None = None  # its input, its output, and how to repeat it
 
     def decode(self, z: Tensor, video: Tensor) -> None:
-        first = self._cache[0] is None
-        pixels = self._decoder(z, feat_cache=self._cache, feat_idx=[0], first_chunk=first)  # [B, 3, frames, H, W]
-        torch.clamp(pixels.transpose(1, 2), -1.0, 1.0, out=video)
+        steady = self._steady
+        if self._histories[0].first or steady is None or z.shape[2] != steady.frames:
+            self._decode(z, video, run)
+        elif steady.recorder is None:
+            self._decode(z, video, steady.run)
+        else:
+            self._replay(z, video, steady.run, steady.recorder)
+
+    def _replay(self, z: Tensor, video: Tensor, step: Run, recorder: Recorder) -> None:
+        """`_decode` from its recording, which is made the first time."""
+        if self._recorded is None:
+            given, made = z.clone(), torch.empty_like(video)
+            recorder.warm_up(lambda: self._decode(given, made, step))
+            video.copy_(made)
+            self._recorded = given, made, recorder.record(lambda: self._decode(given, made, step))
+            return
+        given, made, replay = self._recorded
+        given.copy_(z)
+        replay()
+        video.copy_(made)
+
+    def _decode(self, z: Tensor, video: Tensor, step: Run) -> None:
+        done = 0
+        for pixels in self._pixels(step, step(self._parts[0], z, self._histories[0]), 1):
+            frames = pixels.transpose(1, 2)
+            torch.clamp(frames, -1.0, 1.0, out=video[:, done : done + frames.shape[1]])
+            done += frames.shape[1]
+
+    def _pixels(self, step: Run, x: Tensor, part: int) -> Iterator[Tensor]:
+        """What the parts from this one on make of x, in pieces."""
+        if part == len(self._parts):
+            yield x
+            return
+        for piece in torch.split(x, self._pieces[part - 1], dim=2):
+            yield from self._pixels(step, step(self._parts[part], piece, self._histories[part]), part + 1)
 
     def cache_bytes(self) -> int:
-        return _cache_bytes([self._cache])
+        return sum(history.nbytes() for history in self._histories)
+
+    def clear(self) -> None:
+        for history in self._histories:
+            history.clear()
 
 
 @dataclass(frozen=True)
@@ -80,24 +139,27 @@ class TiledFrames:
     of 16.
     """
 
-    def __init__(self, decoder: nn.Module, tile: int) -> None:
-        if tile < TILE_MULTIPLE or tile % TILE_MULTIPLE:
-            raise InputError(f"vae_tile: {tile} pixels is no positive multiple of {TILE_MULTIPLE}.")
+    def __init__(self, decoder: Decoder, tile: int, piece: int = 1) -> None:
+        """`piece`: pixel frames that the last stage works on at once."""
+        check_tile(tile)
         self._tile = tile
+        self._piece = piece
         self._whole, self._stages = split(decoder)
-        self._whole_cache = _empty_cache(self._whole.layers)
-        self._caches: dict[tuple[int, Tile], Slots] = {}
+        self._history = History()
+        self._histories: dict[tuple[int, Tile], History] = {}
 
     def decode(self, z: Tensor, video: Tensor) -> None:
         height, width = video.shape[-2:]
         tiles = list(tiling(height, width, self._tile))
-        x = run(self._whole.layers, z, self._whole_cache)
+        x = run(self._whole.layers, z, self._history)
         last = len(self._stages) - 1
         for index in range(last):
             x = self._assemble(index, x, tiles, height)
         for tile in tiles:
-            pixels = self._run_tile(last, x, tile, height).transpose(1, 2)
-            torch.clamp(pixels, -1.0, 1.0, out=video[..., tile.top : tile.bottom, tile.left : tile.right])
+            part = video[..., tile.top : tile.bottom, tile.left : tile.right]
+            for i, piece in enumerate(torch.split(x, self._piece, dim=2)):
+                pixels = self._run_tile(last, piece, tile, height).transpose(1, 2)
+                torch.clamp(pixels, -1.0, 1.0, out=part[:, i * self._piece : i * self._piece + pixels.shape[1]])
 
     def _assemble(self, index: int, x: Tensor, tiles: Sequence[Tile], height: int) -> Tensor:
         """One stage of the whole frame, [B, C, F, h, w] to [B, C', F', h', w']."""
@@ -117,17 +179,27 @@ class TiledFrames:
         """The tile's part of what a stage makes of `x`, without the halo."""
         stage = self._stages[index]
         per_pixel = height // x.shape[-2]
-        cache = self._caches.setdefault((index, tile), _empty_cache(stage.layers))
+        history = self._histories.setdefault((index, tile), History())
         inputs, outputs = [], []
         for (start, stop), size in zip(_sides(tile), x.shape[-2:], strict=True):
             low, high = start // per_pixel, stop // per_pixel
             first = max(low - stage.halo, 0)
             inputs.append(slice(first, min(high + stage.halo, size)))
             outputs.append(slice((low - first) * stage.scale, (high - first) * stage.scale))
-        return run(stage.layers, x[..., inputs[0], inputs[1]], cache)[..., outputs[0], outputs[1]]
+        return run(stage.layers, x[..., inputs[0], inputs[1]], history)[..., outputs[0], outputs[1]]
 
     def cache_bytes(self) -> int:
-        return _cache_bytes([self._whole_cache, *self._caches.values()])
+        return sum(history.nbytes() for history in (self._history, *self._histories.values()))
+
+    def clear(self) -> None:
+        for history in (self._history, *self._histories.values()):
+            history.clear()
+
+
+def check_tile(tile: int) -> None:
+    """Raises InputError unless the side is one that tiles can have."""
+    if tile < TILE_MULTIPLE or tile % TILE_MULTIPLE:
+        raise InputError(f"vae_tile: {tile} pixels is no positive multiple of {TILE_MULTIPLE}.")
 
 
 def _sides(tile: Tile) -> tuple[tuple[int, int], tuple[int, int]]:
@@ -146,17 +218,16 @@ def _spans(size: int, tile: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def split(decoder: nn.Module) -> tuple[Stage, tuple[Stage, ...]]:
+def split(decoder: Decoder) -> tuple[Stage, tuple[Stage, ...]]:
     """The decoder's layers in order: those that run on whole frames, and the stages that run in tiles.
 
     The cuts are where the whole frame that lies between two stages is small beside what a stage has inside: after the
     first and the second of three enlargements. Fewer cuts would need wider halos, so larger caches and more work; more
     cuts, whole frames of the last level's features.
     """
-    start = [decoder.get_submodule(name) for name in ("conv_in", "mid_block")]
-    blocks = list(cast("nn.ModuleList", decoder.get_submodule("up_blocks")))
-    head = [decoder.get_submodule(name) for name in ("norm_out", "nonlinearity", "conv_out")]
-    return _stage([*start, *blocks[:1]]), (_stage(blocks[1:2]), _stage([*blocks[2:], *head]))
+    layers = decoder.layers()
+    first, second, *_ = (i + 1 for i, layer in enumerate(layers) if isinstance(layer, Upsample))
+    return _stage(layers[:first]), (_stage(layers[first:second]), _stage(layers[second:]))
 
 
 def _stage(layers: Sequence[nn.Module]) -> Stage:
@@ -186,46 +257,3 @@ def halo(layers: Sequence[nn.Module]) -> int:
         elif isinstance(part, nn.Upsample):
             margin = -(-margin // 2)
     return margin
-
-
-def run(layers: Sequence[nn.Module], x: Tensor, cache: Slots) -> Tensor:
-    """The decoder's `layers` on [B, C, F, h, w], with the slots of their causal convolutions, as Diffusers does it."""
-    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d, WanMidBlock, WanUpBlock
-
-    position = [0]
-    for layer in layers:
-        if isinstance(layer, WanCausalConv3d):
-            x = _causal_convolution(layer, x, cache, position)
-        elif isinstance(layer, (WanMidBlock, WanUpBlock)):
-            x = layer(x, feat_cache=cache, feat_idx=position)
-        else:
-            x = layer(x)
-    assert position[0] <= len(cache)
-    return x
-
-
-def _causal_convolution(layer: nn.Module, x: Tensor, cache: Slots, position: list[int]) -> Tensor:
-    """A convolution over the last two frames of the slot at `position` and `x`; the slot then holds x's last two."""
-    slot = position[0]
-    position[0] += 1
-    earlier = cast("Tensor | None", cache[slot])
-    kept = x[:, :, -2:].clone()
-    if kept.shape[2] < 2 and earlier is not None:
-        kept = torch.cat([earlier[:, :, -1:], kept], dim=2)
-    cache[slot] = kept
-    return cast("Tensor", layer(x, earlier))
-
-
-def count_causal_convolutions(module: nn.Module) -> int:
-    """The number of slots that a feature cache for `module` needs."""
-    from diffusers.models.autoencoders.autoencoder_kl_wan import WanCausalConv3d
-
-    return sum(isinstance(part, WanCausalConv3d) for part in module.modules())
-
-
-def _empty_cache(layers: Sequence[nn.Module]) -> Slots:
-    return [None] * sum(count_causal_convolutions(layer) for layer in layers)
-
-
-def _cache_bytes(caches: Sequence[Slots]) -> int:
-    return sum(entry.nbytes for cache in caches for entry in cache if isinstance(entry, Tensor))

@@ -1,0 +1,225 @@
+"""Whole clips as a user waits for them: python -m benchmarks.end_to_end [--resolution 480 --policy packed --json FILE]
+
+Random weights of the full size and random prompt embeddings: no checkpoint, no text encoder. Every clip is made with
+the decoder and the writer beside the denoising, and one after the other; the difference is what overlap wins. Frames
+go to an mp4 if the encoder is installed, else, or with --no_file, to nowhere. On a CPU the models are reduced
+(`--dim`, `--layers`, `--width`), and only ratios mean something.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+from benchmarks.dit import BLOCK, LATENT_SIZES
+from benchmarks.machine import facts
+from benchmarks.steady import STEPS, build_model, make_policy
+from benchmarks.vae import random_vae
+from pipeline.config import InferenceConfig
+from pipeline.decoding import DecodingWay, fastest_way, start_decoder
+from pipeline.engine import passes_of, rehearse
+from pipeline.generator import BlockGenerator, GeneratorSettings
+from pipeline.schedule import DenoisingSchedule
+from pipeline.video_pipeline import FrameWriter, VideoPipeline
+from utils.profiler import Profiler, VideoProfile, format_profile
+from utils.video import VideoWriter
+from wan.config import WAN_1_3B, ModelConfig
+from wan.geometry import pixel_frames
+from wan.vae import VAE
+
+
+@dataclass
+class Arrivals:
+    """A writer that notes when frames come, and passes them on if there is a file."""
+
+    file: VideoWriter | None = None
+    times: list[float] = field(default_factory=list)
+
+    def write(self, frames: Tensor) -> None:
+        self.times.append(time.perf_counter())
+        if self.file is not None:
+            self.file.write(frames)
+
+    def kill(self) -> None:
+        if self.file is not None:
+            self.file.kill()
+
+    @property
+    def steady_fps(self) -> float | None:
+        """Frames a second between the arrivals of blocks, once two have come."""
+        gaps = [later - earlier for earlier, later in zip(self.times[1:], self.times[2:], strict=False)]
+        return pixel_frames(BLOCK, first=False) / statistics.median(gaps) if gaps else None
+
+
+@dataclass(frozen=True)
+class Row:
+    resolution: str
+    policy: str
+    engine: str
+    overlap: bool
+    total_ms: float  # the median clip
+    first_frame_ms: float
+    block_ms: float  # diffusion of a block, median
+    decode_ms: float  # a block's
+    copy_ms: float
+    write_ms: float
+    init_ms: float
+    fps: float  # of the whole clip
+    steady_fps: float | None  # between arrivals of blocks
+    won_ms: float | None  # against the same without overlap
+    peak_bytes: int | None
+
+
+def row(name: tuple[str, str, str, bool], profiles: Sequence[tuple[VideoProfile, float | None]]) -> Row:
+    """The median clip of several."""
+    profile, steady = sorted(profiles, key=lambda pair: pair[0].total_ms)[len(profiles) // 2]
+    blocks = len(profile.block_ms)
+    parts = (profile.vae_ms / blocks, profile.copy_ms / blocks, profile.write_ms / blocks, profile.init_ms)
+    times = (profile.total_ms, profile.first_frame_ms or 0.0, statistics.median(profile.block_ms), *parts)
+    return Row(*name, *times, profile.end_to_end_fps or 0.0, steady, None, profile.peak_bytes)
+
+
+class Bench:
+    """One generator and one VAE, and clips made with them."""
+
+    def __init__(self, arguments: argparse.Namespace, resolution: str, policy: str, device: torch.device) -> None:
+        sizes = model_config(arguments, device)
+        model = build_model(sizes, device)
+        schedule = DenoisingSchedule.build(STEPS, 5.0, warp=True)
+        generator = BlockGenerator(model, GeneratorSettings(schedule, make_policy(policy, sizes, BLOCK)))
+        vae = random_vae(arguments.width, device, model.dtype)
+        height, width = LATENT_SIZES[resolution]
+        size: int | tuple[int, int] = int(resolution) if resolution.isdigit() else (height * 8, width * 8)
+        config = InferenceConfig(resolution=size, num_output_frames=arguments.frames, num_frame_per_block=BLOCK)
+        self.pipeline = VideoPipeline(generator, vae, config)
+        self.device = device
+        self._embeds = torch.randn(sizes.text_len // 8, sizes.text_dim, generator=torch.Generator().manual_seed(0))
+        self._start(arguments.engine, generator, vae)
+
+    def _start(self, engine: str, generator: BlockGenerator, vae: VAE) -> None:
+        if engine != "eager":
+            generator.passes = passes_of(generator.model, engine)
+            rehearse(generator, self.pipeline.geometry)
+        latents = torch.zeros(1, *self.pipeline.geometry.block_shape, device=self.device)
+        start_decoder(vae, engine, True, latents)
+
+    def clip(self, overlap: bool, folder: Path | None) -> tuple[VideoProfile, float | None]:
+        """The profile of a clip, and its steady frames a second."""
+        pipeline = self.pipeline
+        pipeline.overlap = overlap
+        fast: DecodingWay = fastest_way(self.device, BLOCK, overlap)
+        pipeline.way = fast
+        profiler = Profiler(self.device)
+        rollout = pipeline.start([0], [self._embeds], [0], profiler)
+        with ExitStack() as files:
+            file = None
+            if folder is not None:
+                height, width = pipeline.config.pixel_size
+                file = files.enter_context(VideoWriter(folder / "clip.mp4", width, height))
+            writer = Arrivals(file)
+            writers: list[FrameWriter] = [writer]
+            counts = pipeline.deliver(rollout, writers, profiler, lambda _: None)
+            with profiler.host_span("write"):
+                files.close()
+        return pipeline.profile(profiler, rollout, counts, 0), writer.steady_fps
+
+
+def model_config(arguments: argparse.Namespace, device: torch.device) -> ModelConfig:
+    if device.type == "cuda" and arguments.layers is None and arguments.dim is None:
+        return WAN_1_3B
+    dim, layers = arguments.dim or 384, arguments.layers or 2
+    return ModelConfig(dim=dim, ffn_dim=dim * 35 // 6, num_heads=dim // 64, num_layers=layers)
+
+
+def measure(arguments: argparse.Namespace, resolution: str, policy: str, device: torch.device) -> Iterator[Row]:
+    bench = Bench(arguments, resolution, policy, device)
+    with tempfile.TemporaryDirectory() as name:
+        folder = None if arguments.no_file else Path(name)
+        bench.clip(True, folder)  # warms up
+        without = 0.0
+        for overlap in (False, True):
+            if device.type == "cuda":
+                torch.cuda.reset_peak_memory_stats(device)
+            profiles = [bench.clip(overlap, folder) for _ in range(arguments.repeat)]
+            made = row((resolution, policy, arguments.engine, overlap), profiles)
+            if arguments.profile:
+                print(format_profile(profiles[-1][0]))
+            if not overlap:
+                without = made.total_ms
+                yield made
+            else:
+                yield Row(**{**asdict(made), "won_ms": without - made.total_ms})
+
+
+HEADER = "{:6}{:9}{:10}{:8}{:>10}{:>9}{:>9}{:>9}{:>8}{:>8}{:>8}{:>8}{:>8}{:>10}".format(
+    *("rows", "policy", "engine", "overlap", "ms/clip", "first", "ms/block", "decode", "copy", "write", "FPS"),
+    *("steady", "won ms", "peak MiB"),
+)
+
+
+def line(made: Row) -> str:
+    steady, won = ("" if value is None else f"{value:.2f}" for value in (made.steady_fps, made.won_ms))
+    peak = "" if made.peak_bytes is None else f"{made.peak_bytes / 2**20:.0f}"
+    return (
+        f"{made.resolution:6}{made.policy:9}{made.engine:10}{'yes' if made.overlap else 'no':8}{made.total_ms:10.1f}"
+        f"{made.first_frame_ms:9.1f}{made.block_ms:9.1f}{made.decode_ms:9.1f}{made.copy_ms:8.2f}{made.write_ms:8.1f}"
+        f"{made.fps:8.2f}{steady:>8}{won:>8}{peak:>10}"
+    )
+
+
+def parse(argv: Sequence[str] | None) -> argparse.Namespace:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default=default)
+    parser.add_argument("--resolution", help="480, 720, 1080 or tiny; several with commas")
+    parser.add_argument("--policy", default="packed")
+    parser.add_argument("--engine", help="graphed, compiled, recorded or eager")
+    parser.add_argument("--frames", type=int, default=21, help="latent frames; 21 are 81 frames")
+    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--layers", type=int)
+    parser.add_argument("--dim", type=int)
+    parser.add_argument("--width", type=int, help="base_dim of the VAE; that of Wan 2.1 is 96")
+    parser.add_argument("--no_file", action="store_true", help="throw the frames away")
+    parser.add_argument("--profile", action="store_true", help="print the profile of a clip, too")
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args(argv)
+    gpu = torch.device(arguments.device).type == "cuda"
+    arguments.resolution = arguments.resolution or ("480" if gpu else "tiny")
+    arguments.engine = arguments.engine or ("graphed" if gpu else "eager")
+    arguments.width = arguments.width or (96 if gpu else 24)
+    arguments.no_file = arguments.no_file or importlib.util.find_spec("imageio_ffmpeg") is None
+    return arguments
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    arguments = parse(argv)
+    device = torch.device(arguments.device)
+    about = facts(device, ["benchmarks.end_to_end", *(sys.argv[1:] if argv is None else argv)])
+    print(f"{about['device']}, torch {about['torch']}, {'no file' if arguments.no_file else 'to an mp4'}")
+    print(HEADER, flush=True)
+    rows: list[Row] = []
+    for resolution in arguments.resolution.split(","):
+        for policy in arguments.policy.split(","):
+            for made in measure(arguments, resolution, policy, device):
+                rows.append(made)
+                print(line(made), flush=True)
+                if arguments.json is not None:
+                    content = {**about, "file": not arguments.no_file, "rows": [asdict(one) for one in rows]}
+                    arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

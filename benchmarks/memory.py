@@ -1,0 +1,91 @@
+"""What fits into which card, as calculated: python -m benchmarks.memory [--json FILE]
+
+For the 1.3B model in bf16 with packed heads, from the same plan as `--dry_run`: bytes of tensors, with a tenth of the
+card left for libraries and the allocator. Nothing is loaded or measured.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import torch
+
+from benchmarks.tables import markdown
+from dummy.config import DummyForcingConfig
+from pipeline.config import InferenceConfig
+from pipeline.decoding import DecodingWay
+from pipeline.loading import generator_settings
+from pipeline.plan import RESERVE, Planner
+from wan.config import WAN_1_3B, ModelKwargs
+from wan.vae import VAE
+
+CARDS = (8, 12, 16, 24, 40, 80)  # GB as they are sold, which are about GiB
+RESOLUTIONS = (480, 720, 1080)
+
+
+@dataclass(frozen=True)
+class Row:
+    resolution: int
+    card: int
+    peak_gib: float
+    fits: bool
+    way: DecodingWay
+
+
+def configuration(resolution: int) -> InferenceConfig:
+    window = ModelKwargs(local_attn_size=12, sink_size=3)
+    forcing = DummyForcingConfig(num_dummy=180)
+    return InferenceConfig(resolution=resolution, model_kwargs=window, dummy_forcing=forcing)
+
+
+def rows(planner: Planner, resolutions: Sequence[int] = RESOLUTIONS, cards: Sequence[int] = CARDS) -> list[Row]:
+    made = []
+    for resolution in resolutions:
+        config = configuration(resolution)
+        settings = generator_settings(config, planner.sizes)
+        plans = [(way, planner.memory(config, settings, way).peak) for way in planner.ways(config)]
+        for card in cards:
+            room = card * 2**30 * (1 - RESERVE)
+            fitting = [pair for pair in plans if pair[1] <= room]
+            way, peak = fitting[0] if fitting else min(plans, key=lambda pair: pair[1])
+            made.append(Row(resolution, card, peak / 2**30, bool(fitting), way))
+    return made
+
+
+def described(row: Row) -> str:
+    if not row.fits:
+        return f"no ({row.peak_gib:.1f} GiB)"
+    how = "fast" if row.way.aside else "small" if row.way.tile is None else f"tiles of {row.way.tile}"
+    return f"{row.peak_gib:.1f} GiB, {how}"
+
+
+def table(made: Sequence[Row]) -> str:
+    cards = sorted({row.card for row in made})
+    body = []
+    for resolution in sorted({row.resolution for row in made}):
+        cells = {row.card: described(row) for row in made if row.resolution == resolution}
+        body.append((str(resolution), *(cells[card] for card in cards)))
+    return markdown(("rows of pixels", *(f"{card} GB" for card in cards)), body)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args(argv)
+    made = rows(Planner(WAN_1_3B, VAE.published(torch.bfloat16), torch.bfloat16))
+    print(table(made))
+    if arguments.json is not None:
+        command = " ".join(["benchmarks.memory", *(sys.argv[1:] if argv is None else argv)])
+        content = {"device": "calculated", "torch": torch.__version__, "command": command}
+        text = json.dumps({**content, "rows": [asdict(row) for row in made]}, indent=1)
+        arguments.json.write_text(text + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,207 @@
+"""The VAE's decoder alone: python -m benchmarks.vae [--resolution 480,720,1080 --engine eager,compiled,graphed]
+
+A clip of 81 frames in blocks of 12, with random weights of the full size. Diffusers' decode of the whole clip, in the
+same dtype and the same run, is the first row; peak signal to noise is against Diffusers in float32. On a CPU the
+decoder is reduced (`--width`), and only ratios mean something. Rows are stored as they come.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.dit import BLOCK, LATENT_SIZES
+from benchmarks.machine import ceilings, facts, seconds
+from pipeline.decoding import fastest_way, start_decoder
+from utils.memory import PeakTracker, format_bytes
+from wan.vae import VAE
+from wan.vae_modules import VAEConfig, VAEModule
+
+
+@dataclass(frozen=True)
+class Row:
+    resolution: str
+    decoder: str
+    engine: str
+    dtype: str
+    clip_ms: float  # all frames of the clip
+    block_ms: float | None  # a steady block of 12 frames (None: not decoded in blocks)
+    ratio: float  # of the first row's clip to this one's
+    peak_bytes: int  # beside the weights
+    peak_ratio: float  # to the first row's
+    decibel: float  # to Diffusers in float32
+
+
+def random_vae(width: int, device: torch.device, dtype: torch.dtype) -> VAE:
+    """Random weights of a kind that keeps the video within its range."""
+    config = VAEConfig(base_dim=width)
+    with torch.device("meta"):
+        module = VAEModule(config)
+    module = module.to_empty(device="cpu").requires_grad_(False)
+    generator = torch.Generator().manual_seed(0)
+    for name, parameter in module.named_parameters():
+        if "gamma" in name:
+            parameter.fill_(1.0)
+        elif name.endswith("bias"):
+            parameter.zero_()
+        else:
+            parameter.normal_(0.0, 1 / math.sqrt(parameter[0].numel()), generator=generator)
+    vae = VAE(module, config)
+    sample = vae.decoder().decode(torch.randn(1, 1, 16, 8, 8, generator=generator))
+    vae.module.decoder.conv_out.weight.mul_(0.3 / sample.std())
+    return VAE(module.to(device, dtype), config)
+
+
+def twin(vae: VAE) -> Any:
+    """Diffusers' AutoencoderKLWan with the same weights, which lie in memory as ours do."""
+    from diffusers import AutoencoderKLWan
+
+    sizes = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(vae.config).items()}
+    build: Any = AutoencoderKLWan  # untyped
+    with torch.device("meta"):
+        module = build(**sizes)
+    module.load_state_dict(vae.module.state_dict(), strict=True, assign=True)
+    return module.eval()
+
+
+@torch.no_grad()
+def decode_whole(module: Any, vae: VAE, latents: Tensor) -> Tensor:
+    z = vae.denormalize(latents).to(vae.dtype).transpose(1, 2)
+    video: Tensor = module.decode(z).sample
+    return video.transpose(1, 2)
+
+
+def decode_streamed(vae: VAE, latents: Tensor, use: Callable[[Tensor], object]) -> None:
+    """Block by block; `use` sees every block, and nothing is kept."""
+    decoder = vae.decoder(fastest_way(vae.device, BLOCK, overlap=False).frames)
+    for block in torch.split(latents, BLOCK, dim=1):
+        use(decoder.decode(block))
+    decoder.close()
+
+
+def peak_of(function: Callable[[], object], device: torch.device) -> int:
+    """Bytes of tensors at once beside those that are there already."""
+    if device.type != "cuda":
+        with PeakTracker() as tracker:
+            function()
+        return int(tracker.peak)
+    torch.cuda.empty_cache()
+    before = torch.cuda.memory_allocated(device)
+    torch.cuda.reset_peak_memory_stats(device)
+    function()
+    torch.cuda.synchronize(device)
+    return torch.cuda.max_memory_allocated(device) - before
+
+
+def decibel(a: Tensor, b: Tensor) -> float:
+    """Peak signal to noise of videos in [-1, 1]."""
+    return float(10 * torch.log10(4 / (a.double() - b.double()).square().mean().clamp_min(1e-20)))
+
+
+def steady_block_seconds(vae: VAE, latents: Tensor, repeat: int) -> float:
+    decoder = vae.decoder(fastest_way(vae.device, BLOCK, overlap=False).frames)
+    block = latents[:, :BLOCK]
+    decoder.decode(block)
+    decoder.decode(block)
+    took = seconds(lambda: decoder.decode(block), vae.device, repeat)
+    decoder.close()
+    return took
+
+
+def measure(arguments: argparse.Namespace, resolution: str, device: torch.device) -> Iterator[Row]:
+    dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
+    vae = random_vae(arguments.width, device, dtype)
+    shape = (1, arguments.frames, 16, *LATENT_SIZES[resolution])
+    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
+    exact_vae = random_vae(arguments.width, device, torch.float32)
+    exact = decode_whole(twin(exact_vae), exact_vae, latents).cpu()
+    del exact_vae
+    name = str(dtype).removeprefix("torch.")
+    first = diffusers_row(vae, latents, exact, resolution, name, arguments.repeat)
+    yield first
+    for engine in arguments.engine.split(","):
+        start_decoder(vae, engine, True, latents[:, :BLOCK])
+        video = streamed_video(vae, latents)
+        clip = seconds(lambda: decode_streamed(vae, latents, lambda _: None), device, arguments.repeat) * 1000
+        block = steady_block_seconds(vae, latents, arguments.repeat) * 1000
+        if engine in ("eager", "compiled"):
+            vae.forget()  # so that what a video needs is counted; a recording keeps its memory
+        peak = peak_of(lambda: decode_streamed(vae, latents, lambda _: None), device)
+        ratios = first.clip_ms / clip, peak, peak / first.peak_bytes
+        yield Row(resolution, "ours", engine, name, clip, block, *ratios, decibel(video, exact))
+
+
+def diffusers_row(vae: VAE, latents: Tensor, exact: Tensor, resolution: str, dtype: str, repeat: int) -> Row:
+    module = twin(vae)
+    for parameter in module.parameters():  # as it is loaded
+        parameter.data = parameter.data.contiguous()
+    video = decode_whole(module, vae, latents).cpu()
+    clip = seconds(lambda: decode_whole(module, vae, latents), vae.device, repeat) * 1000
+    peak = peak_of(lambda: decode_whole(module, vae, latents), vae.device)
+    return Row(resolution, "Diffusers", "eager", dtype, clip, None, 1.0, peak, 1.0, decibel(video, exact))
+
+
+def streamed_video(vae: VAE, latents: Tensor) -> Tensor:
+    pieces: list[Tensor] = []
+    decode_streamed(vae, latents, lambda video: pieces.append(video.cpu()))
+    return torch.cat(pieces, dim=1)
+
+
+def line(row: Row) -> str:
+    block = "" if row.block_ms is None else f"{row.block_ms:.1f}"
+    return (
+        f"{row.resolution:6}{row.decoder:10}{row.engine:10}{row.dtype:10}{row.clip_ms:10.1f}{block:>10}{row.ratio:8.2f}"
+        f"{format_bytes(row.peak_bytes):>12}{row.peak_ratio:8.2f}{row.decibel:8.1f}"
+    )
+
+
+HEADER = "{:6}{:10}{:10}{:10}{:>10}{:>10}{:>8}{:>12}{:>8}{:>8}".format(
+    "rows", "decoder", "engine", "dtype", "ms/clip", "ms/block", "faster", "peak", "peak/D", "dB"
+)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    default = "cuda" if torch.cuda.is_available() else "cpu"
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--device", default=default)
+    parser.add_argument("--resolution", help="480, 720, 1080 or tiny; several with commas")
+    parser.add_argument("--engine", help="eager, compiled, recorded, graphed; on a CPU they are the same")
+    parser.add_argument("--width", type=int, help="base_dim of the VAE; that of Wan 2.1 is 96")
+    parser.add_argument("--frames", type=int, default=21, help="latent frames; 21 are 81 frames")
+    parser.add_argument("--repeat", type=int)
+    parser.add_argument("--json", type=Path)
+    arguments = parser.parse_args(argv)
+    device = torch.device(arguments.device)
+    gpu = device.type == "cuda"
+    arguments.resolution = arguments.resolution or ("480,720" if gpu else "tiny")
+    arguments.engine = arguments.engine or ("graphed,compiled,eager" if gpu else "eager")
+    arguments.width = arguments.width or (96 if gpu else 24)
+    arguments.repeat = arguments.repeat or (5 if gpu else 1)
+    command = ["benchmarks.vae", *(sys.argv[1:] if argv is None else argv)]
+    about = {**facts(device, command), "width": arguments.width, "frames": arguments.frames}
+    if gpu:
+        about["ceilings"] = ceilings(device, torch.bfloat16)
+    print(f"{about['device']}, torch {about['torch']}, width {arguments.width}, {arguments.frames} latent frames")
+    print(HEADER, flush=True)
+    rows: list[Row] = []
+    for resolution in arguments.resolution.split(","):
+        for row in measure(arguments, resolution, device):
+            rows.append(row)
+            print(line(row), flush=True)
+            if arguments.json is not None:
+                content = {**about, "rows": [asdict(one) for one in rows]}
+                arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,102 @@
+"""Ways that take less memory, in order; and a plan that says what a run really takes."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from pipeline.assembly import assemble
+from pipeline.config import InferenceConfig, load_config
+from pipeline.decoding import DecodingWay
+from pipeline.jobs import read_jobs
+from pipeline.loading import generator_settings, text_encoder_place
+from pipeline.plan import Planner, planner_for
+from tests.conftest import ROOT, Program
+from utils.memory import PeakTracker
+from utils.video import probe
+from wan.config import WAN_1_3B
+from wan.vae import VAE
+
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
+FAST, SMALL = DecodingWay(3, aside=True), DecodingWay(1, piece=1)
+GIB = 2**30
+
+
+@pytest.fixture(scope="module")
+def planner() -> Planner:
+    return Planner(WAN_1_3B, VAE.published(torch.bfloat16), torch.bfloat16)
+
+
+def published(*overrides: str) -> InferenceConfig:
+    return load_config(ROOT / "configs" / "self_forcing_inference.yaml", overrides)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "first", "tiles"),
+    [
+        ((), [FAST, SMALL], True),
+        (("low_memory=true",), [SMALL], True),
+        (("low_memory=false",), [FAST], True),
+        (("overlap=false",), [DecodingWay(3), SMALL], True),
+        (("vae_tile=never",), [FAST, SMALL], False),
+        (("vae_tile=256",), [DecodingWay(3, 256, aside=True), DecodingWay(1, 256, piece=1)], False),
+    ],
+)
+def test_ways_from_the_fastest_to_the_smallest(
+    planner: Planner, overrides: tuple[str, ...], first: list[DecodingWay], tiles: bool
+) -> None:
+    ways = list(planner.ways(published(*overrides)))
+    assert ways[: len(first)] == first
+    rest = [way.tile for way in ways[len(first) :]]
+    assert rest == (sorted(rest, key=lambda tile: -(tile or 0)) if tiles else [])
+    assert bool(rest) == tiles
+
+
+def test_less_memory_when_there_is_less(planner: Planner) -> None:
+    config = published("resolution=1080")
+    settings = generator_settings(config, planner.sizes)
+    peaks = [planner.memory(config, settings, way).peak for way in (FAST, SMALL)]
+    assert peaks[1] < 0.8 * peaks[0]
+    assert planner.way(config, settings, 80 * GIB) == FAST
+    assert planner.way(config, settings, int(peaks[1] / 0.9) + 1) == SMALL
+    assert planner.way(config, settings, GIB).tile == 384  # nothing fits: the least there is
+
+
+def test_what_works_at_the_same_time_is_there_at_the_same_time(planner: Planner) -> None:
+    config = published()
+    settings = generator_settings(config, planner.sizes)
+    aside, after = (planner.memory(config, settings, DecodingWay(3, aside=both)) for both in (True, False))
+    less = min(aside.transformer_activations, aside.vae_activations)
+    assert aside.peak - after.peak == less > 0
+
+
+def test_another_device_for_the_vae_is_counted_apart(planner: Planner) -> None:
+    together, apart = (
+        planner.memory(config, generator_settings(config, planner.sizes))
+        for config in (published(), published("vae_device=cuda:1"))
+    )
+    assert apart.peak == together.peak - together.vae_peak
+    assert any("peak on the device of the VAE" in line for line in apart.lines())
+
+
+def test_the_text_encoder_stays_on_the_cpu() -> None:
+    assert text_encoder_place(published("low_memory=true"), GPU) == CPU
+    assert text_encoder_place(published("low_memory=true", "text_encoder_device=device"), GPU) == GPU
+
+
+@pytest.mark.parametrize("overrides", [(), ("low_memory=true",), ("vae_tile=128",)])
+def test_a_plan_says_what_a_run_takes(program: Program, overrides: tuple[str, ...]) -> None:
+    """Within a tenth, as bytes of tensors, with everything from the first block to the written file."""
+    arguments = program.arguments("resolution=[256,384]", "num_output_frames=12", *overrides)
+    config = load_config(arguments[1], arguments[2:])
+    program.videos.mkdir()
+    job = read_jobs(config)[0]
+    pipeline, embeds = assemble(config, job.prompts, CPU)
+    planner = planner_for(config, CPU)
+    plan = planner.memory(config, generator_settings(config, planner.sizes), pipeline.way)
+    with PeakTracker() as tracker:
+        pipeline.write([job], embeds, lambda _: None)
+    assert plan.peak == pytest.approx(tracker.peak + plan.transformer + plan.vae, rel=0.1)
+    assert probe(Path(job.path)).frames == 45

@@ -1,0 +1,281 @@
+"""The layers of Wan's VAE for frames that come in pieces: convolutions over time that remember the frames before.
+
+A piece [B, C, T, H, W] lies in memory with its channels last (channels_last_3d), so that every pixel's channels are
+neighbours: norms read them at once, and convolutions and attention take them as they are. `History` holds what the next
+piece needs, in tensors that are allocated once, so that a video of any length keeps to the same addresses. A
+convolution sees the frames before and the new ones in one buffer, into which the norm writes directly; rows and columns
+are padded by the convolution itself.
+
+Parameters have the names of Diffusers' AutoencoderKLWan. This file does not know the order of the layers.
+Source: Wan 2.1 (arXiv 2503.20314), section 4.1.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+CUBE = (3, 3, 3)
+TINY = 1e-12  # keeps a pixel of nothing but zeros from being divided by 0
+
+
+class History:
+    """The frames before, for some layers in the order in which they run: zeros until a piece has gone through.
+
+    `first` says that none has. `begin` must be called before every piece, `end` after it.
+    """
+
+    def __init__(self) -> None:
+        self.first = True
+        self._kept: list[Tensor] = []
+        self._next = 0
+
+    def begin(self) -> None:
+        self._next = 0
+
+    def end(self) -> None:
+        assert self.first or self._next == len(self._kept), "other layers than those of the last piece"
+        self.first = False
+
+    def clear(self) -> None:
+        """Be as new, in the same memory."""
+        for kept in self._kept:
+            kept.zero_()
+        self.first = True
+
+    def nbytes(self) -> int:
+        return sum(kept.nbytes for kept in self._kept)
+
+    def window(self, x: Tensor, frames: int, norm: RMSNorm | None = None) -> Tensor:
+        """The last `frames` frames of the layer's earlier input, then x [B, C, T, H, W] (normalised and activated, if
+        there is a norm): [B, C, frames + T, H, W]. Its last frames are kept for the next piece.
+        """
+        kept = self._slot(x, frames)
+        if torch.compiler.is_compiling():  # the compiler joins norm and activation, and writes them where they go
+            new = x if norm is None else norm.activated(x)
+            window = torch.cat([kept, new], dim=2)
+        else:
+            window = empty(x, frames + x.shape[2])
+            window[:, :, :frames] = kept
+            if norm is None:
+                window[:, :, frames:] = x
+            else:
+                norm.activated_into(x, window[:, :, frames:])
+        kept.copy_(window[:, :, -frames:])
+        return window
+
+    def pass_over(self, x: Tensor, frames: int) -> None:
+        """Instead of `window`, for a layer that does not see this piece: what is kept stays."""
+        self._slot(x, frames)
+
+    def _slot(self, x: Tensor, frames: int) -> Tensor:
+        if self._next == len(self._kept):
+            self._kept.append(empty(x, frames).zero_())
+        self._next += 1
+        return self._kept[self._next - 1]
+
+
+def empty(like: Tensor, frames: int) -> Tensor:
+    """[B, C, frames, H, W] with channels last."""
+    batch, channels, _, height, width = like.shape
+    return like.new_empty(batch, frames, height, width, channels).permute(0, 4, 1, 2, 3)
+
+
+def run(layers: Sequence[nn.Module], x: Tensor, history: History) -> Tensor:
+    """The layers on the next piece [B, C, T, H, W] of a video, each called as layer(x, history)."""
+    history.begin()
+    for layer in layers:
+        x = layer(x, history)
+    history.end()
+    return x
+
+
+class RMSNorm(nn.Module):
+    """Divides by the root of the mean square over the channels, dimension 1."""
+
+    def __init__(self, channels: int, dimensions: int) -> None:
+        """`dimensions` that follow the channels: 3 for video, 2 for images."""
+        super().__init__()
+        self.gamma = nn.Parameter(torch.ones(channels, *[1] * dimensions))
+        self._root = channels**0.5
+
+    def forward(self, x: Tensor) -> Tensor:
+        normalised: Tensor = x / _length(x) * self._root * self.gamma
+        return normalised.to(x.dtype)
+
+    def activated(self, x: Tensor) -> Tensor:
+        """silu(norm(x)), rounded once."""
+        return F.silu(x / _length(x) * self._root * self.gamma).to(x.dtype)
+
+    def activated_into(self, x: Tensor, out: Tensor) -> None:
+        """`activated` without further memory. Scaled in two steps: so the sums have Diffusers' bits in float32."""
+        torch.div(x, _length(x), out=out)
+        out.mul_(self._root).mul_(self.gamma)
+        F.silu(out, inplace=True)
+
+
+def _length(x: Tensor) -> Tensor:
+    """The Euclidean length of every pixel's channels, [B, 1, ...]."""
+    length: Tensor = torch.linalg.vector_norm(x, dim=1, keepdim=True, dtype=torch.promote_types(x.dtype, torch.float32))
+    return length.clamp_min_(TINY)
+
+
+class CausalConv3d(nn.Conv3d):
+    """A convolution that sees the kernel's length less 1 of the frames before.
+
+    `planes`: computed as a sum over the kernel's planes, each of which is a convolution of images. PyTorch's CPU
+    kernels for images are several times faster where pieces are short or channels no multiple of 16, and never slower;
+    the sum rounds in another order.
+    """
+
+    planes = False
+
+    def __init__(
+        self, channels_in: int, channels_out: int, kernel: int | tuple[int, int, int], stride: int = 1
+    ) -> None:
+        """`stride` over time."""
+        sides = (kernel,) * 3 if isinstance(kernel, int) else kernel
+        padding = (0, sides[1] // 2, sides[2] // 2)
+        super().__init__(channels_in, channels_out, sides, (stride, 1, 1), padding)
+
+    def forward(  # type: ignore[override]  # as every layer here
+        self, x: Tensor, history: History, norm: RMSNorm | None = None
+    ) -> Tensor:
+        """[B, C, T, H, W] to [B, C', T, H, W] at stride 1. With `norm`, of silu(norm(x))."""
+        return self.convolved(history.window(x, self.before, norm) if self.before else x)
+
+    @property
+    def before(self) -> int:
+        """How many of the frames before it sees."""
+        return self.kernel_size[0] - self.stride[0]
+
+    def convolved(self, window: Tensor) -> Tensor:
+        """Without history: [B, C, T + kernel - 1, H, W] to [B, C', T, H, W]."""
+        if not self.planes:
+            return super().forward(window)
+        stride = self.stride[0]
+        stop = window.shape[2] - self.kernel_size[0] + 1
+        total = self._plane(window[:, :, :stop:stride], 0)
+        for k in range(1, self.kernel_size[0]):
+            total += self._plane(window[:, :, k : stop + k : stride], k)
+        return as_video(total, window.shape[0])
+
+    def _plane(self, frames: Tensor, k: int) -> Tensor:
+        bias = self.bias if k == 0 else None
+        return F.conv2d(as_frames(frames), self.weight[:, :, k], bias, padding=self.padding[1:])
+
+    def use_planes(self, on: bool) -> None:
+        """Set `planes`, and put the weights in memory as it takes them: plane by plane, or channels last."""
+        self.planes = on
+        order, back = ((2, 0, 3, 4, 1), (1, 4, 0, 2, 3)) if on else ((0, 2, 3, 4, 1), (0, 4, 1, 2, 3))
+        self.weight.data = self.weight.data.permute(order).contiguous().permute(back)
+
+
+class ResidualBlock(nn.Module):
+    def __init__(self, channels_in: int, channels_out: int) -> None:
+        super().__init__()
+        self.norm1 = RMSNorm(channels_in, 3)
+        self.conv1 = CausalConv3d(channels_in, channels_out, CUBE)
+        self.norm2 = RMSNorm(channels_out, 3)
+        self.conv2 = CausalConv3d(channels_out, channels_out, CUBE)
+        self.conv_shortcut = CausalConv3d(channels_in, channels_out, (1, 1, 1)) if channels_in != channels_out else None
+
+    def forward(self, x: Tensor, history: History) -> Tensor:
+        shortcut = x if self.conv_shortcut is None else self.conv_shortcut(x, history)
+        x = self.conv1(x, history, self.norm1)
+        x = self.conv2(x, history, self.norm2)
+        return x.add_(shortcut)
+
+
+class AttentionBlock(nn.Module):
+    """Every pixel of a frame attends to all pixels of that frame, with one head."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.norm = RMSNorm(channels, 2)
+        self.to_qkv = nn.Conv2d(channels, 3 * channels, 1)
+        self.proj = nn.Conv2d(channels, channels, 1)
+
+    def forward(self, x: Tensor, history: History) -> Tensor:
+        frames = as_frames(x)
+        tokens = self.norm(frames).permute(0, 2, 3, 1).flatten(1, 2).unsqueeze(1)  # [B·T, 1, H·W, C]
+        q, k, v = _linear(self.to_qkv, tokens).chunk(3, dim=-1)
+        attended = _linear(self.proj, F.scaled_dot_product_attention(q, k, v))
+        batch, channels, count, height, width = x.shape
+        return x + attended.view(batch, count, height, width, channels).permute(0, 4, 1, 2, 3)
+
+
+def _linear(convolution: nn.Conv2d, tokens: Tensor) -> Tensor:
+    return F.linear(tokens, convolution.weight.flatten(1), convolution.bias)
+
+
+def as_frames(x: Tensor) -> Tensor:
+    """[B, C, T, H, W] as images [B·T, C, H, W]; a view where the channels are last."""
+    return x.transpose(1, 2).flatten(0, 1)
+
+
+def as_video(frames: Tensor, batch: int) -> Tensor:
+    """The reverse of `as_frames`."""
+    return frames.view(batch, -1, *frames.shape[1:]).transpose(1, 2)
+
+
+class MidBlock(nn.Module):
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.attentions = nn.ModuleList([AttentionBlock(channels)])
+        self.resnets = nn.ModuleList([ResidualBlock(channels, channels) for _ in range(2)])
+
+    def forward(self, x: Tensor, history: History) -> Tensor:
+        for layer in (self.resnets[0], self.attentions[0], self.resnets[1]):
+            x = layer(x, history)
+        return x
+
+
+class Upsample(nn.Module):
+    """Twice as high and wide with half of the channels, and, if `time`, twice as many frames.
+
+    The first frame of a video stays one, and the frames after it do not see it over time.
+    """
+
+    def __init__(self, channels: int, time: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.Upsample(scale_factor=2), nn.Conv2d(channels, channels // 2, 3, padding=1))
+        self.time_conv = CausalConv3d(channels, 2 * channels, (3, 1, 1)) if time else None
+
+    def forward(self, x: Tensor, history: History) -> Tensor:
+        batch = x.shape[0]
+        if self.time_conv is not None and history.first:
+            history.pass_over(x, self.time_conv.before)
+        if self.time_conv is None or history.first:
+            frames = as_frames(x).unsqueeze(1)
+        else:  # channels come out as two frames: [B, 2·C, T, H, W] to [B·T, 2, C, H, W]
+            frames = as_frames(self.time_conv(x, history))
+            frames = frames.view(frames.shape[0], 2, -1, *frames.shape[2:])
+        return as_video(self.resample[1](_doubled(frames)), batch)
+
+
+def _doubled(frames: Tensor) -> Tensor:
+    """[N, K, C, H, W] to [N·K, C, 2·H, 2·W], every pixel four times, in one copy that leaves the channels last."""
+    count, parts, channels, height, width = frames.shape
+    pixels = frames.permute(0, 1, 3, 4, 2)[:, :, :, None, :, None]
+    doubled = pixels.expand(count, parts, height, 2, width, 2, channels)
+    return doubled.reshape(count * parts, 2 * height, 2 * width, channels).permute(0, 3, 1, 2)
+
+
+class Downsample(nn.Module):
+    """Half as high and wide and, if `time`, half as many frames; the first frame of a video stays one."""
+
+    def __init__(self, channels: int, time: bool) -> None:
+        super().__init__()
+        self.resample = nn.Sequential(nn.ZeroPad2d((0, 1, 0, 1)), nn.Conv2d(channels, channels, 3, stride=2))
+        self.time_conv = CausalConv3d(channels, channels, (3, 1, 1), stride=2) if time else None
+
+    def forward(self, x: Tensor, history: History) -> Tensor:
+        x = as_video(self.resample(as_frames(x)), x.shape[0])
+        if self.time_conv is None:
+            return x
+        window = history.window(x, self.time_conv.before)
+        return x if history.first else self.time_conv.convolved(window)
