@@ -80,6 +80,10 @@ if [ "$SMALL" = yes ]; then
     vectors vectors_compiled_fp32 compiled fp32 120 "${FEW[0]}"
     part tests_gpu 60 "$PYTHON" -m pytest -m gpu -q tests/test_gpu.py tests/test_attention.py tests/test_fp8.py
     dit tiny 120 --resolution tiny --dim 64 --layers 1 --policy full,packed --engine eager,compiled --repeat 1 --profile
+    TINY=(--device "$DEVICE" --resolution tiny --width 8 --repeat 1)
+    part vae 60 "$PYTHON" -m benchmarks.vae "${TINY[@]}" --json "$FOLDER/vae.json"
+    part end_to_end 60 "$PYTHON" -m benchmarks.end_to_end "${TINY[@]}" --dim 64 --layers 1 --engine eager \
+        --json "$FOLDER/end_to_end.json"
 else
     vectors vectors_eager_fp32 eager fp32 40 "${ALL[@]}"
     vectors vectors_recorded_fp32 recorded fp32 40 "${ALL[@]}"
@@ -88,10 +92,15 @@ else
     vectors vectors_graphed_bf16 graphed bf16 60 "${FEW[@]}"
     part tests_gpu 60 "$PYTHON" -m pytest -m gpu -q tests/test_gpu.py tests/test_attention.py tests/test_fp8.py
     dit dit_480 150 --resolution 480 --engine graphed,compiled,eager --policy packed,full,window,prune --profile
+    part vae 60 "$PYTHON" -m benchmarks.vae --resolution 480 --engine graphed,eager --json "$FOLDER/vae.json"
+    part end_to_end 60 "$PYTHON" -m benchmarks.end_to_end --resolution 480 --engine graphed --policy packed --profile \
+        --no_file --json "$FOLDER/end_to_end.json"
     dit dit_fp8_480 60 --resolution 480 --engine graphed --policy packed --precision auto,fp8 --repeat 3 --profile
     dit dit_attention_480 60 --resolution 480 --engine graphed --policy packed,full --attention sdpa,cudnn,fa2,fa3 --repeat 3
     dit dit_720 90 --resolution 720 --engine graphed --policy packed,full --repeat 3 --profile
     dit dit_1080 100 --resolution 1080 --engine graphed --policy packed,full --repeat 3 --profile
+    part vae_1080 60 "$PYTHON" -m benchmarks.vae --resolution 720,1080 --engine graphed --frames 9 --repeat 3 \
+        --json "$FOLDER/vae_1080.json"
 fi
 grep -q FAILED "$FOLDER/summary.txt" && exit 1
 exit 0

@@ -185,6 +185,8 @@ def test_all_for_a_gpu_in_one_call(tmp_path: Path) -> None:
         "vectors_compiled_fp32",
         "tests_gpu",
         "tiny",
+        "vae",
+        "end_to_end",
     ]
     assert done.stdout.splitlines() == lines
     endings = {line[33:].strip() for line in lines}
