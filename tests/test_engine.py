@@ -69,12 +69,12 @@ def test_what_does_not_compile_gives_way_or_is_an_error(
     import torch._inductor.config
 
     monkeypatch.setenv("TORCHINDUCTOR_CACHE_DIR", str(tmp_path))
-    monkeypatch.setattr(torch._inductor.config.cpp, "cxx", ("no-such-compiler",))
-    made = generator(tiny_model(), "window")
-    with pytest.raises(InputError, match=r"engine: 'compiled' does not run here \(.+\); use engine=eager"):
-        start_engine(made, "compiled", GEOMETRY)
-    torch._dynamo.reset()
-    prepare(made, "compiled", GEOMETRY, 1, required=False)
+    with torch._inductor.config.patch({"cpp.cxx": ("no-such-compiler",)}):
+        made = generator(tiny_model(), "window")
+        with pytest.raises(InputError, match=r"engine: 'compiled' does not run here \(.+\); use engine=eager"):
+            start_engine(made, "compiled", GEOMETRY)
+        torch._dynamo.reset()
+        prepare(made, "compiled", GEOMETRY, 1, required=False)
     (record,) = [
         record
         for record in caplog.records
