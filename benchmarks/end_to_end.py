@@ -23,7 +23,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from benchmarks.dit import BLOCK, LATENT_SIZES
+from benchmarks.dit import BLOCK, LATENT_SIZES, model_config
 from benchmarks.machine import facts
 from benchmarks.steady import STEPS, build_model, make_policy
 from benchmarks.vae import random_vae
@@ -35,7 +35,6 @@ from pipeline.schedule import DenoisingSchedule
 from pipeline.video_pipeline import FrameWriter, VideoPipeline
 from utils.profiler import Profiler, VideoProfile, format_profile
 from utils.video import VideoWriter
-from wan.config import WAN_1_3B, ModelConfig
 from wan.geometry import pixel_frames
 from wan.vae import VAE
 
@@ -134,13 +133,6 @@ class Bench:
             with profiler.host_span("write"):
                 files.close()
         return pipeline.profile(profiler, rollout, counts, 0), writer.steady_fps
-
-
-def model_config(arguments: argparse.Namespace, device: torch.device) -> ModelConfig:
-    if device.type == "cuda" and arguments.layers is None and arguments.dim is None:
-        return WAN_1_3B
-    dim, layers = arguments.dim or 384, arguments.layers or 2
-    return ModelConfig(dim=dim, ffn_dim=dim * 35 // 6, num_heads=dim // 64, num_layers=layers)
 
 
 def measure(arguments: argparse.Namespace, resolution: str, policy: str, device: torch.device) -> Iterator[Row]:

@@ -15,7 +15,7 @@ from pathlib import Path
 
 import torch
 
-from benchmarks.tables import markdown
+from benchmarks.tables import memory
 from dummy.config import DummyForcingConfig
 from pipeline.config import InferenceConfig
 from pipeline.decoding import DecodingWay
@@ -57,20 +57,8 @@ def rows(planner: Planner, resolutions: Sequence[int] = RESOLUTIONS, cards: Sequ
     return made
 
 
-def described(row: Row) -> str:
-    if not row.fits:
-        return f"no ({row.peak_gib:.1f} GiB)"
-    how = "fast" if row.way.aside else "small" if row.way.tile is None else f"tiles of {row.way.tile}"
-    return f"{row.peak_gib:.1f} GiB, {how}"
-
-
 def table(made: Sequence[Row]) -> str:
-    cards = sorted({row.card for row in made})
-    body = []
-    for resolution in sorted({row.resolution for row in made}):
-        cells = {row.card: described(row) for row in made if row.resolution == resolution}
-        body.append((str(resolution), *(cells[card] for card in cards)))
-    return markdown(("rows of pixels", *(f"{card} GB" for card in cards)), body)
+    return memory({"rows": [asdict(row) for row in made]})
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -78,12 +66,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
     made = rows(Planner(WAN_1_3B, VAE.published(torch.bfloat16), torch.bfloat16))
+    command = " ".join(["benchmarks.memory", *(sys.argv[1:] if argv is None else argv)])
+    content = {"device": "calculated, not measured", "torch": torch.__version__, "command": command}
+    content |= {"rows": [asdict(row) for row in made]}
     print(table(made))
     if arguments.json is not None:
-        command = " ".join(["benchmarks.memory", *(sys.argv[1:] if argv is None else argv)])
-        content = {"device": "calculated", "torch": torch.__version__, "command": command}
-        text = json.dumps({**content, "rows": [asdict(row) for row in made]}, indent=1)
-        arguments.json.write_text(text + "\n", encoding="utf-8")
+        arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
     return 0
 
 

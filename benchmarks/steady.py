@@ -10,15 +10,15 @@ from torch import Tensor
 from benchmarks.machine import elapsed
 from dummy.config import DummyForcingConfig
 from dummy.policy import ContextPolicy, policy_from_config
-from pipeline.cost import assumed_roles
+from pipeline.cost import assumed_roles, block_operations
 from pipeline.generator import BlockGenerator, GeneratorSettings, Passes, Segment
 from pipeline.schedule import DenoisingSchedule
+from pipeline.speed import fill
 from utils.seed import NoiseStream
 from wan.attention import AttentionName, attention_backend
 from wan.config import ModelConfig, ModelKwargs
 from wan.geometry import LatentGeometry
 from wan.model import CausalWanModel
-from wan.operations import clean_pass_operations, forward_operations
 
 POLICIES = ("full", "window", "prune", "packed", "long")
 STEPS = (1000, 750, 500, 250)
@@ -76,19 +76,16 @@ class SteadyBlock:
         self.start = self.geometry.num_frames - 2 * block
         self.rollout = self._generator.start(self.geometry, [Segment(0, self._text)], NoiseStream([0]))
         self.prepare()
+        own = self.geometry.frames_per_block
+        heads = self.model.config.num_layers * self.model.config.num_heads
+        # Visible frames in the block, its own included, summed over the heads of all layers.
+        self.head_frames = round((self.rollout.cache.frames_per_head + own) * heads)
 
     @torch.inference_mode()
     def prepare(self) -> None:
         """Fill the cache as the earlier blocks of a video leave it; anew, since a block moves into it."""
-        generator = torch.Generator(self.model.device).manual_seed(0)
-        config, cache = self.model.config, self.rollout.cache
-        shape = (1, self.geometry.tokens_per_block, config.num_heads, config.head_dim)
-        cache.forget()
-        for start in range(0, self.start, self.geometry.frames_per_block):
-            frames = range(start, start + self.geometry.frames_per_block)
-            for layer in cache.layers:
-                k, v = (torch.randn(shape, generator=generator, device=self.model.device) for _ in "kv")
-                layer.commit(k.to(self.model.dtype), v.to(self.model.dtype), frames)
+        self.rollout.cache.forget()
+        fill(self.rollout, range(self.start), self.model)
 
     @torch.inference_mode()
     def run(self) -> None:
@@ -112,15 +109,7 @@ class SteadyBlock:
         return done * 1000, host * 1000
 
     @property
-    def head_frames(self) -> int:
-        """Visible frames in the block, its own included, summed over the heads of all layers."""
-        own = self.geometry.frames_per_block
-        self.prepare()
-        groups = [group for layer in self.rollout.cache.layers for group in layer.groups]
-        return sum((len(g.frames) + own) * (g.heads.stop - g.heads.start) for g in groups)
-
-    @property
     def operations(self) -> float:
-        frames, config = self.head_frames, self.model.config
-        steps = len(STEPS) * forward_operations(config, self.geometry, frames)
-        return steps + clean_pass_operations(config, self.geometry, frames)
+        config = self.model.config
+        kept = self.head_frames / (config.num_layers * config.num_heads) - self.geometry.frames_per_block
+        return block_operations(config, self.geometry, kept, len(STEPS))

@@ -47,7 +47,25 @@ def shapes(content: Content) -> str:
     return table(content["policies"]).strip()
 
 
-TABLES: dict[str, Callable[[Content], str]] = {"policies_cpu": policies, "shapes": shapes}
+def memory(content: Content) -> str:
+    cards = sorted({row["card"] for row in content["rows"]})
+    body = []
+    for resolution in sorted({row["resolution"] for row in content["rows"]}):
+        cells = {row["card"]: _way(row) for row in content["rows"] if row["resolution"] == resolution}
+        body.append((str(resolution), *(cells[card] for card in cards)))
+    return markdown(("rows of pixels", *(f"{card} GB" for card in cards)), body)
+
+
+def _way(row: Content) -> str:
+    """How a video is decoded on a card, and the peak that this takes."""
+    if not row["fits"]:
+        return f"no ({row['peak_gib']:.1f} GiB)"
+    way = row["way"]
+    how = "fast" if way["aside"] else "small" if way["tile"] is None else f"tiles of {way['tile']}"
+    return f"{row['peak_gib']:.1f} GiB, {how}"
+
+
+TABLES: dict[str, Callable[[Content], str]] = {"policies_cpu": policies, "shapes": shapes, "memory": memory}
 
 
 def render(name: str) -> str:

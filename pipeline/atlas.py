@@ -12,10 +12,8 @@ import json
 import logging
 import shlex
 import sys
-import tempfile
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
 
 import torch
 
@@ -124,15 +122,8 @@ def load_stored(path: Path, overrides: Sequence[str]) -> Atlas:
     for override in overrides:
         if not override.startswith("dummy_forcing."):
             raise InputError(f"override {override!r}: of a stored atlas only dummy_forcing settings can be changed")
-    config = restore_config(about["config"], overrides)
+    config = load_config(about["config"], overrides)
     return Atlas.load(path, role_settings(config), config.num_frame_per_block)
-
-
-def restore_config(stored: dict[str, Any], overrides: Sequence[str]) -> InferenceConfig:
-    with tempfile.TemporaryDirectory() as folder:
-        path = Path(folder) / "stored.yaml"
-        path.write_text(json.dumps(stored), encoding="utf-8")
-        return load_config(path, overrides)
 
 
 def write_sampling(config: InferenceConfig, path: str, command: str) -> int:

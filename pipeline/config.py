@@ -8,7 +8,7 @@ that need the model's sizes are in `check_against_model`.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from itertools import pairwise
 from pathlib import Path
@@ -172,8 +172,8 @@ class InferenceConfig:
         return paths.tokenizer_path(self.model_folder)
 
 
-def load_config(path: str | Path, overrides: Sequence[str] = ()) -> InferenceConfig:
-    """Reads a YAML file of this program, Dummy Forcing, Self-Forcing or LongLive, and applies `key=value` overrides.
+def load_config(source: str | Path | Mapping[str, object], overrides: Sequence[str] = ()) -> InferenceConfig:
+    """A YAML file of this program, Dummy Forcing, Self-Forcing or LongLive, or stored settings, with `key=value` changes.
 
     Keys that the published files carry and that have no use here are named in one warning.
 
@@ -182,7 +182,7 @@ def load_config(path: str | Path, overrides: Sequence[str] = ()) -> InferenceCon
     """
     from utils.settings_file import load_mapping  # the rest of the program does without OmegaConf
 
-    return build(InferenceConfig, translate(load_mapping(Path(path), expand_overrides(overrides))))
+    return build(InferenceConfig, translate(load_mapping(source, expand_overrides(overrides))))
 
 
 def check_against_model(config: InferenceConfig, model: ModelConfig) -> None:

@@ -6,7 +6,6 @@ meanwhile; the host only queues it and goes on. This file does not know how late
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -14,14 +13,12 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from utils.errors import InputError
+from pipeline.engine import or_eager
 from utils.profiler import Profiler
 from utils.video import to_uint8
 from wan.graphs import CudaRecorder
 from wan.vae import VAE, compiled_run
 from wan.vae_layers import run
-
-logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -118,17 +115,9 @@ def start_decoder(vae: VAE, engine: str, required: bool, latents: Tensor) -> Non
         return
     frames = latents.shape[1]
     compiled, recorded = engine != "recorded", engine != "compiled"
-    try:
+    with or_eager("engine of the VAE", engine, required, lambda: vae.prepare(frames, run)):
         vae.prepare(frames, compiled_run() if compiled else run, CudaRecorder(vae.device) if recorded else None)
         rehearse_decoder(vae, latents)
-    except torch.OutOfMemoryError:
-        raise
-    except RuntimeError as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
-        if required:
-            raise InputError(f"engine: {engine!r} does not run the VAE here ({reason}); use engine=eager") from error
-        logger.warning("engine: eager for the VAE, since %s does not run here (%s)", engine, reason)
-        vae.prepare(frames, run)
 
 
 def rehearse_decoder(vae: VAE, latents: Tensor) -> None:

@@ -12,17 +12,17 @@ import importlib.util
 import logging
 import os
 import time
-from collections.abc import Sequence
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from pathlib import Path
 from typing import Literal
 
 import torch
-from torch import Tensor
 
 from pipeline.generator import BlockGenerator, Passes, Segment
 from utils.errors import InputError
 from utils.files import write_error
+from utils.seed import Silence
 from wan.geometry import LatentGeometry
 from wan.graphs import CudaRecorder, GraphedPasses
 from wan.model import CausalWanModel
@@ -93,32 +93,33 @@ def prepare(
     """`start_engine` for an engine that is not eager; `required`: it was asked for by name."""
     logger.info("engine: getting %s ready, which takes a minute or two where nothing is cached", engine)
     begin = time.perf_counter()
-    try:
+
+    def go_back() -> None:
+        generator.model.compile_layers(False)
+        generator.passes = generator.model
+
+    with or_eager("engine", engine, required, go_back):
         generator.passes = passes_of(generator.model, engine, required)
         rehearse(generator, geometry, batch)
         if generator.model.device.type == "cuda":
             torch.cuda.empty_cache()  # what passes took that from now on are replayed, in memory of their own
+        logger.info("engine: %s is ready after %.1f s", engine, time.perf_counter() - begin)
+
+
+@contextmanager
+def or_eager(part: str, engine: str, required: bool, go_back: Callable[[], None]) -> Iterator[None]:
+    """What is done within the context makes an engine ready; if it does not run here, `go_back` is called, with a
+    warning that says why, or, if the engine is `required`, InputError is raised."""
+    try:
+        yield
     except torch.OutOfMemoryError:
         raise
     except RuntimeError as error:
         reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
         if required:
-            raise InputError(f"engine: {engine!r} does not run here ({reason}); use engine=eager") from error
-        logger.warning("engine: eager, since %s does not run here (%s)", engine, reason)
-        generator.model.compile_layers(False)
-        generator.passes = generator.model
-    else:
-        logger.info("engine: %s is ready after %.1f s", engine, time.perf_counter() - begin)
-
-
-class _Silence:
-    """Noise of nothing but zeros."""
-
-    def __init__(self, batch: int) -> None:
-        self._batch = batch
-
-    def normal(self, shape: Sequence[int]) -> Tensor:
-        return torch.zeros(self._batch, *shape)
+            raise InputError(f"{part}: {engine!r} does not run here ({reason}); use engine=eager") from error
+        logger.warning("%s: eager, since %s does not run here (%s)", part, engine, reason)
+        go_back()
 
 
 def rehearse(generator: BlockGenerator, geometry: LatentGeometry, batch: int = 1) -> None:
@@ -126,7 +127,7 @@ def rehearse(generator: BlockGenerator, geometry: LatentGeometry, batch: int = 1
     config = generator.model.config
     with torch.inference_mode():
         text = generator.model.encode_text(torch.zeros(batch, config.text_len, config.text_dim))
-    rollout = generator.start(geometry, [Segment(0, text)], _Silence(batch), batch)
+    rollout = generator.start(geometry, [Segment(0, text)], Silence(batch), batch)
     # Roles that zeros give are of no use; until they are observed, all blocks go through the same compiled parts.
     blocks = 1 if rollout.waiting else REHEARSED_BLOCKS
     seen = set()

@@ -9,17 +9,17 @@ from __future__ import annotations
 import logging
 import statistics
 import time
-from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
-from torch import Tensor
 
 from dummy.policy import ContextPolicy, with_equal_cost
 from pipeline.generator import BlockGenerator, GeneratorSettings, Rollout, Segment
 from utils.errors import InputError
+from utils.seed import Silence
 from wan.geometry import LatentGeometry, pixel_frames
 from wan.head_group import UNBOUNDED, Retention
+from wan.model import CausalWanModel
 
 logger = logging.getLogger(__name__)
 
@@ -60,8 +60,8 @@ def block_seconds(generator: BlockGenerator, geometry: LatentGeometry, frames: i
     with torch.inference_mode():
         text = model.encode_text(torch.zeros(1, model.config.text_len, model.config.text_dim))
         measured = replace(geometry, num_frames=frames + BLOCKS * block)
-        rollout = alike.start(measured, [Segment(0, text)], _Silence())
-        fill(rollout, range(frames), generator)
+        rollout = alike.start(measured, [Segment(0, text)], Silence())
+        fill(rollout, range(frames), model)
         times = []
         for start in range(frames, measured.num_frames, block):
             begin = time.perf_counter()
@@ -72,19 +72,12 @@ def block_seconds(generator: BlockGenerator, geometry: LatentGeometry, frames: i
     return statistics.median(times[2:])
 
 
-def fill(rollout: Rollout, frames: range, generator: BlockGenerator) -> None:
+def fill(rollout: Rollout, frames: range, model: CausalWanModel) -> None:
     """Let random keys and values stand for the given frames."""
-    config, device = generator.model.config, generator.model.device
+    config, device = model.config, model.device
     tokens = rollout.cache.block_tokens // rollout.cache.frames_per_block
     shape = (1, len(frames) * tokens, config.num_heads, config.head_dim)
     noise = torch.Generator(device).manual_seed(0)
     for layer in rollout.cache.layers:
-        k, v = (torch.randn(shape, generator=noise, device=device).to(generator.model.dtype) for _ in "kv")
+        k, v = (torch.randn(shape, generator=noise, device=device).to(model.dtype) for _ in "kv")
         layer.commit(k, v, frames)
-
-
-class _Silence:
-    """Noise of nothing but zeros."""
-
-    def normal(self, shape: Sequence[int]) -> Tensor:
-        return torch.zeros(1, *shape)

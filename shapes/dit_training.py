@@ -139,10 +139,11 @@ class _Run:
     def _sum_over_workers(self, grads: list[Tensor], loss: Tensor) -> None:
         if self._workers == 1:
             return
-        together = torch.cat([*(grad.flatten() for grad in grads), loss.view(1)])
+        tensors = [*grads, loss]
+        together = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(together)
-        loss.copy_(together[-1])
-        torch._foreach_copy_(grads, [part.view_as(grad) for part, grad in _split(together, grads)])
+        for tensor, part in zip(tensors, torch.split(together, [t.numel() for t in tensors]), strict=True):
+            tensor.copy_(part.view_as(tensor))
 
     def _frozen_teacher(self) -> TextToFlow:
         """The averaged models as they were when distillation began; kept in a file for runs that are resumed."""
@@ -172,8 +173,3 @@ def _is_matrix(name: str, parameter: nn.Parameter) -> bool:
     """What Muon is for: the layers' matrices, not embeddings, heads, or tables."""
     inside = name.startswith(("model.blocks", "text.encoder.block"))
     return inside and parameter.ndim == 2 and min(parameter.shape) > 8
-
-
-def _split(flat: Tensor, like: list[Tensor]) -> list[tuple[Tensor, Tensor]]:
-    """The pieces of `flat` with the tensors that they are the size of."""
-    return list(zip(torch.split(flat, [*(part.numel() for part in like), 1]), like, strict=False))

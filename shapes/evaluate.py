@@ -83,11 +83,12 @@ class Parts:
 
 @dataclass(frozen=True)
 class Batch:
-    """Videos [B, frames, H, W, 3] in 0..1, milliseconds of each block for one video, and the rollout's roles."""
+    """Videos [B, frames, H, W, 3] in 0..1, milliseconds of each block for one video, and how the rollout ended."""
 
     videos: Floats
     block_ms: list[float]
     current_share: Tensor | None  # [layers, heads] of attention on the block itself, where it was observed
+    context: float  # earlier frames that a head of the last block sees, as a mean over all heads
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -97,10 +98,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(args.threads)
     report = evaluate(args.config, args.policies.split(","), args)
     sys.stdout.write(table(report.as_dict()))
-    device = f"{device_name(torch.device('cpu'))}, {args.threads} threads"
-    about = {"command": shlex.join(["shapes.evaluate", *given]), "device": device, "torch": torch.__version__}
-    write_report(report, args.out, about)
+    write_report(report, args.out, about("shapes.evaluate", given))
     return check_gate(report, args.gate) if args.gate else 0
+
+
+def about(module: str, arguments: Sequence[str]) -> dict[str, object]:
+    """What a stored result says of how and where it was made."""
+    device = f"{device_name(torch.device('cpu'))}, {torch.get_num_threads()} threads"
+    return {"command": shlex.join([module, *arguments]), "device": device, "torch": torch.__version__}
 
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -128,14 +133,14 @@ def evaluate(config_path: str, policies: Sequence[str], args: argparse.Namespace
     reference: list[Floats] = []
     for name, config in configs.items():
         began = time.monotonic()
-        for number, (batch, group) in enumerate(_generate(parts, config, clips, args.batch)):
+        for number, (batch, group) in enumerate(generate(parts, config, clips, args.batch)):
             if name == policies[0]:
                 reference.append(batch.videos)
             for video, other, clip in zip(batch.videos, reference[number], group, strict=True):
                 fidelity = math.nan if name == policies[0] else _fidelity(video, other, config)
-                report.add(name, _row(score(video, clip.scenes[0])) | {"psnr": fidelity})
+                report.add(name, row_of(score(video, clip.scenes[0])) | {"psnr": fidelity})
             report.add_batch(name, batch.block_ms, batch.current_share)
-        for batch, group in _generate(parts, config, _by_switch(stories), args.batch):
+        for batch, group in generate(parts, config, _by_switch(stories), args.batch):
             for video, clip in zip(batch.videos, group, strict=True):
                 scenes = [(pixel_frame(start), scene) for start, scene in zip(clip.starts, clip.scenes, strict=True)]
                 report.add(name, score_later(video, scenes))
@@ -143,7 +148,7 @@ def evaluate(config_path: str, policies: Sequence[str], args: argparse.Namespace
     return report
 
 
-def _row(result: Score) -> dict[str, float]:
+def row_of(result: Score) -> dict[str, float]:
     return {name: getattr(result, name) for name in Score.names()} | {"remembered": result.remembered}
 
 
@@ -157,7 +162,7 @@ def _by_switch(clips: list[Clip]) -> list[Clip]:
     return sorted(clips, key=lambda clip: clip.starts)
 
 
-def _generate(
+def generate(
     parts: Parts, config: InferenceConfig, clips: Sequence[Clip], size: int
 ) -> Iterator[tuple[Batch, list[Clip]]]:
     """Videos in batches of at most `size` clips with equal switches; the noise depends on a clip's place alone."""
@@ -186,7 +191,7 @@ def _batch(parts: Parts, config: InferenceConfig, clips: Sequence[Clip], seeds: 
         times.append(1000 * seconds / len(clips))
     videos = as_floats(torch.cat(pieces, dim=1).permute(0, 1, 3, 4, 2).float().numpy() / 2 + 0.5)
     attention = rollout.frame_attention
-    return Batch(videos, times, None if attention is None else attention[..., 2])
+    return Batch(videos, times, None if attention is None else attention[..., 2], rollout.cache.frames_per_head)
 
 
 def _timed(rollout: Rollout) -> Iterator[tuple[Tensor, float]]:

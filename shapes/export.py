@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import itertools
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
 from typing import cast
@@ -23,6 +23,7 @@ from shapes.runs import averaged
 from shapes.tokenizer import write_tokenizer
 from shapes.vae import build_vae
 from wan.text import WAN_IN_BLOCK, WAN_TOP_LEVEL
+from wan.vae_names import diffusers_name
 
 MODEL = "Wan2.1-T2V-shapes"
 LOG_VARIANCE = -6.0  # what the encoder says of its certainty; nobody reads it
@@ -86,14 +87,8 @@ def native_vae(vae: nn.Module) -> dict[str, Tensor]:
 
 
 def native_names(state: Mapping[str, Tensor]) -> dict[str, str]:
-    """Wan's name of every tensor of AutoencoderKLWan -> Diffusers' name.
-
-    Found by passing all names that Wan's file could have through Diffusers' converter.
-    """
-    from diffusers.loaders import single_file_utils
-
-    convert = cast("Callable[[dict[str, str]], dict[str, str]]", single_file_utils.convert_wan_vae_to_diffusers)
-    names = {name: candidate for candidate in _candidates() for name in convert({candidate: candidate})}
+    """Wan's name of every tensor of AutoencoderKLWan -> Diffusers' name, found among all that Wan's file could have."""
+    names = {diffusers_name(candidate): candidate for candidate in _candidates()}
     missing = state.keys() - names.keys()
     assert not missing, f"no native name for {sorted(missing)[:3]}"
     return {names[name]: name for name in state}

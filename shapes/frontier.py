@@ -13,10 +13,9 @@ import argparse
 import json
 import logging
 import math
-import shlex
 import sys
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -25,20 +24,15 @@ import numpy as np
 import torch
 
 from dummy.presets import PRESETS
-from pipeline.config import InferenceConfig, load_config
-from pipeline.generator import BlockGenerator, Rollout, Segment
-from pipeline.loading import generator_settings
+from pipeline.config import load_config
 from shapes import evaluate
-from shapes.data import BLOCK, Clip, make_clip, pixel_frame
+from shapes.data import BLOCK, make_clip, pixel_frame
 from shapes.measure import psnr
-from shapes.report import COVERAGE, QUALITY, RESAMPLES, Doubles
-from shapes.score import Score, score
-from shapes.world import Floats, as_floats
+from shapes.report import Doubles, interval, quality, steady_ms
+from shapes.score import score
+from shapes.world import Floats
 from utils.figure import Figure
 from utils.files import write_atomic
-from utils.profiler import device_name
-from utils.seed import NoiseStream, video_seed
-from wan.geometry import LatentGeometry
 
 logger = logging.getLogger(__name__)
 
@@ -100,17 +94,6 @@ class Values:
         return float(np.mean(self.context if name == "context" else self.block_ms))
 
 
-def interval(values: Doubles) -> dict[str, float] | None:
-    """Mean and bootstrap interval of what applies; None where nothing does."""
-    known = values[~np.isnan(values)]
-    if not len(known):
-        return None
-    means = known[np.random.default_rng(0).integers(len(known), size=(RESAMPLES, len(known)))].mean(1)
-    tail = (1 - COVERAGE) / 2
-    low, high = (float(np.quantile(means, part)) for part in (tail, 1 - tail))
-    return {"mean": float(known.mean()), "low": low, "high": high, "n": len(known)}
-
-
 def pareto(cost: Mapping[str, float], value: Mapping[str, float], more_is_better: bool) -> list[str]:
     """The points that no other beats: none is at most as costly and better, or cheaper and as good."""
     sign = 1.0 if more_is_better else -1.0
@@ -135,59 +118,18 @@ def sweep(config_path: str, chosen: Mapping[str, Sequence[str]], args: argparse.
     found: dict[str, Values] = {}
     for name, config in configs.items():
         began, values = time.monotonic(), Values()
-        for number, (videos, group) in enumerate(_videos(parts, config, clips, args.batch, values)):
+        for number, (batch, group) in enumerate(evaluate.generate(parts, config, clips, args.batch)):
             if not found:
-                reference.append(videos)
-            for video, other, clip in zip(videos, reference[number], group, strict=True):
-                values.add(_row(score(video, clip.scenes[0])))
-                values.add({"psnr": math.nan if not found else psnr(video[FROM:], other[FROM:])})
+                reference.append(batch.videos)
+            for video, other, clip in zip(batch.videos, reference[number], group, strict=True):
+                row = evaluate.row_of(score(video, clip.scenes[0]))
+                fidelity = math.nan if not found else psnr(video[FROM:], other[FROM:])
+                values.add({**row, "quality": quality(row), "psnr": fidelity})
+            values.block_ms.append(steady_ms(batch.block_ms))
+            values.context.append(batch.context)
         found[name] = values
         logger.info("%s: %.2f frames a head, %.0f s", name, values.cost("context"), time.monotonic() - began)
     return found
-
-
-def _row(result: Score) -> dict[str, float]:
-    row = {name: getattr(result, name) for name in Score.names()} | {"remembered": result.remembered}
-    return row | {"quality": float(np.mean([row[name] for name in QUALITY]))}
-
-
-def _videos(
-    parts: evaluate.Parts, config: InferenceConfig, clips: Sequence[Clip], size: int, values: Values
-) -> Iterator[tuple[Floats, Sequence[Clip]]]:
-    for place in range(0, len(clips), size):
-        group = clips[place : place + size]
-        seeds = [video_seed(config.seed, place + i, 0) for i in range(len(group))]
-        yield _batch(parts, config, group, seeds, values), group
-
-
-@torch.inference_mode()
-def _batch(
-    parts: evaluate.Parts, config: InferenceConfig, clips: Sequence[Clip], seeds: Sequence[int], values: Values
-) -> Floats:
-    """Videos [B, frames, H, W, 3] in 0..1; the batch shares its head roles."""
-    generator = BlockGenerator(parts.model, generator_settings(config, parts.model.config))
-    height, width = config.latent_size
-    geometry = LatentGeometry(height, width, config.num_output_frames, config.num_frame_per_block)
-    text = parts.model.encode_text(parts.embeds([clip.captions[0] for clip in clips]))
-    rollout = generator.start(geometry, [Segment(0, text)], NoiseStream(seeds), len(seeds))
-    decoder = parts.vae.decoder(config.num_output_frames)
-    pieces, times = [], []
-    began = time.perf_counter()
-    for block in rollout.blocks():
-        times.append(1000 * (time.perf_counter() - began) / len(clips))
-        pieces.append(decoder.decode(block.latents))
-        began = time.perf_counter()
-    values.block_ms.append(float(np.mean(times[3:])))  # the first blocks' history is still short
-    values.context.append(context_frames(rollout))
-    return as_floats(torch.cat(pieces, dim=1).permute(0, 1, 3, 4, 2).float().numpy() / 2 + 0.5)
-
-
-def context_frames(rollout: Rollout) -> float:
-    """Earlier frames that a head sees now, as a mean over all heads."""
-    groups = [group for layer in rollout.cache.layers for group in layer.groups]
-    heads = sum(group.heads.stop - group.heads.start for group in groups)
-    kept: float = sum(len(group.frames) * (group.heads.stop - group.heads.start) for group in groups) / heads
-    return kept
 
 
 def summary(found: Mapping[str, Values], chosen: Mapping[str, Sequence[str]]) -> dict[str, Any]:
@@ -304,8 +246,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     names = args.points.split(",") if args.points else list(SHORT if args.short else every)
     chosen = {name: every[name] for name in dict.fromkeys([DENSE, *names])}
     content = summary(sweep(args.config, chosen, args), chosen)
-    device = f"{device_name(torch.device('cpu'))}, {args.threads} threads"
-    about = {"command": shlex.join(["shapes.frontier", *given]), "device": device, "torch": torch.__version__}
+    about = evaluate.about("shapes.frontier", given)
     args.out.mkdir(parents=True, exist_ok=True)
     write_atomic(args.out / "frontier.json", json.dumps({**about, **content}, indent=1) + "\n")
     write_atomic(args.out / "frontier.md", table(content))

@@ -5,13 +5,15 @@ from __future__ import annotations
 import json
 import logging
 from collections import defaultdict
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
+
+from utils.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -52,84 +54,85 @@ class Report:
         for name, value in row.items():
             self._values[policy][name].append(value)
         if all(name in row for name in QUALITY):
-            self._values[policy]["quality"].append(float(np.mean([row[name] for name in QUALITY])))
+            self._values[policy]["quality"].append(quality(row))
 
     def add_batch(self, policy: str, block_ms: list[float], current_share: Tensor | None) -> None:
         """Times after the first blocks, whose history is still short, and heads' shares of attention on the block."""
-        self._values[policy]["block_ms"].append(float(np.mean(block_ms[3:])))
+        self._values[policy]["block_ms"].append(steady_ms(block_ms))
         if current_share is not None:
             self._shares[policy].append(current_share)
 
     def mean(self, policy: str, metric: str) -> float | None:
         """The mean of what applies, None where nothing does."""
-        values = self._known(policy, metric)
-        return float(values.mean()) if len(values) else None
+        found = self._interval(policy, metric)
+        return None if found is None else found["mean"]
 
     def interval(self, policy: str, metric: str) -> tuple[float, float]:
-        """A bootstrap interval of the mean."""
-        values = self._known(policy, metric)
-        rng = np.random.default_rng(0)
-        means = values[rng.integers(len(values), size=(RESAMPLES, len(values)))].mean(1)
-        tail = (1 - COVERAGE) / 2
-        return float(np.quantile(means, tail)), float(np.quantile(means, 1 - tail))
+        """A bootstrap interval of the mean; there must be values that apply."""
+        found = self._interval(policy, metric)
+        assert found is not None
+        return found["low"], found["high"]
 
-    def _known(self, policy: str, metric: str) -> Doubles:
-        values: Doubles = np.array(self._values[policy].get(metric, []), np.float64)
-        known: Doubles = values[~np.isnan(values)]
-        return known
+    def _interval(self, policy: str, metric: str) -> dict[str, float] | None:
+        return interval(np.array(self._values[policy].get(metric, []), np.float64))
 
     def as_dict(self) -> dict[str, object]:
         result: dict[str, object] = {}
         for policy in self.policies:
-            row: dict[str, object] = {}
-            for metric in [*COLUMNS, "quality"]:
-                mean = self.mean(policy, metric)
-                if mean is not None:
-                    low, high = self.interval(policy, metric)
-                    row[metric] = {"mean": mean, "low": low, "high": high, "n": len(self._known(policy, metric))}
+            found = {metric: self._interval(policy, metric) for metric in [*COLUMNS, "quality"]}
+            row: dict[str, object] = {metric: one for metric, one in found.items() if one is not None}
             if self._shares[policy]:
                 shares = sum(self._shares[policy][1:], self._shares[policy][0]) / len(self._shares[policy])
                 row["current_share"] = [[round(float(v), 4) for v in layer] for layer in shares]
             result[policy] = row
         return result
 
-    def svg(self) -> str:
+    def figure(self) -> Figure:
         """Quality (mean of QUALITY, %) against milliseconds a block, with intervals."""
         points = {p: (self.mean(p, "block_ms") or 0.0, 100 * (self.mean(p, "quality") or 0.0)) for p in self.policies}
-        width, height, left, bottom = 560, 360, 60, 46
-        right = max(x for x, _ in points.values()) * 1.15
-        floor = min(100 * self.interval(p, "quality")[0] for p in self.policies)
-        low = max(0.0, 5 * (floor // 5) - 5)
+        figure = Figure(560, 360)
+        left, top, right, bottom = 60, 20, 540, 314
+        most = 1.15 * max(x for x, _ in points.values())
+        low = max(0.0, 5 * (min(100 * self.interval(p, "quality")[0] for p in self.policies) // 5) - 5)
 
         def place(x: float, y: float) -> tuple[float, float]:
-            return left + (width - left - 20) * x / right, 20 + (height - bottom - 20) * (100 - y) / (100 - low)
+            return left + (right - left) * x / most, top + (bottom - top) * (100 - y) / (100 - low)
 
-        parts = [
-            f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {width} {height}" font-family="sans-serif" '
-            f'font-size="12"><rect width="{width}" height="{height}" fill="white"/>'
-        ]
-        for tick in np.linspace(low, 100, 6):
-            _, y = place(0, tick)
-            parts.append(
-                f'<path d="M{left} {y:.1f}H{width - 20}" stroke="#ddd"/>'
-                f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{tick:.0f}</text>'
-            )
-        for tick in np.linspace(0, right, 6):
-            x, y = place(tick, low)
-            parts.append(f'<text x="{x:.1f}" y="{y + 16:.1f}" text-anchor="middle">{tick:.0f}</text>')
-        parts.append(
-            f'<text x="{width / 2}" y="{height - 8}" text-anchor="middle">milliseconds a block</text>'
-            f'<text x="14" y="{height / 2}" text-anchor="middle" transform="rotate(-90 14 {height / 2})">'
-            "right, % (colour, shape, motion, remembered)</text>"
-        )
+        for share, ms in zip(np.linspace(low, 100, 6), np.linspace(0, most, 6), strict=True):
+            x, y = place(float(ms), float(share))
+            figure.line([(left, y), (right, y)], "#dddddd")
+            figure.text(left - 8, y + 4, f"{share:.0f}", anchor="end")
+            figure.text(x, bottom + 16, f"{ms:.0f}", anchor="middle")
+        figure.text((left + right) / 2, 352, "milliseconds a block", anchor="middle")
+        words = "right, % (colour, shape, motion, remembered)"
+        figure.text(16, (top + bottom) / 2, words, anchor="middle", upright=True)
         for policy, (ms, quality) in points.items():
             x, y = place(ms, quality)
-            (_, top), (_, foot) = (place(ms, 100 * end) for end in reversed(self.interval(policy, "quality")))
-            parts.append(
-                f'<path d="M{x:.1f} {top:.1f}V{foot:.1f}" stroke="#246"/><circle cx="{x:.1f}" cy="{y:.1f}" '
-                f'r="4" fill="#246"/><text x="{x + 8:.1f}" y="{y - 6:.1f}">{policy}</text>'
-            )
-        return "".join(parts) + "</svg>\n"
+            figure.line([place(ms, 100 * end) for end in self.interval(policy, "quality")], "#224466")
+            figure.circle(x, y, 4, "#224466", policy)
+            figure.text(x + 8, y - 6, policy)
+        return figure
+
+
+def interval(values: Doubles) -> dict[str, float] | None:
+    """Mean, bootstrap interval and number of what applies (is not NaN); None where nothing does."""
+    known = values[~np.isnan(values)]
+    if not len(known):
+        return None
+    means = known[np.random.default_rng(0).integers(len(known), size=(RESAMPLES, len(known)))].mean(1)
+    tail = (1 - COVERAGE) / 2
+    low, high = (float(np.quantile(means, part)) for part in (tail, 1 - tail))
+    return {"mean": float(known.mean()), "low": low, "high": high, "n": len(known)}
+
+
+def steady_ms(block_ms: Sequence[float]) -> float:
+    """The mean over the blocks after the first three, whose history is still short."""
+    return float(np.mean(block_ms[3:]))
+
+
+def quality(row: Mapping[str, float]) -> float:
+    """The mean of what is right in one video."""
+    return float(np.mean([row[name] for name in QUALITY]))
 
 
 def table(policies: Mapping[str, Any]) -> str:
@@ -161,7 +164,7 @@ def write_report(report: Report, folder: Path, about: Mapping[str, object]) -> N
     folder.mkdir(parents=True, exist_ok=True)
     content = {**about, "policies": report.as_dict()}
     (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    (folder / "report.svg").write_text(report.svg(), encoding="utf-8")
+    (folder / "report.svg").write_text(report.figure().svg(), encoding="utf-8")
 
 
 def check_gate(report: Report, path: Path) -> int:

@@ -39,6 +39,16 @@ def video_seed(seed: int, prompt_index: int, sample_index: int) -> int:
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 
 
+class Silence:
+    """Zeros in place of a NoiseStream's numbers, for rehearsals and measurements."""
+
+    def __init__(self, batch: int = 1) -> None:
+        self._batch = batch
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        return torch.zeros(self._batch, *shape)
+
+
 class NoiseStream:
     """The noise of a batch of B videos, drawn piece by piece, each video from its own generator.
 

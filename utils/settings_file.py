@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import cast
 
@@ -13,8 +13,8 @@ from omegaconf.errors import OmegaConfBaseException
 from utils.errors import InputError
 
 
-def load_mapping(path: Path, overrides: Sequence[str]) -> dict[str, object]:
-    """Settings of a YAML file, changed by dotted overrides such as `model_kwargs.sink_size=3`.
+def load_mapping(source: str | Path | Mapping[str, object], overrides: Sequence[str]) -> dict[str, object]:
+    """Settings of a YAML file, or such settings, changed by dotted overrides such as `model_kwargs.sink_size=3`.
 
     Interpolations (`${seed}`, `${oc.env:HOME}`) are resolved after the overrides. Override values are typed as YAML
     types them; a list replaces a list, a section is merged into a section.
@@ -23,14 +23,14 @@ def load_mapping(path: Path, overrides: Sequence[str]) -> dict[str, object]:
         InputError: the file is missing, unreadable or no YAML mapping, an override is no `key=value`, or an
             interpolation leads nowhere.
     """
-    merged = _read_yaml(path)
+    merged = OmegaConf.create(dict(source)) if isinstance(source, Mapping) else _read_yaml(Path(source))
     try:
         for override in overrides:
             merged = cast(DictConfig, OmegaConf.merge(merged, _parse_override(override)))
         container = OmegaConf.to_container(merged, resolve=True, throw_on_missing=True)
     except OmegaConfBaseException as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"{path}: {reason} (key {getattr(error, 'full_key', None) or '?'})") from error
+        raise InputError(f"{source}: {reason} (key {getattr(error, 'full_key', None) or '?'})") from error
     return {str(key): value for key, value in cast("dict[object, object]", container).items()}
 
 

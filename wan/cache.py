@@ -1,14 +1,9 @@
 """Keys and values of earlier frames: which are kept, where they lie, and how a block attends to them.
 
 A head keeps what its `Retention` says: the first `sink` and the last `recent` frames. Heads of a layer that keep
-equally much share one buffer, allocated once, and one attention call:
-
-    [ the block's own n frames | kept slot 0 | kept slot 1 | ... ]   each slot one latent frame of T tokens
-
-The block is written in place before it attends; kept slots fill in order, so that what is visible is always a prefix,
-and a frame that leaves gives its slot to one that comes: softmax does not care about the order of keys. Which frame
-lies in which slot is known on the host; nothing here reads a value from the device, and nothing is concatenated in a
-block's passes. What a pass does to the device follows from `KVCache.layout` and `KVCache.state` alone, so that it can
+equally much share one buffer, allocated once, and one attention call; wan.head_group says what lies where in it. The
+block is written in place before it attends. Nothing here reads a value from the device, and nothing is concatenated in
+a block's passes. What a pass does to the device follows from `KVCache.layout` and `KVCache.state` alone, so that it can
 be recorded once and replayed (wan/graphs.py). The file knows no head roles and no prompts; a policy is a retention per
 head.
 """
@@ -264,6 +259,13 @@ class KVCache:
     @property
     def observing(self) -> bool:
         return self.layers[0].observer is not None
+
+    @property
+    def frames_per_head(self) -> float:
+        """Earlier frames that a head sees now, as a mean over all heads."""
+        groups = [group for layer in self.layers for group in layer.groups]
+        seen: int = sum(len(group.frames) * (group.heads.stop - group.heads.start) for group in groups)
+        return seen / (len(self.layers) * self._shape.num_heads)
 
     def bytes(self) -> CacheBytes:
         """Bytes that are allocated now, by purpose."""
