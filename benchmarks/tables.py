@@ -65,7 +65,18 @@ def _way(row: Content) -> str:
     return f"{row['peak_gib']:.1f} GiB, {how}"
 
 
-TABLES: dict[str, Callable[[Content], str]] = {"policies_cpu": policies, "shapes": shapes, "memory": memory}
+def frontier(content: Content) -> str:
+    from shapes.frontier import table
+
+    return table(content).strip()
+
+
+TABLES: dict[str, Callable[[Content], str]] = {
+    "policies_cpu": policies,
+    "memory": memory,
+    "shapes": shapes,
+    "frontier": frontier,
+}
 
 
 def render(name: str) -> str:

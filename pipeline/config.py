@@ -173,7 +173,7 @@ class InferenceConfig:
 
 
 def load_config(source: str | Path | Mapping[str, object], overrides: Sequence[str] = ()) -> InferenceConfig:
-    """A YAML file of this program, Dummy Forcing, Self-Forcing or LongLive, or stored settings, with `key=value` changes.
+    """From a YAML file of Dummy Forcing, Self-Forcing, LongLive or ours, or from stored settings, with changes.
 
     Keys that the published files carry and that have no use here are named in one warning.
 
