@@ -47,8 +47,8 @@ def at_speed(generator: BlockGenerator, geometry: LatentGeometry, speed: float) 
 def frames_in_time(seconds: float, one: tuple[float, float], other: tuple[float, float]) -> float:
     """Frames of history that fit into `seconds`, from two measurements (frames, seconds); below 0 if none do."""
     slope = (other[1] - one[1]) / (other[0] - one[0])
-    if slope <= 0:
-        return UNBOUNDED  # history costs less than can be measured
+    if slope <= 0:  # history costs less than can be measured
+        return UNBOUNDED if one[1] <= seconds else -1.0
     return one[0] + (seconds - one[1]) / slope
 
 

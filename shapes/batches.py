@@ -12,6 +12,7 @@ from torch.utils.data import Dataset
 
 from shapes.captions import PASSING_WEIGHT
 from shapes.data import BLOCK, as_video, make_clip, pixel_frame
+from shapes.dit import TextEncoder
 from shapes.linear import LinearCode
 
 TRAIN_SEED, STEP_SEED = 21, 22
@@ -43,19 +44,19 @@ class DiTRecipe:
     `batch` instead of the numbers of clips in BATCHES.
     """
 
-    steps: int = 7700
+    steps: int = 9000
     phases: tuple[Phase, ...] = (
         Phase(0.25, {1: 0.7, 3: 0.3}),
         Phase(0.6, {1: 0.4, 3: 0.3, 7: 0.3}),
         Phase(1.0, {1: 0.3, 3: 0.25, 7: 0.45}),
     )
-    plain_until: float = 0.1
+    plain_until: float = 0.05
     storyboards: float = 0.2
     own_history: float = 0.5
     own_from: float = 0.6
-    distill_from: float = 0.6
+    distill_from: float = 0.7
     passing_weight: float = 4.0
-    passing_from: float = 0.7
+    passing_from: float = 0.5
     cool_down: float = 0.35
     muon_lr: float = 0.02
     adam_lr: float = 2e-3
@@ -71,14 +72,14 @@ class DiTRecipe:
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents [B, K, n, 16, h, w] with the captions of the blocks from `switch` on, to be noised `copies` times.
+    """Latents [B, K, n, 16, h, w] and the embedded captions of the blocks from `switch` on, to be noised `copies` times.
 
     `seed` decides its noise, `share` is its part of the step's clips. `first_block`: whether the first block counts;
     once it is distilled, flow matching would only pull it back.
     """
 
     latents: Tensor
-    captions: list[str]
+    embeds: Tensor
     switch: int
     copies: int
     own_history: bool
@@ -88,14 +89,16 @@ class Batch:
     share: float
 
     def to(self, device: torch.device) -> Batch:
-        return replace(self, latents=self.latents.to(device))
+        return replace(self, latents=self.latents.to(device), embeds=self.embeds.to(device))
 
 
 class Batches(Dataset[list[Batch]]):
     """Item `step` is what process `rank` of `workers` computes in that step: its parts of the batch."""
 
-    def __init__(self, recipe: DiTRecipe, code: LinearCode, rank: int = 0, workers: int = 1) -> None:
-        self._recipe, self._code = recipe, code
+    def __init__(
+        self, recipe: DiTRecipe, code: LinearCode, text: TextEncoder, rank: int = 0, workers: int = 1
+    ) -> None:
+        self._recipe, self._code, self._text = recipe, code, text
         self._parts = range(rank, PARTS, workers)
 
     def __getitem__(self, step: int) -> list[Batch]:
@@ -125,7 +128,8 @@ class Batches(Dataset[list[Batch]]):
             ]
             latents = self._code.encode(torch.stack([as_video(clip.video) for clip in clips]))
             latents = latents.view(len(clips), blocks, BLOCK, *latents.shape[2:])
-            captions = [clip.captions[-1] for clip in clips]
-            share = len(captions) / size
-            batches.append(Batch(latents, captions, switch, copies, own, distilled, first_block, seed + part, share))
+            with torch.no_grad():
+                embeds = self._text([clip.captions[-1] for clip in clips])
+            share = len(clips) / size
+            batches.append(Batch(latents, embeds, switch, copies, own, distilled, first_block, seed + part, share))
         return batches

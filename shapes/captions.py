@@ -40,6 +40,7 @@ PASSING = (
 )
 LATER = ("now {the} {verb}", "then {the} {verb}", "{the} {verb}", "the {noun} {verb}")
 OPENINGS = ("{a} {verb}", "{a} {verb}", "{a} {verb}", "a video of {a} that {verb}", "{a} that {verb}")
+SHAPE_WEIGHTS = (0.2, 0.2, 0.2, 0.4)  # of SHAPES in the random choice: crosses are the hardest to draw
 PASSING_WEIGHT = 1.5  # of "pass" in the random choice of motions, beside 0.5 for "still" and 1 for the others
 
 
@@ -55,7 +56,7 @@ def random_scene(rng: np.random.Generator, held: bool | None = None, passing_wei
     while True:
         motion = str(rng.choice(MOTIONS, p=weights / weights.sum()))
         colours = [str(name) for name in rng.permutation(list(COLOURS))]
-        shapes = [str(name) for name in rng.choice(SHAPES, 2)]
+        shapes = [str(name) for name in rng.choice(SHAPES, 2, p=SHAPE_WEIGHTS)]
         size = str(rng.choice(list(SIZES)))
         if motion in ("grow", "shrink"):
             size = "medium"

@@ -29,11 +29,9 @@ def distillation_loss(
     x0: Tensor,
     copies: int,
     embeds: Tensor,
-    theirs: Tensor,
     generator: torch.Generator,
 ) -> Tensor:
-    """Of blocks x0 [B, K, n, C, h, w], each over the true ones before it, which are a little noisy; `embeds` are the
-    student's, `theirs` the teacher's."""
+    """Of blocks x0 [B, K, n, C, h, w], each over the true ones before it, which are a little noisy."""
     target = x0[:, None].expand(-1, copies, -1, -1, -1, -1, -1)
     solved = copies // 2
     early = random_steps(target[:, :solved].shape[:3], generator, last=DISTILLED_STEPS - 1)
@@ -43,7 +41,7 @@ def distillation_loss(
     noisy, goal = add_noise(target, noise, sigma), noise - target
     history = a_little_noisy(x0, generator)
     with torch.autocast(x0.device.type, torch.bfloat16):
-        clean = solve(teacher, history, noisy[:, :solved], sigma[:, :solved], theirs.detach())
+        clean = solve(teacher, history, noisy[:, :solved], sigma[:, :solved], embeds)
         goal[:, :solved] = (noisy[:, :solved] - clean) / _wide(sigma[:, :solved])
         flow = student(history, noisy, 1000 * sigma, embeds)
     return torch.nn.functional.mse_loss(flow, goal)

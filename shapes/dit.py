@@ -1,4 +1,4 @@
-"""The two models that are trained together: the text encoder and the causal transformer, with their sizes."""
+"""The two models behind a video's latents: the text encoder and the causal transformer, with their sizes."""
 
 from __future__ import annotations
 
@@ -21,28 +21,35 @@ SIZES = ModelConfig(
 INIT_SEED = 21
 
 
-class TextToFlow(nn.Module):
-    """Both trained models: captions to embeddings, and noisy blocks to flows."""
+class TextEncoder(nn.Module):
+    """A small UMT5 with its tokenizer: captions to embeddings."""
 
-    def __init__(self, compile_layers: bool = False) -> None:
+    def __init__(self) -> None:
+        from transformers import UMT5Config, UMT5EncoderModel
+
         super().__init__()
         self.tokenizer = build_tokenizer()
-        self.text = build_text_encoder(self.tokenizer.get_vocab_size())
-        self.model = init_(CausalWanModel(SIZES), INIT_SEED)
-        self.flow = TrainingForward(self.model, compile_layers)
+        vocabulary = self.tokenizer.get_vocab_size()
+        config = UMT5Config(vocab_size=vocabulary, feed_forward_proj="gated-gelu", dropout_rate=0.0, **TEXT_SIZES)
+        self.umt5 = cast(nn.Module, UMT5EncoderModel(config))
 
-    def embeds(self, captions: Sequence[str]) -> Tensor:
+    def forward(self, captions: Sequence[str]) -> Tensor:
         """[B, text_len, text_dim], zero past each caption."""
-        ids, mask = (part.to(self.model.device) for part in token_ids(self.tokenizer, captions))
-        hidden = self.text(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
+        device = next(self.parameters()).device
+        ids, mask = (part.to(device) for part in token_ids(self.tokenizer, captions))
+        hidden = self.umt5(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
         return nn.functional.pad(hidden, (0, 0, 0, MAX_TOKENS - hidden.shape[1]))
 
+    def lengths(self, captions: Sequence[str]) -> Tensor:
+        """Numbers of tokens [B]."""
+        return token_ids(self.tokenizer, captions)[1].sum(1).to(next(self.parameters()).device)
 
-def build_text_encoder(vocabulary: int) -> nn.Module:
-    from transformers import UMT5Config, UMT5EncoderModel
 
-    config = UMT5Config(vocab_size=vocabulary, feed_forward_proj="gated-gelu", dropout_rate=0.0, **TEXT_SIZES)
-    return cast(nn.Module, UMT5EncoderModel(config))
+class Flow(TrainingForward):
+    """The transformer that is trained, with fresh weights."""
+
+    def __init__(self, compile_layers: bool = False) -> None:
+        super().__init__(init_(CausalWanModel(SIZES), INIT_SEED), compile_layers)
 
 
 def token_ids(tokenizer: Tokenizer, captions: Sequence[str]) -> tuple[Tensor, Tensor]:

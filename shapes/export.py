@@ -18,7 +18,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from shapes.dit import SIZES, TextToFlow
+from shapes.dit import SIZES, Flow, TextEncoder
+from shapes.reading import trained_text_encoder
 from shapes.runs import averaged
 from shapes.tokenizer import write_tokenizer
 from shapes.vae import build_vae
@@ -33,19 +34,22 @@ def export(work: Path, folder: Path) -> Path:
     """Write `folder`/Wan2.1-T2V-shapes from the states in `work`; returns it."""
     target = folder / MODEL
     write_tokenizer(target / "google" / "umt5-xxl")
-    _write_transformer(averaged(work / "dit.pt", TextToFlow()), target)
+    _write_transformer(cast(Flow, averaged(work / "dit.pt", Flow())), target)
+    _write_text_encoder(trained_text_encoder(work), target)
     torch.save(_halved(native_vae(averaged(work / "vae.pt", build_vae()))), target / "Wan2.1_VAE.pth")
     return target
 
 
-def _write_transformer(nets: nn.Module, target: Path) -> None:
-    assert isinstance(nets, TextToFlow)
+def _write_transformer(flow: Flow, target: Path) -> None:
     config = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "model_type": "t2v"}
     sizes = {name: value for name, value in asdict(SIZES).items() if name != "patch_size"}
     (target / "config.json").write_text(json.dumps(config | sizes, indent=2) + "\n", encoding="utf-8")
-    save_file(_halved(nets.model.state_dict()), target / "diffusion_pytorch_model.safetensors")
-    text = {name: value.bfloat16() for name, value in wan_text_names(nets.text.state_dict()).items()}
-    torch.save(text, target / "models_t5_umt5-xxl-enc-bf16.pth")
+    save_file(_halved(flow.model.state_dict()), target / "diffusion_pytorch_model.safetensors")
+
+
+def _write_text_encoder(text: TextEncoder, target: Path) -> None:
+    state = {name: value.bfloat16() for name, value in wan_text_names(text.umt5.state_dict()).items()}
+    torch.save(state, target / "models_t5_umt5-xxl-enc-bf16.pth")
 
 
 def _halved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -14,13 +14,14 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from shapes.world import BACKGROUNDS, COLOURS, SHAPES, Floats, background, coverage
+from shapes.world import BACKGROUNDS, COLOURS, CROSS, SHAPES, Floats, background, coverage
 
 SATURATED = 0.3  # largest minus smallest channel of what belongs to a thing
 LEAST_AREA = 60  # pixels; a thing of the smallest size covers about 200
 BACKGROUND_ERROR = 0.06  # the median difference, 0..1, at which a background is still recognised
 MARK_SHARE = 0.2  # of the radius: half the mark's own
-_AREAS = {"disc": math.pi, "square": 1.8**2, "triangle": 1.11 * 1.85, "cross": 4 * 0.8 - 0.64}  # at radius 1
+_CROSS_AREA = 8 * CROSS[0] * CROSS[1] - 4 * CROSS[1] ** 2
+_AREAS = {"disc": math.pi, "square": 1.8**2, "triangle": 1.11 * 1.85, "cross": _CROSS_AREA}  # at radius 1
 _CENTROIDS = {"triangle": 0.13}  # below the centre, at radius 1
 _PALETTE = np.array(list(COLOURS.values()), np.float32)
 

@@ -1,4 +1,4 @@
-"""The command line of training: `python -m shapes.train {vae,dit,export} --work FOLDER`."""
+"""The command line of training: `python -m shapes.train {text,vae,dit,export} --work FOLDER`."""
 
 from __future__ import annotations
 
@@ -14,13 +14,14 @@ import torch
 from shapes.batches import PARTS, DiTRecipe
 from shapes.dit_training import train_dit
 from shapes.export import export
+from shapes.reading import ReadingRecipe, train_text
 from shapes.runs import log_to_stdout
 from shapes.vae import VAERecipe, train_vae
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("stage", choices=["vae", "dit", "export"])
+    parser.add_argument("stage", choices=["text", "vae", "dit", "export"])
     parser.add_argument("--work", type=Path, default=Path("demo/shapes_training"), help="states and logs go there")
     parser.add_argument("--out", type=Path, default=Path("checkpoints/shapes"), help="where export writes")
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
@@ -34,6 +35,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
     given = {"steps": args.steps, "batch": args.batch}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value}
+    if args.stage == "text":
+        train_text(args.work, replace(ReadingRecipe(), **changes), args.until)
     changes["compile"] = not args.no_compile
     if args.stage == "vae":
         train_vae(args.work, replace(VAERecipe(), **changes), args.until)

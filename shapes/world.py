@@ -33,6 +33,7 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "purple": (0.66, 0.15, 0.82),
 }
 SIZES = {"small": 12.0, "medium": 15.0, "large": 18.0}  # half the side of a square of equal extent
+CROSS = (1.15, 0.4)  # half the length and half the width of its arms; its area is near the others'
 DIRECTIONS = {"right": (1.0, 0.0), "left": (-1.0, 0.0), "down": (0.0, 0.55), "up": (0.0, -0.55)}  # pixels a frame
 MOTIONS = (*DIRECTIONS, "bounce", "orbit", "grow", "shrink", "turn", "still", "pass")
 LATER_MOTIONS = (*DIRECTIONS, "grow", "shrink", "turn", "still")  # what may follow a prompt switch
@@ -198,7 +199,7 @@ def distance(shape: str, x: Floats, y: Floats, radius: Floats | float) -> Floats
     if shape == "square":
         return as_floats(np.maximum(np.abs(x), np.abs(y)) - 0.9 * radius)
     if shape == "cross":
-        long, short = radius, 0.4 * radius
+        long, short = CROSS[0] * radius, CROSS[1] * radius
         across, along = np.maximum(np.abs(x) - long, np.abs(y) - short), np.maximum(np.abs(x) - short, np.abs(y) - long)
         return as_floats(np.minimum(across, along))
     assert shape == "triangle", shape

@@ -98,6 +98,7 @@ def test_frames_in_a_given_time() -> None:
     assert frames_in_time(2.0, (3, 0.5), (12, 1.4)) == pytest.approx(18.0)
     assert frames_in_time(0.1, (3, 0.5), (12, 1.4)) < 0
     assert frames_in_time(2.0, (3, 0.5), (12, 0.4)) == UNBOUNDED
+    assert frames_in_time(0.1, (3, 0.5), (12, 0.4)) < 0
 
 
 def test_a_measured_speed_sets_the_frames(caplog: pytest.LogCaptureFixture) -> None:
