@@ -26,7 +26,7 @@ from benchmarks.trace import CROSS, KINDS, SELF, Breakdown, labelled, traced
 from pipeline.engine import WAYS, passes_of
 from pipeline.generator import Passes
 from utils.errors import InputError
-from wan.attention import AttentionName, attention_backend, choose_backend
+from wan.attention import AttentionName, choose_backend
 from wan.config import WAN_1_3B, ModelConfig
 from wan.fp8 import to_fp8
 from wan.geometry import LatentGeometry, pixel_frames
@@ -131,8 +131,9 @@ def measure(subject: Subject, ceiling: float, repeat: int, profile: bool, refere
 
 def look_inside(subject: Subject) -> Breakdown:
     """One traced block, with ranges around the attentions."""
-    model, attention = subject.model, subject.model.attention
+    model, attention, ragged = subject.model, subject.model.attention, subject.model.ragged
     model.attention = labelled(SELF, attention)
+    model.ragged = None if ragged is None else labelled(SELF, ragged)
     block = subject.block()  # its cache takes the attention that the model has now
     model.attention = labelled(CROSS, attention)
     try:
@@ -141,7 +142,7 @@ def look_inside(subject: Subject) -> Breakdown:
             block.prepare()
         return traced(block.run, model.device)
     finally:
-        model.attention = attention
+        model.attention, model.ragged = attention, ragged
 
 
 def table(rows: Sequence[Row]) -> list[str]:
@@ -218,7 +219,7 @@ def subjects(arguments: argparse.Namespace, config: ModelConfig, device: torch.d
         for engine, name in product(engines, attentions):
             passes = passes_of(model, engine)
             try:
-                model.attention = attention_backend(name, device, model.dtype)
+                model.use_attention(name)
             except InputError as error:
                 print(f"left out: {error}", flush=True)
                 continue
@@ -234,7 +235,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--resolution", default="480", help=f"of {', '.join(LATENT_SIZES)}, separated by commas")
     parser.add_argument("--policy", default=",".join(POLICIES))
     parser.add_argument("--engine", default="eager,compiled", help=f"of {', '.join(WAYS)}")
-    parser.add_argument("--attention", default="auto", help="of auto, sdpa, cudnn, fa2, fa3")
+    parser.add_argument("--attention", default="auto", help="of auto, sdpa, cudnn, fa2, fa3, varlen")
     parser.add_argument("--precision", default="auto", help="of auto (bf16, on a CPU fp32) and fp8; the first compares")
     parser.add_argument("--repeat", type=int, default=5)
     parser.add_argument("--layers", type=int, help="of a reduced model")

@@ -96,7 +96,7 @@ else
     part end_to_end 60 "$PYTHON" -m benchmarks.end_to_end --resolution 480 --engine graphed --policy packed --profile \
         --no_file --json "$FOLDER/end_to_end.json"
     dit dit_fp8_480 60 --resolution 480 --engine graphed --policy packed --precision auto,fp8 --repeat 3 --profile
-    dit dit_attention_480 60 --resolution 480 --engine graphed --policy packed,full --attention sdpa,cudnn,fa2,fa3 --repeat 3
+    dit dit_attention_480 60 --resolution 480 --engine graphed --policy packed,full --attention sdpa,cudnn,fa2,fa3,varlen --repeat 3
     dit dit_720 90 --resolution 720 --engine graphed --policy packed,full --repeat 3 --profile
     dit dit_1080 100 --resolution 1080 --engine graphed --policy packed,full --repeat 3 --profile
     part vae_1080 60 "$PYTHON" -m benchmarks.vae --resolution 720,1080 --engine graphed --frames 9 --repeat 3 \

@@ -15,7 +15,7 @@ from pipeline.generator import BlockGenerator, GeneratorSettings, Passes, Segmen
 from pipeline.schedule import DenoisingSchedule
 from pipeline.speed import fill
 from utils.seed import NoiseStream
-from wan.attention import AttentionName, attention_backend
+from wan.attention import AttentionName
 from wan.config import ModelConfig, ModelKwargs
 from wan.geometry import LatentGeometry
 from wan.model import CausalWanModel
@@ -30,7 +30,7 @@ def build_model(config: ModelConfig, device: torch.device, attention: AttentionN
     with torch.device("meta"):
         model = CausalWanModel(config).to(dtype)
     model = model.to_empty(device=device).random_()
-    model.attention = attention_backend(attention, device, dtype)
+    model.use_attention(attention)
     return model
 
 

@@ -13,12 +13,13 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, ParamSpec
 
 import torch
 from torch import Tensor
 
-from wan.attention import AttentionFn
+Inputs = ParamSpec("Inputs")
+
 
 SELF, CROSS = "self-attention", "cross-attention"
 KINDS = ("linear", SELF, CROSS, "attention", "elementwise", "copies", "idle")
@@ -44,12 +45,12 @@ def kind_of(name: str) -> str:
     return next((kind for kind, pattern in _NAMES if pattern.search(name)), "elementwise")
 
 
-def labelled(label: str, attention: AttentionFn) -> AttentionFn:
+def labelled(label: str, attention: Callable[Inputs, Tensor]) -> Callable[Inputs, Tensor]:
     """The attention, in a range that a trace shows."""
 
-    def in_range(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    def in_range(*args: Inputs.args, **kwargs: Inputs.kwargs) -> Tensor:
         with torch.profiler.record_function(label):
-            return attention(q, k, v)
+            return attention(*args, **kwargs)
 
     return in_range
 

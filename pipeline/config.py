@@ -82,7 +82,7 @@ class InferenceConfig:
     model_root: str = field(default_factory=paths.default_model_root)
     device: str = "auto"
     precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"  # auto: bf16 on CUDA, fp32 on the CPU; fp8: products
-    attention: Literal["auto", "sdpa", "cudnn", "fa2", "fa3"] = "auto"
+    attention: Literal["auto", "sdpa", "cudnn", "fa2", "fa3", "varlen"] = "auto"  # varlen: one launch for all heads
     engine: Literal["auto", "eager", "compiled", "graphed"] = "auto"  # graphed: CUDA graphs; auto: those on a GPU
     compile_cache: str | None = None  # folder for what torch.compile makes, so that the next start is quick
     rope: Literal["absolute", "relative"] = "absolute"  # relative: no distance leaves the trained range

@@ -29,6 +29,7 @@ from wan.lora import merge_lora
 from wan.model import CausalWanModel
 from wan.text import TextEncoder
 from wan.vae import VAE
+from wan.varlen import ragged_backend
 
 logger = logging.getLogger(__name__)
 
@@ -121,6 +122,7 @@ def check_before_loading(config: InferenceConfig, device: torch.device) -> tuple
     settings = generator_settings(config, sizes)
     dtype = choose_dtype(config, device)
     attention_backend(config.attention, device, dtype)
+    ragged_backend(config.attention, device, dtype)
     check_engine(config.engine, device)
     choose_vae_device(config, device)
     if config.video_codec != "libx264":
@@ -176,7 +178,7 @@ def load_transformer(
 ) -> CausalWanModel:
     """The causal transformer with its LoRA merged."""
     model = _assemble(config, sizes, device, dtype)
-    model.attention = attention_backend(config.attention, device, dtype)
+    model.use_attention(config.attention)
     if config.precision == "fp8":
         to_fp8(model)
     return model

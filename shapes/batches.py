@@ -72,7 +72,7 @@ class DiTRecipe:
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents [B, K, n, 16, h, w] and the embedded captions of the blocks from `switch` on, to be noised `copies` times.
+    """Latents [B, K, n, 16, h, w] and embedded captions of the blocks from `switch` on, to be noised `copies` times.
 
     `seed` decides its noise, `share` is its part of the step's clips. `first_block`: whether the first block counts;
     once it is distilled, flow matching would only pull it back.
@@ -95,9 +95,7 @@ class Batch:
 class Batches(Dataset[list[Batch]]):
     """Item `step` is what process `rank` of `workers` computes in that step: its parts of the batch."""
 
-    def __init__(
-        self, recipe: DiTRecipe, code: LinearCode, text: TextEncoder, rank: int = 0, workers: int = 1
-    ) -> None:
+    def __init__(self, recipe: DiTRecipe, code: LinearCode, text: TextEncoder, rank: int = 0, workers: int = 1) -> None:
         self._recipe, self._code, self._text = recipe, code, text
         self._parts = range(rank, PARTS, workers)
 

@@ -25,8 +25,8 @@ from torch.utils.data import DataLoader
 from shapes.batches import PARTS, TRAIN_SEED, Batch, Batches, DiTRecipe
 from shapes.distill import distillation_loss
 from shapes.dit import Flow
-from shapes.reading import trained_text_encoder
 from shapes.optim import Average, Optimizers, trapezoid
+from shapes.reading import trained_text_encoder
 from shapes.runs import Stage, averaged, log_to_stdout, save, training_device
 from shapes.schedule import a_little_noisy, add_noise, noise_like, random_sigmas, random_steps
 from shapes.vae import fit_linear_code

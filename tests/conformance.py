@@ -1,7 +1,7 @@
 """Compare the program with stored inputs and outputs of reference implementations.
 
     python -m tests.conformance CASE.safetensors ... [--out OUT.safetensors] [--device cpu] [--precision fp32|bf16]
-                                [--engine eager|compiled|graphed|recorded] [--attention auto|sdpa|cudnn|fa2|fa3]
+                                [--engine eager|compiled|graphed|recorded] [--attention auto|sdpa|cudnn|fa2|fa3|varlen]
 
 A case is a safetensors file whose metadata key `case` describes it; weights lie beside it. It is computed with the
 product's own classes: the loaders, the policy made from the settings, and the one generator. What was computed is
@@ -31,7 +31,7 @@ from pipeline.engine import WAYS, passes_of
 from pipeline.generator import BlockGenerator, FlowRecord, GeneratorSettings, Passes, Rollout, Segment
 from pipeline.schedule import DenoisingSchedule
 from utils.errors import InputError
-from wan.attention import AttentionName, attention_backend
+from wan.attention import AttentionName
 from wan.checkpoint import generator_state, load_into, read_tensors
 from wan.config import ModelConfig, ModelKwargs
 from wan.geometry import LatentGeometry
@@ -92,7 +92,7 @@ def load_model(case: Case, folder: Path, machine: Machine) -> CausalWanModel:
     with torch.device("meta"):
         model = CausalWanModel(ModelConfig.from_mapping(case["model"]))
     load_into(model, state, path, machine.dtype, machine.device)
-    model.attention = attention_backend(machine.attention, machine.device, machine.dtype)
+    model.use_attention(machine.attention)
     return model
 
 

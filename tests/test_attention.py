@@ -7,6 +7,7 @@ import torch
 
 from utils.errors import InputError
 from wan.attention import attention_backend, choose_backend, sdpa
+from wan.varlen import Sequences, flash, ragged_backend
 
 CPU = torch.device("cpu")
 
@@ -45,3 +46,48 @@ def test_backends_agree_on_a_gpu(name: str) -> None:
     out = attention_backend(name, device, torch.bfloat16)(q[:, :, 1:3], k[:, :, 1:3], v[:, :, 1:3])  # type: ignore[arg-type]
     expected = sdpa(q[:, :, 1:3].float(), k[:, :, 1:3].float(), v[:, :, 1:3].float())
     torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=2e-2)
+
+
+def sequences(device: torch.device | str, dtype: torch.dtype) -> tuple[torch.Tensor, Sequences]:
+    """Two videos of three heads that see 5, 9 and 2 of up to 9 rows; what they do not see is not a number."""
+    generator = torch.Generator().manual_seed(0)
+    seen = Sequences.of(torch.empty(0, dtype=dtype, device=device), 2, [9, 9, 4], 64, 4)
+    for head, length in enumerate((5, 9, 2)):
+        seen.see(slice(head, head + 1), length)
+    if seen.kv.device.type != "meta":
+        seen.kv.copy_(torch.randn(seen.kv.shape, generator=generator))
+        for unseen in (slice(5, 9), slice(20, 22)):
+            seen.kv[:, :, unseen] = torch.nan
+    return torch.randn(2, 4, 3, 64, generator=generator).to(device, dtype), seen
+
+
+def one_by_one(q: torch.Tensor, seen: Sequences) -> torch.Tensor:
+    out = torch.empty_like(q)
+    for video in range(2):
+        for head, rows in enumerate((slice(0, 5), slice(9, 18), slice(18, 20))):
+            k, v = seen.kv[:, video : video + 1, rows, None]
+            out[video : video + 1, :, head : head + 1] = sdpa(q[video : video + 1, :, head : head + 1], k, v)
+    return out
+
+
+def test_heads_of_different_lengths_in_one_call() -> None:
+    ragged = ragged_backend("varlen", CPU, torch.float32)
+    assert ragged is not None and ragged_backend("auto", CPU, torch.float32) is None
+    q, seen = sequences("cpu", torch.float32)
+    torch.testing.assert_close(ragged(q, seen), one_by_one(q, seen))
+
+
+def test_pytorchs_flash_attention_takes_the_call() -> None:
+    """On the meta device, where its arguments are checked and shapes are found."""
+    q, seen = sequences("meta", torch.bfloat16)
+    assert flash(q, seen).shape == q.shape
+
+
+@pytest.mark.gpu
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
+def test_heads_of_different_lengths_on_a_gpu() -> None:
+    device = torch.device("cuda")
+    ragged = ragged_backend("varlen", device, torch.bfloat16)
+    assert ragged is not None
+    q, seen = sequences(device, torch.bfloat16)
+    torch.testing.assert_close(ragged(q, seen), one_by_one(q, seen), atol=2e-2, rtol=2e-2)

@@ -12,6 +12,7 @@ from tests import conformance
 
 VECTORS = Path(__file__).parent / "data" / "vectors"
 CASES = sorted(path for path in VECTORS.glob("*.safetensors") if not path.name.endswith("_a.safetensors"))
+ROLLOUTS = [path for path in CASES if path.stem not in ("text_encoder", "vae")]
 
 
 def test_all_vectors_are_here() -> None:
@@ -24,6 +25,11 @@ def test_vector(path: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) 
     assert conformance.main([str(path), "--out", str(out)]) == 0, capsys.readouterr().out
     expected = {name for name in load_file(path) if name.startswith("expect.")}
     assert expected == {f"expect.{name}" for name in load_file(out)}
+
+
+@pytest.mark.parametrize("path", ROLLOUTS, ids=lambda path: path.stem)
+def test_a_vector_with_one_launch_for_all_heads(path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert conformance.main([str(path), "--attention", "varlen"]) == 0, capsys.readouterr().out
 
 
 def test_a_vector_compiled(capsys: pytest.CaptureFixture[str]) -> None:

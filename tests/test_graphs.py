@@ -126,6 +126,19 @@ def test_recordings_are_few_and_none_more_for_a_second_video(
         assert passes.recordings == min(expected, passes.captures)
 
 
+@pytest.mark.parametrize(("kind", "roles", "again"), [("full", None, 0), ("window", None, 0), ("packed", None, 2)])
+def test_with_lengths_as_data_two_recordings_do(kind: str, roles: HeadRoles | None, again: int) -> None:
+    """With all heads in one launch, a flow and a clean pass serve all states of a cache."""
+    model = tiny_model()
+    dense = generator(model, kind, roles)
+    expected = [latents(start(dense, seed, starts=(0, 12))) for seed in (1, 2)]
+    model.use_attention("varlen")
+    graphed, passes = recording(generator(model, kind, roles))
+    for seed, video in zip((1, 2), expected, strict=True):
+        same(latents(start(graphed, seed, starts=(0, 12))), video)
+        assert passes.captures == 2 + again * (seed - 1)
+
+
 def test_recordings_go_with_the_buffers_they_work_on() -> None:
     graphed, passes = recording(generator(tiny_model(), "window"))
     latents(start(graphed, 1))

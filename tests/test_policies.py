@@ -23,6 +23,7 @@ from wan.attention import sdpa
 from wan.cache import KVCache
 from wan.config import ModelKwargs
 from wan.head_group import CacheShape
+from wan.varlen import ragged_backend
 
 WIDTH = 6
 
@@ -54,6 +55,7 @@ class Case:
     tokens: int
     batch: int
     own: bool  # a block joins the cache from its own slots
+    ragged: bool = False  # one launch for all heads
 
 
 @st.composite
@@ -76,6 +78,7 @@ def cases(draw: st.DrawFn) -> Case:
         tuple(draw(st.lists(st.sampled_from(Role), min_size=1, max_size=5))),
         draw(st.integers(1, 3)),
         draw(st.integers(1, 2)),
+        draw(st.booleans()),
         draw(st.booleans()),
     )
 
@@ -141,7 +144,8 @@ def check_against_the_twin(case: Case) -> None:
     policy = policy_from_config(ModelKwargs(case.window, sink_size=case.sink), dummy, case.block)
     past = (case.blocks - 1) * case.block
     shape = CacheShape(case.batch, heads, WIDTH, case.tokens, case.block, past)
-    cache = KVCache(1, shape, policy.initial, sdpa, torch.empty(0))
+    ragged = ragged_backend("varlen", torch.device("cpu"), torch.float32) if case.ragged else None
+    cache = KVCache(1, shape, policy.initial, sdpa, torch.empty(0), ragged=ragged)
     layer = cache.layers[0]
     order = list(range(heads))
     generator = torch.Generator().manual_seed(0)

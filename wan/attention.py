@@ -18,7 +18,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from utils.errors import InputError
 
-AttentionName = Literal["auto", "sdpa", "cudnn", "fa2", "fa3"]
+AttentionName = Literal["auto", "sdpa", "cudnn", "fa2", "fa3", "varlen"]
+"""varlen: self-attention as in wan.varlen, the rest as auto."""
 
 AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 """(q [B, L, H, D], k [B, S, H, D], v [B, S, H, D]) -> [B, L, H, D]; softmax(q k^T / sqrt(D)) v."""
@@ -50,7 +51,8 @@ def _flash(name: Literal["fa2", "fa3"]) -> AttentionFn:
     return flash
 
 
-def _installed(name: str) -> bool:
+def installed(name: str) -> bool:
+    """Whether the package of "fa2" or "fa3" is."""
     return importlib.util.find_spec(_MODULES[name]) is not None
 
 
@@ -59,21 +61,21 @@ def choose_backend(device: torch.device, dtype: torch.dtype) -> AttentionName:
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"
     capability = torch.cuda.get_device_capability(device)
-    if capability[0] == HOPPER[0] and _installed("fa3"):
+    if capability[0] == HOPPER[0] and installed("fa3"):
         return "fa3"
     if capability >= HOPPER and torch.version.hip is None:
         return "cudnn"
-    if capability >= AMPERE and _installed("fa2"):
+    if capability >= AMPERE and installed("fa2"):
         return "fa2"
     return "sdpa"
 
 
 def attention_backend(name: AttentionName, device: torch.device, dtype: torch.dtype) -> AttentionFn:
-    """The attention function called `name` ("auto" chooses).
+    """The attention function called `name` ("auto" chooses; for "varlen" what is used beside it).
 
     Raises InputError if it was asked for by name and cannot run here.
     """
-    chosen = choose_backend(device, dtype) if name == "auto" else name
+    chosen = choose_backend(device, dtype) if name in ("auto", "varlen") else name
     if chosen == "sdpa":
         return sdpa
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
@@ -82,7 +84,7 @@ def attention_backend(name: AttentionName, device: torch.device, dtype: torch.dt
         )
     if chosen == "cudnn":
         return cudnn
-    if not _installed(chosen):
+    if not installed(chosen):
         raise InputError(
             f"attention: {chosen!r} needs the package {_MODULES[chosen]}, which is not installed; use 'auto'"
         )

@@ -1,11 +1,11 @@
 """Keys and values of earlier frames: which are kept, where they lie, and how a block attends to them.
 
 A head keeps what its `Retention` says: the first `sink` and the last `recent` frames. Heads of a layer that keep
-equally much share one buffer, allocated once, and one attention call; wan.head_group says what lies where in it. The
-block is written in place before it attends. Nothing here reads a value from the device, and nothing is concatenated in
-a block's passes. What a pass does to the device follows from `KVCache.layout` and `KVCache.state` alone, so that it can
-be recorded once and replayed (wan/graphs.py). The file knows no head roles and no prompts; a policy is a retention per
-head.
+equally much share one buffer, allocated once, and one attention call; wan.head_group says what lies where in it. With a
+ragged attention (wan.varlen) one call does for all heads. The block is written in place before it attends. Nothing here
+reads a value from the device, and nothing is concatenated in a block's passes. What a pass does to the device follows
+from `KVCache.layout` and `KVCache.state` alone, so that it can be recorded once and replayed (wan/graphs.py). The file
+knows no head roles and no prompts; a policy is a retention per head.
 """
 
 from __future__ import annotations
@@ -21,6 +21,7 @@ from torch import Tensor
 from wan.attention import AttentionFn
 from wan.head_group import CacheBytes, CacheShape, HeadGroup, Retention
 from wan.rope import RotaryEmbedding, Rotation
+from wan.varlen import RaggedFn, Sequences
 
 Observer = Callable[[int, Tensor, Tensor, Sequence[int]], None]
 """(layer, q [B, L, H, D], keys [B, S, H, D], the frame number of every T keys), called before a layer attends."""
@@ -46,10 +47,20 @@ class Layout:
 class LayerCache:
     """The cache of one layer. Heads are in the order of the layer's weights."""
 
-    def __init__(self, index: int, shape: CacheShape, attention: AttentionFn, like: Tensor, relative: bool) -> None:
+    def __init__(
+        self,
+        index: int,
+        shape: CacheShape,
+        attention: AttentionFn,
+        like: Tensor,
+        relative: bool,
+        ragged: RaggedFn | None = None,
+    ) -> None:
         self._index = index
         self._shape = shape
         self._attention = attention
+        self._ragged = ragged
+        self._sequences: Sequences | None = None
         self._like = like
         self._relative = relative
         self._parts: list[tuple[int, Retention]] = []
@@ -69,13 +80,14 @@ class LayerCache:
     def _build(self, parts: Sequence[tuple[int, Retention]]) -> None:
         assert sum(heads for heads, _ in parts) == self._shape.num_heads
         self._parts = list(parts)
-        self._buffers = []
+        self._buffers, self._spans = [], []
         first = 0
-        for slots, same in groupby((part for part in parts if part[0]), key=lambda part: self._shape.slots(part[1])):
-            members = list(same)
-            tokens = (self._shape.frames_per_block + slots) * self._shape.tokens_per_frame
-            width = sum(heads for heads, _ in members)
-            buffer = self._like.new_empty(2, self._shape.batch, tokens, width, self._shape.head_dim)
+        alike = groupby((part for part in parts if part[0]), key=lambda part: self._shape.slots(part[1]))
+        shared = [(slots, list(members)) for slots, members in alike]
+        widths = [sum(heads for heads, _ in members) for _, members in shared]
+        tokens = [(self._shape.frames_per_block + slots) * self._shape.tokens_per_frame for slots, _ in shared]
+        buffers = self._allocate(tokens, widths)
+        for buffer, width, (_, members) in zip(buffers, widths, shared, strict=True):
             groups: list[HeadGroup] = []
             for heads, retention in members:
                 start = sum(group.heads.stop - group.heads.start for group in groups)
@@ -85,6 +97,17 @@ class LayerCache:
             self._buffers.append((buffer, groups))
             first += width
         self._refresh()
+
+    def _allocate(self, tokens: Sequence[int], widths: Sequence[int]) -> list[Tensor]:
+        """Buffers [2, B, tokens, heads, D], laid out as the attention wants them."""
+        batch, dim = self._shape.batch, self._shape.head_dim
+        if self._ragged is None:
+            return [self._like.new_empty(2, batch, *size, dim) for size in zip(tokens, widths, strict=True)]
+        capacities = [size for size, heads in zip(tokens, widths, strict=True) for _ in range(heads)]
+        self._sequences = Sequences.of(self._like, batch, capacities, dim, self._shape.block_tokens)
+        sizes = list(zip(widths, tokens, strict=True))
+        parts = torch.split(self._sequences.kv, [heads * size for heads, size in sizes], dim=2)
+        return [torch.unflatten(part, 2, size).transpose(2, 3) for part, size in zip(parts, sizes, strict=True)]
 
     @property
     def groups(self) -> list[HeadGroup]:
@@ -104,6 +127,9 @@ class LayerCache:
         A block is written to its own slots. A longer pass (re-encoding) is joined with what is kept for this once.
         """
         own = self._shape.block_tokens
+        if self._ragged is not None and self._sequences is not None and q.shape[1] == own and self.observer is None:
+            self.write(k, v)
+            return self._ragged(q, self._sequences)
         out = torch.empty_like(q) if len(self._spans) > 1 else None
         for span in self._spans:
             heads = span.heads
@@ -124,7 +150,7 @@ class LayerCache:
         return out
 
     def write(self, k: Tensor, v: Tensor) -> None:
-        """Put a block's keys and values into its own slots, as `attend` does."""
+        """Put a block's keys and values into its own slots."""
         for span in self._spans:
             span.kv[0, :, : self._shape.block_tokens] = k[:, :, span.heads]
             span.kv[1, :, : self._shape.block_tokens] = v[:, :, span.heads]
@@ -152,10 +178,16 @@ class LayerCache:
 
     @property
     def state(self) -> tuple[tuple[int, int, int], ...]:
+        if self._sequences is not None:
+            return ()  # what heads see is data
+        return self._visible()
+
+    def _visible(self) -> tuple[tuple[int, int, int], ...]:
         return tuple((span.heads.start, span.heads.stop, span.visible) for span in self._spans)
 
     def _refresh(self) -> None:
         """Recompute the attention calls after the number of kept frames may have changed."""
+        before = self._visible()
         self._spans = []
         for buffer, groups in self._buffers:
             first = groups[0].heads.start
@@ -164,6 +196,9 @@ class LayerCache:
                 heads = slice(members[0].heads.start, members[-1].heads.stop)
                 visible = (self._shape.frames_per_block + count) * self._shape.tokens_per_frame
                 self._spans.append(_Span(heads, buffer[:, :, :, heads.start - first : heads.stop - first], visible))
+        if self._sequences is not None and self._visible() != before:
+            for span in self._spans:
+                self._sequences.see(span.heads, span.visible)
 
 
 class KVCache:
@@ -178,16 +213,19 @@ class KVCache:
         like: Tensor,
         relative_window: int | None = None,
         parts: Sequence[Sequence[tuple[int, Retention]]] | None = None,
+        ragged: RaggedFn | None = None,
     ) -> None:
         """All heads keep `retention`, unless `parts` says for each layer which keep what. `like` gives dtype and
-        device; `relative_window` (frames) turns on relative positions for the sinks."""
+        device; `relative_window` (frames) turns on relative positions for the sinks; with `ragged` it runs all heads of
+        a block's layer at once, and `attention` what is longer."""
         self._shape = shape
         self._window = relative_window
         self.device = like.device
         self.layout = Layout()
         self._rotary = RotaryEmbedding(shape.head_dim)
         self.layers = [
-            LayerCache(index, shape, attention, like, relative_window is not None) for index in range(num_layers)
+            LayerCache(index, shape, attention, like, relative_window is not None, ragged)
+            for index in range(num_layers)
         ]
         if parts is None:
             self.reset(retention)

@@ -17,13 +17,14 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.attention import AttentionFn, sdpa
+from wan.attention import AttentionFn, AttentionName, attention_backend, sdpa
 from wan.cache import KVCache
 from wan.config import ModelConfig
 from wan.geometry import LatentGeometry
 from wan.head_group import CacheShape, Retention
 from wan.layers import OutputHead, TransformerBlock
 from wan.rope import RotaryEmbedding, Rotation
+from wan.varlen import RaggedFn, ragged_backend
 
 
 @dataclass(frozen=True)
@@ -76,6 +77,7 @@ class CausalWanModel(nn.Module):
         assert config.patch_size[0] == 1
         self.config = config
         self.attention: AttentionFn = sdpa
+        self.ragged: RaggedFn | None = None
         self.patch_embedding = nn.Conv3d(config.in_dim, config.dim, config.patch_size, stride=config.patch_size)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, config.dim), nn.GELU(approximate="tanh"), nn.Linear(config.dim, config.dim)
@@ -111,6 +113,11 @@ class CausalWanModel(nn.Module):
                 else:
                     parameter.normal_(0.0, 0.02, generator=generator)
         return self.requires_grad_(False)
+
+    def use_attention(self, name: AttentionName) -> None:
+        """Attend by the backend called `name`. Raises InputError if it cannot run here; caches keep what they have."""
+        self.attention = attention_backend(name, self.device, self.dtype)
+        self.ragged = ragged_backend(name, self.device, self.dtype)
 
     def compile_layers(self, on: bool = True) -> None:
         """Compile what lies between the attentions, once for all layers, without graph breaks; or go back from it.
@@ -162,7 +169,9 @@ class CausalWanModel(nn.Module):
             geometry.num_frames - geometry.frames_per_block,
         )
         like = self.patch_embedding.weight
-        return KVCache(self.config.num_layers, shape, retention, self.attention, like, relative_window, parts)
+        return KVCache(
+            self.config.num_layers, shape, retention, self.attention, like, relative_window, parts, self.ragged
+        )
 
     def set_head_order(self, order: Sequence[Sequence[int]] | None) -> None:
         """Put the self-attention heads of every layer in the given order; None restores that of the checkpoint.
