@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from pipeline.jobs import VideoJob
 
 SHOWN_JOBS = 10  # in a dry run
+PACKAGES = ("pipeline", "dummy", "wan", "utils")  # whose progress is told; of other libraries only warnings are
 
 
 def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
@@ -125,6 +126,8 @@ def sigterm_as_interrupt() -> Iterator[None]:
 def exit_status(program: Callable[[], int]) -> int:
     """The status of `program`: its own, 2 for input that must be mended (said on stderr), 130 when interrupted."""
     logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
+    for name in PACKAGES:
+        logging.getLogger(name).setLevel(logging.INFO)
     try:
         with sigterm_as_interrupt():
             return program()

@@ -3,19 +3,21 @@
     python -m shapes.evaluate --policies full,window,prune,packed,anchored --out FOLDER
 
 prints a table and writes report.json and report.svg. `--gate FILE` holds a short run to bounds and ends with status 1
-when one is not met. Every policy gets the same captions and the same noise.
+when one is not met. Every policy gets the same captions and the same noise. `full@bf16` and `full@fp8` are the policy
+with the transformer in bf16, and with its linear layers in FP8 besides, as `precision` has them on a GPU.
 """
 
 from __future__ import annotations
 
 import argparse
+import copy
 import logging
 import math
 import shlex
 import sys
 import time
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -31,6 +33,7 @@ from shapes.score import Score, score, score_later
 from shapes.world import Floats, as_floats
 from utils.profiler import device_name
 from utils.seed import NoiseStream, video_seed
+from wan.fp8 import to_fp8
 from wan.geometry import LatentGeometry
 from wan.model import CausalWanModel
 from wan.text import TextEncoder, pad
@@ -80,6 +83,15 @@ class Parts:
             self.captions[caption] = self.text.encode([caption])[0]
         return pad([self.captions[caption] for caption in captions], self.model.config.text_len)
 
+    def at(self, precision: str) -> Parts:
+        """The same with the transformer in bf16, or in fp8; anything else is as it was loaded."""
+        if precision not in ("bf16", "fp8"):
+            return self
+        model = copy.deepcopy(self.model).to(torch.bfloat16)
+        if precision == "fp8":
+            to_fp8(model)
+        return replace(self, model=model)
+
 
 @dataclass(frozen=True)
 class Batch:
@@ -110,7 +122,9 @@ def about(module: str, arguments: Sequence[str]) -> dict[str, object]:
 
 def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--policies", default=",".join(POLICIES), help=f"of {', '.join(POLICIES)}; full first")
+    parser.add_argument(
+        "--policies", default=",".join(POLICIES), help=f"of {', '.join(POLICIES)}, also @bf16 or @fp8; full first"
+    )
     parser.add_argument("--config", default=CONFIG)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for all policies")
     parser.add_argument("--captions", type=int, default=64, help="held-out captions")
@@ -125,14 +139,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def evaluate(config_path: str, policies: Sequence[str], args: argparse.Namespace) -> Report:
     """Generate and score; the first policy is the reference of the PSNR."""
-    configs = {name: load_config(config_path, [*POLICIES[name], *args.set]) for name in policies}
-    parts = Parts.load(next(iter(configs.values())))
+    configs = {name: load_config(config_path, [*POLICIES[name.split("@")[0]], *args.set]) for name in policies}
+    loaded = Parts.load(next(iter(configs.values())))
     clips = [make_clip(CAPTION_SEED, index, held=True) for index in range(args.captions)] * args.seeds
     stories = [make_clip(STORYBOARD_SEED, i, SWITCHES[i % len(SWITCHES)], held=True) for i in range(args.storyboards)]
     report = Report(list(policies))
     reference: list[Floats] = []
     for name, config in configs.items():
         began = time.monotonic()
+        parts = loaded.at(name.partition("@")[2])
         for number, (batch, group) in enumerate(generate(parts, config, clips, args.batch)):
             if name == policies[0]:
                 reference.append(batch.videos)

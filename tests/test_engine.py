@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 
+import inference
 from pipeline import engine as engines
 from pipeline.engine import choose_engine, prepare, rehearse, start_engine, use_compile_cache
 from tests.graph_recorder import OperatorRecorder
@@ -140,3 +141,15 @@ def test_no_compile_cache_leaves_the_environment_alone(monkeypatch: pytest.Monke
     monkeypatch.delenv("TORCHINDUCTOR_CACHE_DIR", raising=False)
     use_compile_cache(None)
     assert "TORCHINDUCTOR_CACHE_DIR" not in engines.os.environ
+
+
+def test_getting_ready_is_told(caplog: pytest.LogCaptureFixture) -> None:
+    """Compiling takes a minute: nobody should wonder what the program is doing. Other libraries stay quiet."""
+
+    def program() -> int:
+        engines.logger.info("engine: getting ready")
+        logging.getLogger("diffusers").info("something")
+        return 0
+
+    assert inference.exit_status(program) == 0
+    assert caplog.messages == ["engine: getting ready"]

@@ -13,6 +13,7 @@ import torch
 from pipeline.config import load_config
 from shapes import evaluate
 from shapes.report import Report, check_gate, table, write_report
+from wan.fp8 import Fp8Linear
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "checkpoints" / "shapes" / "Wan2.1-T2V-shapes"
@@ -104,3 +105,12 @@ def test_the_evaluation_in_short_keeps_the_gate(tmp_path: Path, capsys: pytest.C
     assert report["packed"]["psnr"]["n"] == 16 and "psnr" not in report["full"]
     assert report["full"]["later_right"]["n"] == 4
     assert len(report["packed"]["current_share"]) == 4
+
+
+def test_precisions_are_those_of_the_product() -> None:
+    config = load_config(ROOT / evaluate.CONFIG, [*evaluate.POLICIES["full"], f"model_root={ROOT / 'checkpoints'}"])
+    loaded = evaluate.Parts.load(config)
+    half, eighth = (loaded.at(name).model for name in ("bf16", "fp8"))
+    assert (loaded.model.dtype, half.dtype, eighth.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
+    assert isinstance(eighth.layers()[0].ffn[0], Fp8Linear) and not isinstance(half.layers()[0].ffn[0], Fp8Linear)
+    assert loaded.at("") is loaded
