@@ -1,7 +1,8 @@
 """Tables of the README from stored results: python -m benchmarks.tables [--check]
 
 Between `<!-- NAME -->` and `<!-- /NAME -->` the README, and the card of the small trained model, hold the table of
-benchmarks/results/NAME.json, with the machine and the command that made it.
+benchmarks/results/NAME.json, with the machine and the command that made it. What comes before the first underscore of
+NAME says what kind of table that is; where there are no results there is no table.
 """
 
 from __future__ import annotations
@@ -47,6 +48,76 @@ def shapes(content: Content) -> str:
     return table(content["policies"]).strip()
 
 
+def dit(content: Content) -> str:
+    """Rows of benchmarks.dit; how much faster than the first engine at the same policy, and than full history."""
+    rows = content["rows"]
+    body = []
+    for row in rows:
+        engine = next(r for r in rows if _alike(r, row, "policy"))
+        full = next((r for r in rows if r["policy"] == "full" and _alike(r, row, "engine")), None)
+        body.append(
+            (
+                row["resolution"],
+                row["policy"],
+                f"{row['engine']}, {row['attention']}, {row['precision']}",
+                f"{row['frames_per_head']:.1f}",
+                f"{row['block_ms']:.0f}",
+                f"{row['fps']:.3g}",
+                f"{row['tflops']:.3g} ({100 * row['share']:.0f} %)",
+                "-" if engine is row else f"{engine['block_ms'] / row['block_ms']:.2f}",
+                "-" if full in (None, row) else _speedup(full, row),
+            )
+        )
+    header = ["rows of pixels", "policy", "engine", "frames a head sees", "ms a block", "FPS (DiT)"]
+    header += ["TFLOP/s (of a large product)", f"against {rows[0]['engine']}", "against full (predicted)"]
+    return markdown(header, body)
+
+
+def _alike(one: Content, other: Content, what: str) -> bool:
+    names = ("resolution", "precision", "attention", what)
+    return all(one[name] == other[name] for name in names)
+
+
+def _speedup(full: Content, row: Content) -> str:
+    return f"{full['block_ms'] / row['block_ms']:.2f} ({full['operations'] / row['operations']:.2f})"
+
+
+def vae(content: Content) -> str:
+    header = ["rows of pixels", "decoder", "engine", "type", "ms a clip", "ms a block"]
+    header += ["times as fast", "peak GiB (of the first)", "dB"]
+    body = [
+        (
+            *(row[name] for name in ("resolution", "decoder", "engine", "dtype")),
+            f"{row['clip_ms']:.0f}",
+            "-" if row["block_ms"] is None else f"{row['block_ms']:.0f}",
+            f"{row['ratio']:.2f}",
+            f"{row['peak_bytes'] / 2**30:.2f} ({row['peak_ratio']:.2f})",
+            f"{row['decibel']:.0f}",
+        )
+        for row in content["rows"]
+    ]
+    return markdown(header, body)
+
+
+def end_to_end(content: Content) -> str:
+    header = ["rows of pixels", "policy", "engine", "overlap", "s a clip", "first frame, s"]
+    header += ["block: DiT, VAE, copy, write, ms", "FPS", "steady FPS", "peak GiB"]
+    body = [
+        (
+            *(row[name] for name in ("resolution", "policy", "engine")),
+            "yes" if row["overlap"] else "no",
+            f"{row['total_ms'] / 1000:.2f}",
+            f"{row['first_frame_ms'] / 1000:.2f}",
+            ", ".join(f"{row[f'{part}_ms']:.0f}" for part in ("block", "decode", "copy", "write")),
+            f"{row['fps']:.1f}",
+            "-" if row["steady_fps"] is None else f"{row['steady_fps']:.1f}",
+            "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f}",
+        )
+        for row in content["rows"]
+    ]
+    return markdown(header, body)
+
+
 def memory(content: Content) -> str:
     cards = sorted({row["card"] for row in content["rows"]})
     body = []
@@ -71,25 +142,29 @@ def frontier(content: Content) -> str:
     return table(content).strip()
 
 
-TABLES: dict[str, Callable[[Content], str]] = {
-    "policies_cpu": policies,
+KINDS: dict[str, Callable[[Content], str]] = {
+    "policies": policies,
+    "dit": dit,
+    "vae": vae,
+    "end": end_to_end,
     "memory": memory,
     "shapes": shapes,
     "frontier": frontier,
 }
+_REGION = re.compile(r"<!-- (\w+) -->.*?<!-- /\1 -->", flags=re.DOTALL)
 
 
 def render(name: str) -> str:
+    if not (RESULTS / f"{name}.json").is_file():
+        return f"<!-- {name} -->\n<!-- /{name} -->"
     content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     where = f"{content['device']}, torch {content['torch']}; `python -m {content['command']}`"
-    return f"<!-- {name} -->\n{TABLES[name](content)}\n\n{where}\n<!-- /{name} -->"
+    return f"<!-- {name} -->\n{KINDS[name.split('_')[0]](content)}\n\n{where}\n<!-- /{name} -->"
 
 
 def updated(text: str) -> str:
     """A document's text with every table made anew."""
-    for name in TABLES:
-        text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, name=name: render(name), text, flags=re.DOTALL)
-    return text
+    return _REGION.sub(lambda region: render(region[1]), text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import dit, policies
+from benchmarks import dit, policies, tables
 from benchmarks.steady import POLICIES, STEPS, SteadyBlock, build_model
 from benchmarks.trace import CROSS, KINDS, SELF, breakdown
 from wan.config import WAN_1_3B, ModelConfig
@@ -96,6 +96,7 @@ def test_the_transformer_table(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert packed["launches"] > 100
     assert packed["fps"] == pytest.approx(12 / packed["block_ms"] * 1000)
     assert packed["cache_bytes"] < full["cache_bytes"]
+    assert tables.dit(content).splitlines()[3].startswith("| tiny | packed | eager, sdpa, fp32 | 4.0 |")
     assert set(full["ms_by_kind"]) == set(KINDS)
     assert all(full["ms_by_kind"][kind] > 0 for kind in KINDS if kind not in ("attention",))
 

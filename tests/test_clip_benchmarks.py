@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from benchmarks import end_to_end, memory, vae
+from benchmarks import end_to_end, memory, tables, vae
 from pipeline.plan import Planner
 from tests.conftest import ROOT
 from wan.config import WAN_1_3B
@@ -28,6 +28,7 @@ def test_the_decoder_against_diffusers(tmp_path: Path, capsys: pytest.CaptureFix
     assert ours["ratio"] == pytest.approx(theirs["clip_ms"] / ours["clip_ms"])
     assert ours["peak_bytes"] < theirs["peak_bytes"]
     assert content["device"] and content["torch"] == torch.__version__
+    assert tables.vae(content).splitlines()[3].startswith("| tiny | ours | eager | float32 |")
     assert len(capsys.readouterr().out.splitlines()) == 4
 
 
@@ -41,7 +42,9 @@ def test_random_weights_give_a_video_within_its_range() -> None:
 def test_whole_clips(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     given = ["--frames", "9", "--dim", "64", "--layers", "1", "--policy", "packed", "--profile"]
     assert end_to_end.main([*SMALL, *given, "--json", str(tmp_path / "clip.json")]) == 0
-    without, overlapped = json.loads((tmp_path / "clip.json").read_text())["rows"]
+    content = json.loads((tmp_path / "clip.json").read_text())
+    without, overlapped = content["rows"]
+    assert tables.end_to_end(content).splitlines()[3].startswith("| tiny | packed | eager | yes |")
     assert (without["overlap"], overlapped["overlap"]) == (False, True)
     assert without["won_ms"] is None
     assert overlapped["won_ms"] == pytest.approx(without["total_ms"] - overlapped["total_ms"])
