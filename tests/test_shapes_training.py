@@ -15,14 +15,16 @@ from pipeline.config import load_config
 from pipeline.loading import encode_prompts, load_transformer, load_vae, model_sizes
 from shapes import train
 from shapes.batches import Batches, DiTRecipe, Phase
-from shapes.dit import TextToFlow
+from shapes.dit import Flow
 from shapes.dit_training import batch_loss
 from shapes.export import export, native_names
 from shapes.linear import LinearCode
 from shapes.optim import orthogonalize, trapezoid
+from shapes.reading import QUESTIONS, Reader, ReadingRecipe, answers, sample, train_text, trained_text_encoder
 from shapes.runs import averaged
 from shapes.schedule import random_sigmas
 from shapes.vae import build_vae, decode_whole, encode_whole, fit_linear_code
+from shapes.world import Scene, Thing
 
 KEYS = Path(__file__).parent / "data" / "checkpoint_keys.json"
 
@@ -31,13 +33,15 @@ KEYS = Path(__file__).parent / "data" / "checkpoint_keys.json"
 def code_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("code")
     fit_linear_code(folder, clips=8)
+    train_text(folder, ReadingRecipe(steps=1, batch=2))
     return folder
 
 
 def stage(name: str, work: Path, code_folder: Path, until: int) -> dict[str, Tensor]:
     """Run a stage of 4 steps from the command line, to step `until`; the averaged weights that it leaves."""
     work.mkdir(exist_ok=True)
-    (work / "linear.pt").write_bytes((code_folder / "linear.pt").read_bytes())
+    for needed in {"linear.pt", "text.pt"} - {f"{name}.pt"}:
+        (work / needed).write_bytes((code_folder / needed).read_bytes())
     arguments = [name, "--work", str(work), "--steps", "4", "--until", str(until), "--no-compile", "--batch", "2"]
     assert train.main(arguments) == 0
     state = torch.load(work / f"{name}.pt", weights_only=True)
@@ -46,7 +50,7 @@ def stage(name: str, work: Path, code_folder: Path, until: int) -> dict[str, Ten
     return average
 
 
-@pytest.mark.parametrize("name", ["vae", "dit"])
+@pytest.mark.parametrize("name", ["text", "vae", "dit"])
 def test_a_stage_goes_on_where_it_was_killed(name: str, code_folder: Path, tmp_path: Path) -> None:
     whole = stage(name, tmp_path / "whole", code_folder, 4)
     first = stage(name, tmp_path / "cut", code_folder, 2)
@@ -61,25 +65,24 @@ def distance(a: dict[str, Tensor], b: dict[str, Tensor]) -> float:
 
 def test_what_is_trained_loads_in_the_product(code_folder: Path, tmp_path: Path) -> None:
     work = tmp_path / "work"
-    for name in ("vae", "dit"):
+    for name in ("text", "vae", "dit"):
         stage(name, work, code_folder, 3)
     folder = export(work, tmp_path / "root" / "shapes")
     assert sum(path.stat().st_size for path in folder.rglob("*") if path.is_file()) < 12 << 20
     config = load_config("configs/shapes_demo.yaml", [f"model_root={tmp_path / 'root'}"])
-    device, nets, vae = (
+    device, flow, vae = (
         torch.device("cpu"),
-        averaged(work / "dit.pt", TextToFlow()),
+        averaged(work / "dit.pt", Flow()),
         averaged(work / "vae.pt", build_vae()),
     )
-    assert isinstance(nets, TextToFlow)
+    assert isinstance(flow, Flow)
     sizes = model_sizes(config)
     model = load_transformer(config, sizes, device, torch.float32)
-    for name, value in nets.model.named_parameters():
+    for name, value in flow.model.named_parameters():
         assert torch.allclose(model.get_parameter(name), value, atol=2e-3), name
     prompt = "A red ball moves to the right."
     (embeds,) = encode_prompts(config, [prompt], sizes.text_len, device).values()
-    with torch.no_grad():
-        expected = nets.embeds([prompt])[0, : len(embeds)]
+    expected = trained_text_encoder(work)([prompt])[0, : len(embeds)]
     assert (embeds - expected).abs().max() < 0.1  # the file is bf16
     loaded = load_vae(config, device, torch.float32)
     latents = torch.randn(1, 2, 16, 4, 4, generator=torch.Generator().manual_seed(0))
@@ -114,26 +117,28 @@ def recipe(**changes: object) -> DiTRecipe:
     return replace(DiTRecipe(phases=(Phase(1.0, {3: 1.0}),), storyboards=1.0, batch=2), **changes)
 
 
+def batches(chosen: DiTRecipe, folder: Path, rank: int = 0, workers: int = 1) -> Batches:
+    return Batches(chosen, LinearCode.load(folder / "linear.pt"), trained_text_encoder(folder), rank, workers)
+
+
 @pytest.mark.parametrize("own", [0.0, 1.0])
-def test_the_loss_reaches_both_models(own: float, code_folder: Path) -> None:
-    chosen = recipe(own_history=own, own_from=0.0)
-    (batch, other) = Batches(chosen, LinearCode.load(code_folder / "linear.pt"))[0]
+def test_the_loss_reaches_all_weights(own: float, code_folder: Path) -> None:
+    (batch, other) = batches(recipe(own_history=own, own_from=0.0), code_folder)[0]
     assert batch.switch == 2 and batch.own_history == bool(own) and batch.share == other.share == 0.5
-    nets = TextToFlow()
+    flow = Flow()
     with torch.no_grad():
-        nets.model.head.head.weight.normal_(0, 0.1)  # it begins at zero, and nothing behind it would learn
-    torch.autograd.backward(batch_loss(nets, None, batch))
-    grads = {name: p.grad for name, p in nets.named_parameters()}
+        flow.model.head.head.weight.normal_(0, 0.1)  # it begins at zero, and nothing behind it would learn
+    torch.autograd.backward(batch_loss(flow, None, batch))
+    grads = {name: p.grad for name, p in flow.named_parameters()}
     assert all(grad is not None and grad.abs().max() > 0 for grad in grads.values())
 
 
 def test_workers_share_a_step_without_changing_it(code_folder: Path) -> None:
-    code = LinearCode.load(code_folder / "linear.pt")
-    alone = Batches(recipe(), code)[5]
-    shared = [part for rank in (0, 1) for part in Batches(recipe(), code, rank, workers=2)[5]]
+    alone = batches(recipe(), code_folder)[5]
+    shared = [part for rank in (0, 1) for part in batches(recipe(), code_folder, rank, workers=2)[5]]
     for one, other in zip(alone, shared, strict=True):
-        assert torch.equal(one.latents, other.latents)
-        assert replace(one, latents=other.latents) == other
+        assert torch.equal(one.latents, other.latents) and torch.equal(one.embeds, other.embeds)
+        assert replace(one, latents=other.latents, embeds=other.embeds) == other
 
 
 def test_muon_makes_updates_orthogonal() -> None:
@@ -145,3 +150,41 @@ def test_muon_makes_updates_orthogonal() -> None:
 def test_the_learning_rate_rises_stays_and_falls() -> None:
     shares = [trapezoid(step, 1000) for step in range(1000)]
     assert shares[0] < 0.05 and shares[500] == 1 and shares[-1] < 0.01 and min(shares) > 0
+
+
+def test_what_a_caption_says() -> None:
+    scene = Scene((Thing("disc", "red", "large"),), "turn", "blue")
+    names = list(QUESTIONS)
+    said = dict(zip(names, answers(scene, "A large red ball turns blue."), strict=True))
+    assert said == {
+        "colour": 1 + QUESTIONS["colour"].index("red"),
+        "shape": 1 + QUESTIONS["shape"].index("disc"),
+        "size": 1 + QUESTIONS["size"].index("large"),
+        "motion": 1 + QUESTIONS["motion"].index("turn"),
+        "target": 1 + QUESTIONS["target"].index("blue"),
+        "second colour": 0,
+        "second shape": 0,
+    }
+    later = dict(zip(names, answers(scene, "The ball turns blue."), strict=True))
+    assert later == {**said, "colour": 0, "size": 0}
+
+
+def test_the_text_encoder_learns_to_read(tmp_path: Path) -> None:
+    """In seconds its answers get much better than those that know how often everything is."""
+    assert sample(3) == sample(3) != sample(4)
+    train_text(tmp_path, ReadingRecipe(steps=60, batch=32))
+    encoder = trained_text_encoder(tmp_path)
+    assert not any(parameter.requires_grad for parameter in encoder.parameters())
+    state = torch.load(tmp_path / "text.pt", weights_only=True)
+    reader = Reader()
+    reader.load_state_dict(state["reader"])
+    texts, goals = zip(*(sample(10_000 + i) for i in range(200)), strict=True)
+    with torch.no_grad():
+        logits = reader(list(texts))
+    right = [(part.argmax(1) == torch.tensor(goals)[:, i]).float().mean().item() for i, part in enumerate(logits)]
+    assert right[list(QUESTIONS).index("shape")] > 0.7 and sum(right) / len(right) > 0.75
+
+
+def test_the_transformer_wants_an_encoder_that_reads(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="first stage makes it"):
+        train.main(["dit", "--work", str(tmp_path), "--steps", "1"])
