@@ -66,7 +66,7 @@ class DummyForcingConfig:
     num_dummy_within: Within = "model"  # layer: num_dummy heads (or that share) in each layer
     max_loss: float = 0.05  # num_dummy auto: the share of all heads' attention that dummy heads may lose together
     sink_score_frames: int = 1  # first context frames whose attention counts as sink
-    score_query_share: float = 0.25  # share of the block's queries that are scored; the paper takes 25 %
+    score_query_share: float = 0.25  # of the block's queries are scored, below 1 at most 256; the paper takes 25 %
     preset: PresetName = "paper"  # what heads of each role keep; dummy/presets.py lists them with their sources
     retention: RetentionConfig | None = None
     equal_cost: Literal["full", "window"] | float | None = None  # see above

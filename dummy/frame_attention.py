@@ -2,7 +2,9 @@
 
 An observer of a cache: it sees a pass's queries and keys layer by layer and adds up softmax probabilities by frame, in
 float32 and in pieces of bounded size, so that 1080p (57,000 keys for 24,000 queries) needs no more memory than 480p.
-Queries may be sampled, a fixed choice that is evenly spread; no random numbers are drawn.
+Queries may be sampled, a fixed choice that is evenly spread; no random numbers are drawn. On the small trained model
+30 queries give 0.986 of the dummy set (benchmarks/results/sampling.json); a quarter of the 4,680 at 480p would be
+1,170, which cost a GPU more than they tell.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ import torch
 from torch import Tensor
 
 PIECE_BYTES = 128 << 20  # of float32 scores at a time
+MOST_SAMPLED = 256  # queries: their number is what the error of sampled scores depends on, not their share
 GOLDEN = 0.5 * 5**0.5 - 0.5  # of its multiples the fractional parts are as evenly spread as any
 
 
@@ -46,11 +49,11 @@ class FrameAttention:
         entropy = torch.zeros(heads, device=q.device)
         per_query = heads * keys.shape[1] * 4
         for item in range(batch):
-            k = keys[item].float().transpose(0, 1)  # [H, S, D]
+            k = keys[item].transpose(0, 1)  # [H, S, D]
             for piece in torch.split(q[item], max(1, self._piece_bytes // per_query)):
-                scores = piece.float().transpose(0, 1) @ k.transpose(1, 2) * width**-0.5  # [H, queries, S]
+                scores = products(piece.transpose(0, 1), k).mul_(width**-0.5)  # [H, queries, S]
                 shares = scores.softmax(dim=-1)
-                mass += shares.unflatten(-1, (-1, self._tokens)).sum(-1).sum(dim=1)
+                mass += torch.unflatten(shares, -1, (-1, self._tokens)).sum(-1).sum(dim=1)
                 if self._with_entropy:
                     entropy += (scores.logsumexp(-1) - shares.mul_(scores).sum(-1)).sum(dim=1)
         self._layers[layer] = mass / (batch * queries)
@@ -60,7 +63,7 @@ class FrameAttention:
     def _sample(self, queries: int) -> Tensor:
         """One query in each of as many equal stretches; its place in them follows the golden ratio, since a constant
         step would meet the same few columns in every row of a frame."""
-        count = max(1, round(queries * self._query_share))
+        count = sampled(queries, self._query_share)
         stretch = torch.arange(count, dtype=torch.float64)
         return ((stretch + (0.5 + stretch * GOLDEN) % 1) * (queries / count)).long()
 
@@ -79,6 +82,18 @@ class FrameAttention:
         """[layers, heads], nats; at most the logarithm of the number of keys."""
         assert self._with_entropy
         return torch.stack([self._entropies[layer] for layer in sorted(self._entropies)])
+
+
+def sampled(queries: int, share: float) -> int:
+    """How many of `queries` are scored: all with a share of 1, otherwise at most MOST_SAMPLED."""
+    return queries if share == 1 else max(1, min(MOST_SAMPLED, round(queries * share)))
+
+
+def products(q: Tensor, k: Tensor) -> Tensor:
+    """q [H, Q, D], k [H, S, D] to float32 [H, Q, S]; half-precision inputs lose nothing, their products are exact."""
+    if q.is_cuda and q.dtype != torch.float32:
+        return torch.bmm(q, k.transpose(1, 2), out_dtype=torch.float32)
+    return q.float() @ k.float().transpose(1, 2)
 
 
 def regions(by_frame: Tensor, sink_frames: int) -> Tensor:

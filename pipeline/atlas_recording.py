@@ -18,7 +18,7 @@ from torch import Tensor
 from dummy.atlas.recorder import PassRecorder
 from dummy.atlas.table import CLEAN, Atlas
 from dummy.config import DummyForcingConfig
-from dummy.frame_attention import PIECE_BYTES
+from dummy.frame_attention import PIECE_BYTES, sampled
 from dummy.policy import ContextPolicy, policy_from_config
 from pipeline.config import InferenceConfig
 from pipeline.generator import BlockGenerator, GeneratorSettings, Segment
@@ -180,7 +180,7 @@ def cost_line(config: InferenceConfig, chosen: ChosenPasses, query_share: float,
     heads = sizes.num_layers * sizes.num_heads
     forwards = sum(chosen.per_block * forward_operations(sizes, geometry, heads * frames) for frames in seen)
     tokens = geometry.tokens_per_frame
-    queries = max(1, round(geometry.tokens_per_block * query_share))
+    queries = sampled(geometry.tokens_per_block, query_share)
     pairs = sum(queries * seen[block] * tokens for block in chosen.blocks) * len(chosen.passes)
     scores = 2 * pairs * sizes.dim * sizes.num_layers
     # a piece's scores, shares and their products; the keys of one video in float32, once more while they are laid out
@@ -188,6 +188,6 @@ def cost_line(config: InferenceConfig, chosen: ChosenPasses, query_share: float,
     held = 4 * piece + 2 * 4 * max(seen) * tokens * sizes.dim
     return (
         f"A video's forwards take {forwards / 1e12:.3g} TFLOP up to block {chosen.blocks[-1]}; recording "
-        f"{len(chosen.wanted)} passes at {100 * query_share:g} % of their queries adds {scores / 1e12:.3g} TFLOP of "
-        f"scores and at most {format_bytes(held)}."
+        f"{len(chosen.wanted)} passes at {queries} of {geometry.tokens_per_block} queries adds {scores / 1e12:.3g} "
+        f"TFLOP of scores and at most {format_bytes(held)}."
     )

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from dummy.atlas.recorder import PassRecorder
 from dummy.atlas.stability import overlap
+from dummy.frame_attention import sampled
 from dummy.policy import HeadSplit, split_of
 from dummy.roles import HeadRoles, Role
 from pipeline.atlas_recording import choose_passes, geometry_of, role_settings, watch, watched_generator, watched_policy
@@ -97,18 +98,18 @@ def sampling_table(config: InferenceConfig, device: torch.device, shares: Sequen
     chosen = choose_passes(config, str(block), None)
     generator, embeds = watched_generator(config, jobs, watched_policy(config, "initial"), device)
     geometry = geometry_of(config, generator.model.config.in_dim)
-    sampled = [_Sampled(share, block, chosen.per_block, geometry) for share in shares]
+    watched = [_Sampled(share, block, chosen.per_block, geometry) for share in shares]
 
     def watch_all(layer: int, q: Tensor, keys: Tensor, context: Sequence[int]) -> None:
-        for one in sampled:
+        for one in watched:
             one(layer, q, keys, context)
 
     for job in jobs:
         watch(generator, geometry, job, embeds, watch_all, block)
-        for one in sampled:
+        for one in watched:
             one.finish(split)
-    rows = tuple(_row(one, sampled[0], geometry.tokens_per_block) for one in sampled)
-    roles = sampled[0].found[-1][0]
+    rows = tuple(_row(one, watched[0], geometry.tokens_per_block) for one in watched)
+    roles = watched[0].found[-1][0]
     return SamplingTable(rows, len(jobs), sum(roles.counts().values()), roles.counts()[Role.DUMMY])
 
 
@@ -123,7 +124,7 @@ def _row(one: _Sampled, every: _Sampled, queries: int) -> Row:
     error = torch.stack(errors)
     return Row(
         share=one.share,
-        queries=max(1, round(queries * one.share)),
+        queries=sampled(queries, one.share),
         mean_error=float(error.mean()),
         largest_error=float(error.max()),
         dummy_overlap=fmean(overlaps),

@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dummy.budget import DummyBudget
 from dummy.config import DummyForcingConfig
-from dummy.frame_attention import FrameAttention
+from dummy.frame_attention import FrameAttention, sampled
 from dummy.policy import policy_from_config
 from dummy.roles import HeadRoles, Role
 from dummy.teacache import computed_steps
@@ -65,6 +65,9 @@ def test_sampled_queries_are_fixed_and_even() -> None:
     # Every fourth query of a grid with eight columns would see two of them.
     assert len(set((FrameAttention(TOKENS, 0.25)._sample(240) % 8).tolist())) == 8
     assert (FrameAttention(TOKENS, 0.25)._sample(240) // 4).tolist() == list(range(60))
+    # The error depends on their number: of a large block no more than are needed, unless all are asked for.
+    assert [sampled(4680, share) for share in (0.01, 0.25, 1.0)] == [47, 256, 4680]
+    assert FrameAttention(TOKENS, 0.25)._sample(4680).diff().max() < 40
     assert not torch.allclose(first, observed(1.0)[0].regions(1))
 
 
