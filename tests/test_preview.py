@@ -31,8 +31,8 @@ def weights() -> dict[str, Tensor]:
     return preview_weights()
 
 
-def preview_weights() -> dict[str, Tensor]:
-    return random_weights(preview_shapes(WIDTHS), torch.Generator().manual_seed(0))
+def preview_weights(widths: tuple[int, ...] = WIDTHS) -> dict[str, Tensor]:
+    return random_weights(preview_shapes(widths), torch.Generator().manual_seed(0))
 
 
 def loaded(folder: Path, weights: dict[str, Tensor], dtype: torch.dtype = torch.float32) -> PreviewDecoder:
