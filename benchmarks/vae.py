@@ -3,6 +3,9 @@
 A clip of 81 frames in blocks of 12, with random weights of the full size. Diffusers' decode of the whole clip, in the
 same dtype and the same run, is the first row; peak signal to noise is against Diffusers in float32. On a CPU the
 decoder is reduced (`--width`), and only ratios mean something. Rows are stored as they come.
+
+What a preview decoder loses and wins: --preview taew2_1.pth --vae Wan2.1_VAE.pth --video FILE adds its rows, on the
+latents of a real video (scaled and cropped to the resolution) and the VAE's real weights. Random ones give it no dB.
 """
 
 from __future__ import annotations
@@ -21,8 +24,12 @@ from torch import Tensor
 
 from benchmarks.dit import BLOCK, LATENT_SIZES
 from benchmarks.machine import ceilings, facts, seconds
+from pipeline.config import InferenceConfig
 from pipeline.decoding import fastest_way, start_decoder
+from pipeline.given import load_given
 from utils.memory import PeakTracker, format_bytes
+from wan.preview import PreviewDecoder
+from wan.streaming import LatentDecoder
 from wan.vae import VAE
 from wan.vae_modules import VAEConfig, VAEModule
 
@@ -38,7 +45,7 @@ class Row:
     ratio: float  # of the first row's clip to this one's
     peak_bytes: int  # beside the weights
     peak_ratio: float  # to the first row's
-    decibel: float  # to Diffusers in float32
+    decibel: float | None  # to Diffusers in float32 (None: a preview decoder without real weights and a real video)
 
 
 def random_vae(width: int, device: torch.device, dtype: torch.dtype) -> VAE:
@@ -80,7 +87,7 @@ def decode_whole(module: Any, vae: VAE, latents: Tensor) -> Tensor:
     return video.transpose(1, 2)
 
 
-def decode_streamed(vae: VAE, latents: Tensor, use: Callable[[Tensor], object]) -> None:
+def decode_streamed(vae: LatentDecoder, latents: Tensor, use: Callable[[Tensor], object]) -> None:
     """Block by block; `use` sees every block, and nothing is kept."""
     decoder = vae.decoder(fastest_way(vae.device, BLOCK, overlap=False).frames)
     for block in torch.split(latents, BLOCK, dim=1):
@@ -107,7 +114,7 @@ def decibel(a: Tensor, b: Tensor) -> float:
     return float(10 * torch.log10(4 / (a.double() - b.double()).square().mean().clamp_min(1e-20)))
 
 
-def steady_block_seconds(vae: VAE, latents: Tensor, repeat: int) -> float:
+def steady_block_seconds(vae: LatentDecoder, latents: Tensor, repeat: int) -> float:
     decoder = vae.decoder(fastest_way(vae.device, BLOCK, overlap=False).frames)
     block = latents[:, :BLOCK]
     decoder.decode(block)
@@ -117,27 +124,58 @@ def steady_block_seconds(vae: VAE, latents: Tensor, repeat: int) -> float:
     return took
 
 
+def make_vae(arguments: argparse.Namespace, device: torch.device, dtype: torch.dtype) -> VAE:
+    """From `--vae`, or with random weights."""
+    if arguments.vae is None:
+        return random_vae(arguments.width, device, dtype)
+    return VAE.load(arguments.vae, dtype, device)
+
+
+def make_latents(arguments: argparse.Namespace, resolution: str, vae: VAE) -> Tensor:
+    """[1, F, 16, h, w] of `--video`, or random."""
+    height, width = LATENT_SIZES[resolution]
+    if arguments.video is None:
+        shape = (1, arguments.frames, 16, height, width)
+        return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(vae.device)
+    size = height * vae.spatial_scale, width * vae.spatial_scale
+    longest = BLOCK * 10**6
+    config = InferenceConfig(resolution=size, num_output_frames=longest, num_frame_per_block=BLOCK, start_from_fit=True)
+    return load_given(arguments.video, config, vae)[:, : arguments.frames]
+
+
 def measure(arguments: argparse.Namespace, resolution: str, device: torch.device) -> Iterator[Row]:
     dtype = torch.float32 if device.type == "cpu" else torch.bfloat16
-    vae = random_vae(arguments.width, device, dtype)
-    shape = (1, arguments.frames, 16, *LATENT_SIZES[resolution])
-    latents = torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(device)
-    exact_vae = random_vae(arguments.width, device, torch.float32)
+    vae = make_vae(arguments, device, dtype)
+    exact_vae = make_vae(arguments, device, torch.float32)
+    latents = make_latents(arguments, resolution, exact_vae)
     exact = decode_whole(twin(exact_vae), exact_vae, latents).cpu()
     del exact_vae
     name = str(dtype).removeprefix("torch.")
     first = diffusers_row(vae, latents, exact, resolution, name, arguments.repeat)
     yield first
-    for engine in arguments.engine.split(","):
-        start_decoder(vae, engine, True, latents[:, :BLOCK])
-        video = streamed_video(vae, latents)
-        clip = seconds(lambda: decode_streamed(vae, latents, lambda _: None), device, arguments.repeat) * 1000
-        block = steady_block_seconds(vae, latents, arguments.repeat) * 1000
-        if engine in ("eager", "compiled"):
-            vae.forget()  # so that what a video needs is counted; a recording keeps its memory
-        peak = peak_of(lambda: decode_streamed(vae, latents, lambda _: None), device)
-        ratios = first.clip_ms / clip, peak, peak / first.peak_bytes
-        yield Row(resolution, "ours", engine, name, clip, block, *ratios, decibel(video, exact))
+    decoders: dict[str, LatentDecoder] = {"ours": vae}
+    if arguments.preview is not None:
+        decoders["preview"] = PreviewDecoder.load(arguments.preview, dtype, device)
+    real = arguments.vae is not None and arguments.video is not None
+    for called, decoder in decoders.items():
+        for engine in arguments.engine.split(","):
+            known = exact if decoder is vae or real else None
+            yield streamed_row(called, decoder, engine, latents, known, first, arguments.repeat)
+
+
+def streamed_row(
+    called: str, decoder: LatentDecoder, engine: str, latents: Tensor, exact: Tensor | None, first: Row, repeat: int
+) -> Row:
+    start_decoder(decoder, engine, True, latents[:, :BLOCK])
+    video = streamed_video(decoder, latents)
+    clip = seconds(lambda: decode_streamed(decoder, latents, lambda _: None), decoder.device, repeat) * 1000
+    block = steady_block_seconds(decoder, latents, repeat) * 1000
+    if engine in ("eager", "compiled"):
+        decoder.forget()  # so that what a video needs is counted; a recording keeps its memory
+    peak = peak_of(lambda: decode_streamed(decoder, latents, lambda _: None), decoder.device)
+    ratios = first.clip_ms / clip, peak, peak / first.peak_bytes
+    loss = None if exact is None else decibel(video, exact)
+    return Row(first.resolution, called, engine, first.dtype, clip, block, *ratios, loss)
 
 
 def diffusers_row(vae: VAE, latents: Tensor, exact: Tensor, resolution: str, dtype: str, repeat: int) -> Row:
@@ -150,17 +188,17 @@ def diffusers_row(vae: VAE, latents: Tensor, exact: Tensor, resolution: str, dty
     return Row(resolution, "Diffusers", "eager", dtype, clip, None, 1.0, peak, 1.0, decibel(video, exact))
 
 
-def streamed_video(vae: VAE, latents: Tensor) -> Tensor:
+def streamed_video(vae: LatentDecoder, latents: Tensor) -> Tensor:
     pieces: list[Tensor] = []
     decode_streamed(vae, latents, lambda video: pieces.append(video.cpu()))
     return torch.cat(pieces, dim=1)
 
 
 def line(row: Row) -> str:
-    block = "" if row.block_ms is None else f"{row.block_ms:.1f}"
+    block, loss = ("" if value is None else f"{value:.1f}" for value in (row.block_ms, row.decibel))
     return (
         f"{row.resolution:6}{row.decoder:10}{row.engine:10}{row.dtype:10}{row.clip_ms:10.1f}{block:>10}{row.ratio:8.2f}"
-        f"{format_bytes(row.peak_bytes):>12}{row.peak_ratio:8.2f}{row.decibel:8.1f}"
+        f"{format_bytes(row.peak_bytes):>12}{row.peak_ratio:8.2f}{loss:>8}"
     )
 
 
@@ -176,7 +214,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--resolution", help="480, 720, 1080 or tiny; several with commas")
     parser.add_argument("--engine", help="eager, compiled, recorded, graphed; on a CPU they are the same")
     parser.add_argument("--width", type=int, help="base_dim of the VAE; that of Wan 2.1 is 96")
-    parser.add_argument("--frames", type=int, default=21, help="latent frames; 21 are 81 frames")
+    parser.add_argument("--vae", type=Path, help="Wan2.1_VAE.pth or a Diffusers folder; random weights without")
+    parser.add_argument("--preview", type=Path, help="taew2_1.pth or .safetensors: measure this decoder, too")
+    parser.add_argument("--video", type=Path, help="a short video whose latents are decoded; random ones without")
+    parser.add_argument("--frames", type=int, default=21, help="latent frames, at most; 21 are 81 frames")
     parser.add_argument("--repeat", type=int)
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
@@ -187,10 +228,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments.width = arguments.width or (96 if gpu else 24)
     arguments.repeat = arguments.repeat or (5 if gpu else 1)
     command = ["benchmarks.vae", *(sys.argv[1:] if argv is None else argv)]
-    about = {**facts(device, command), "width": arguments.width, "frames": arguments.frames}
+    weights = f"random weights of width {arguments.width}" if arguments.vae is None else str(arguments.vae)
+    about = {**facts(device, command), "weights": weights, "frames": arguments.frames}
     if gpu:
         about["ceilings"] = ceilings(device, torch.bfloat16)
-    print(f"{about['device']}, torch {about['torch']}, width {arguments.width}, {arguments.frames} latent frames")
+    print(f"{about['device']}, torch {about['torch']}, {weights}, {arguments.frames} latent frames")
     print(HEADER, flush=True)
     rows: list[Row] = []
     for resolution in arguments.resolution.split(","):

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -18,14 +19,17 @@ from pipeline.loading import (
     choose_dtype,
     choose_vae_device,
     encode_prompts,
+    load_decoder,
+    load_encoder,
     load_transformer,
-    load_vae,
     require_files,
 )
 from pipeline.plan import choose_way
 from pipeline.remedies import is_out_of_memory, out_of_memory
 from pipeline.speed import at_speed
 from pipeline.video_pipeline import VideoPipeline
+
+logger = logging.getLogger(__name__)
 
 
 def assemble(
@@ -38,12 +42,19 @@ def assemble(
     """
     require_files(config)
     sizes, settings = check_before_loading(config, device)
+    if config.preview_path is not None:
+        logger.warning(
+            "decoder: %s is for previews: these videos are of less quality than with decoder=wan. How much is lost, "
+            "`python -m benchmarks.vae --preview FILE --vae FILE --video FILE` measures.",
+            config.preview_path,
+        )
     embeds = encode_prompts(config, prompts, sizes.text_len, device)
     dtype = choose_dtype(config, device)
     use_compile_cache(None if config.compile_cache is None else Path(config.compile_cache))
     generator = BlockGenerator(load_transformer(config, sizes, device, dtype), settings)
-    vae = load_vae(config, choose_vae_device(config, device), dtype)
-    pipeline = VideoPipeline(generator, vae, config, choose_way(config, settings, device))
+    vae = load_decoder(config, choose_vae_device(config, device), dtype)
+    way = choose_way(config, settings, device)
+    pipeline = VideoPipeline(generator, vae, config, way, load_encoder(config, vae))
     start_engine(generator, config.engine, pipeline.geometry, batch)
     if pipeline.way.aside and pipeline.way.tile is None:
         latents = torch.zeros(batch, *pipeline.geometry.block_shape, device=device)

@@ -19,7 +19,7 @@ from pipeline import paths
 from pipeline.published_keys import expand_overrides, translate
 from utils.config import build
 from utils.errors import InputError
-from wan.config import ModelConfig, ModelKwargs
+from wan.config import AdapterConfig, ModelConfig, ModelKwargs
 
 PolicyName = Literal["full", "window", "packed", "prune"]
 
@@ -27,24 +27,6 @@ PolicyName = Literal["full", "window", "packed", "prune"]
 _LATENT_SIZES = {480: (60, 104), 720: (90, 160), 1080: (136, 240)}
 _VAE_STRIDE = 8  # pixels a latent side
 _PIXEL_MULTIPLE = 16  # a latent side of the VAE (8 pixels) times the patch's side (2)
-
-
-@dataclass(frozen=True)
-class AdapterConfig:
-    """The YAML section `adapter`; dropout, dtype, verbose and apply_to_critic matter to training alone, since a LoRA
-    is merged in float32 here."""
-
-    type: Literal["lora"] = "lora"
-    rank: int = 256
-    alpha: float = 256.0  # the merged weight is W + alpha / rank * B A
-    dropout: float = 0.0
-    dtype: str = "bfloat16"
-    verbose: bool = False
-    apply_to_critic: bool = False
-
-    def __post_init__(self) -> None:
-        _require(self.rank >= 1, f"adapter.rank: must be 1 or more, got {self.rank}")
-        _require(self.alpha > 0, f"adapter.alpha: must be above 0, got {self.alpha}")
 
 
 @dataclass(frozen=True)
@@ -88,6 +70,7 @@ class InferenceConfig:
     rope: Literal["absolute", "relative"] = "absolute"  # relative: no distance leaves the trained range
     text_encoder_device: Literal["auto", "cpu", "device"] = "auto"
     vae_device: str = "auto"  # auto: as device; another GPU decodes beside the model
+    decoder: str = "wan"  # wan: the VAE's own; taehv:FILE (absolute or under model_root): a preview, of less quality
     overlap: Literal["auto"] | bool = "auto"  # decode and write a block while the next is made; auto: yes
     low_memory: Literal["auto"] | bool = "auto"  # prefer what takes less memory to what is faster; auto: where needed
     overwrite: bool = False  # make videos again whose files exist
@@ -160,6 +143,11 @@ class InferenceConfig:
     def vae_path(self) -> Path:
         """`Wan2.1_VAE.pth` or a Diffusers folder."""
         return paths.vae_path(self.model_folder)
+
+    @property
+    def preview_path(self) -> Path | None:
+        """File of the preview decoder, or None where the VAE's own decodes."""
+        return paths.preview_path(self.decoder, self.model_root)
 
     @property
     def text_encoder_path(self) -> Path:
@@ -272,6 +260,11 @@ def _check_run(config: InferenceConfig) -> None:
     _require(
         isinstance(tile, str) or (tile >= 128 and tile % 16 == 0),
         f"vae_tile: must be auto, never, or a multiple of 16 pixels from 128 on, got {tile}",
+    )
+    preview = config.preview_path
+    _require(
+        isinstance(tile, str) or preview is None,
+        f"vae_tile: {tile} is for decoder: wan; {config.decoder} decodes whole frames, so use vae_tile=auto",
     )
     _require(0 <= config.seed < 2**63, f"seed: must be from 0 to 2**63 - 1, got {config.seed}")
     for name in ("device", "vae_device"):

@@ -17,14 +17,15 @@ from pipeline.engine import or_eager
 from utils.profiler import Profiler
 from utils.video import to_uint8
 from wan.graphs import CudaRecorder
-from wan.vae import VAE, compiled_run
+from wan.streaming import LatentDecoder
 from wan.vae_layers import run
+from wan.whole_frames import compiled_run
 
 
 @dataclass(frozen=True)
 class DecodingWay:
-    """How videos are decoded: `tile`, `frames` (a call) and `piece` as in VAE.decoder, and whether a block is decoded
-    beside the denoising of the next, which takes the memory of both at once."""
+    """How videos are decoded: `tile`, `frames` (a call) and `piece` as in LatentDecoder.decoder, and whether a block is
+    decoded beside the denoising of the next, which takes the memory of both at once."""
 
     frames: int = 1
     tile: int | None = None
@@ -50,7 +51,7 @@ class BlockDecoder:
 
     def __init__(
         self,
-        vae: VAE,
+        vae: LatentDecoder,
         pixel_size: tuple[int, int],
         profiler: Profiler,
         way: DecodingWay,
@@ -105,7 +106,7 @@ def fastest_way(device: torch.device, block: int, overlap: bool) -> DecodingWay:
     return DecodingWay(1 if cpu else block, aside=overlap and not cpu)
 
 
-def start_decoder(vae: VAE, engine: str, required: bool, latents: Tensor) -> None:
+def start_decoder(vae: LatentDecoder, engine: str, required: bool, latents: Tensor) -> None:
     """Compile and record the decoder for blocks like `latents` [B, F, C, h, w], before the first video, for an engine
     that is not eager. For CUDA devices: on a CPU nearly all of the time goes to convolutions, which stay as they are.
 
@@ -120,7 +121,7 @@ def start_decoder(vae: VAE, engine: str, required: bool, latents: Tensor) -> Non
         rehearse_decoder(vae, latents)
 
 
-def rehearse_decoder(vae: VAE, latents: Tensor) -> None:
+def rehearse_decoder(vae: LatentDecoder, latents: Tensor) -> None:
     """Decode until calls repeat themselves: a beginning, a steady block, and that once more."""
     size = [side * vae.spatial_scale for side in latents.shape[3:]]
     way = DecodingWay(latents.shape[1], aside=True)

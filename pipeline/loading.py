@@ -27,6 +27,8 @@ from wan.diffusers_layout import read_model_config, read_model_state
 from wan.fp8 import check_fp8, to_fp8
 from wan.lora import merge_lora
 from wan.model import CausalWanModel
+from wan.preview import SOURCE_HINT, PreviewDecoder
+from wan.streaming import LatentDecoder
 from wan.text import TextEncoder
 from wan.vae import VAE
 from wan.varlen import ragged_backend
@@ -87,12 +89,18 @@ def needed_files(config: InferenceConfig) -> list[Path]:
         model_config_file(config),
         config.generator_path,
         config.lora_path,
-        config.vae_path,
+        config.vae_path if needs_vae(config) else None,
+        config.preview_path,
         config.text_encoder_path,
         config.tokenizer_path / "tokenizer.json",
         _roles_path(config),
     ]
     return [path for path in paths if path is not None]
+
+
+def needs_vae(config: InferenceConfig) -> bool:
+    """Whether the run opens the VAE: to decode, or to encode what it starts from, which a preview decoder cannot."""
+    return config.preview_path is None or config.start_from is not None
 
 
 def _roles_path(config: InferenceConfig) -> Path | None:
@@ -103,10 +111,13 @@ def _roles_path(config: InferenceConfig) -> Path | None:
 def require_files(config: InferenceConfig) -> None:
     """Raises InputError that names every missing file and how to get it."""
     by_hint: dict[str, list[str]] = {}
+    own_hints = {
+        _roles_path(config): "dummy_forcing.roles: give a roles file or remove the key.",
+        config.preview_path: f"decoder: {SOURCE_HINT} decoder=wan does without.",
+    }
     for path in needed_files(config):
         if not path.exists():
-            own = path == _roles_path(config)
-            hint = "dummy_forcing.roles: give a roles file or remove the key." if own else download_hint(path)
+            hint = own_hints.get(path) or download_hint(path)
             by_hint.setdefault(hint, []).append(f"{path} does not exist.")
     if by_hint:
         raise InputError("\n".join(line for hint, lines in by_hint.items() for line in (*lines, hint)))
@@ -115,8 +126,8 @@ def require_files(config: InferenceConfig) -> None:
 def check_before_loading(config: InferenceConfig, device: torch.device) -> tuple[ModelConfig, GeneratorSettings]:
     """The model's sizes and the loop's settings, once all is found to go together.
 
-    Transformer and VAE are assembled from names and shapes alone, so that a file that does not fit is found in seconds,
-    not after the minutes that the text encoder takes. Raises InputError.
+    Transformer, decoder and encoder are assembled from names and shapes alone, so that a file that does not fit is
+    found in seconds, not after the minutes that the text encoder takes. Raises InputError.
     """
     sizes = model_sizes(config)
     settings = generator_settings(config, sizes)
@@ -130,7 +141,7 @@ def check_before_loading(config: InferenceConfig, device: torch.device) -> tuple
     if config.precision == "fp8":
         check_fp8(device)
     _assemble(config, sizes, META, dtype)
-    load_vae(config, META, dtype)
+    load_encoder(config, load_decoder(config, META, dtype))
     return sizes, settings
 
 
@@ -210,6 +221,20 @@ def _assemble(config: InferenceConfig, sizes: ModelConfig, device: torch.device,
 
 def load_vae(config: InferenceConfig, device: torch.device, dtype: torch.dtype) -> VAE:
     return VAE.load(config.vae_path, dtype, device)
+
+
+def load_decoder(config: InferenceConfig, device: torch.device, dtype: torch.dtype) -> LatentDecoder:
+    """What decodes the videos: the VAE, or the preview decoder that the configuration names."""
+    if config.preview_path is None:
+        return load_vae(config, device, dtype)
+    return PreviewDecoder.load(config.preview_path, dtype, device)
+
+
+def load_encoder(config: InferenceConfig, decoder: LatentDecoder) -> VAE | None:
+    """What encodes that from which videos start: the decoder if it is the VAE. None where nothing is to be encoded."""
+    if isinstance(decoder, VAE):
+        return decoder
+    return load_vae(config, decoder.device, decoder.dtype) if needs_vae(config) else None
 
 
 def generator_settings(config: InferenceConfig, sizes: ModelConfig) -> GeneratorSettings:

@@ -39,6 +39,16 @@ def vae_path(model_folder: Path) -> Path:
     return _native_or_diffusers(model_folder, "Wan2.1_VAE.pth", "vae")
 
 
+def preview_path(decoder: str, model_root: str) -> Path | None:
+    """The file that the setting `decoder` names, `taehv:FILE`; None for `wan`. Raises InputError for anything else."""
+    kind, _, name = decoder.partition(":")
+    if decoder == "wan":
+        return None
+    if kind != "taehv":
+        raise InputError(f"decoder: must be wan or taehv:FILE (such as taehv:taew2_1.pth), got {decoder!r}")
+    return resolve_path(name, model_root, "decoder: taehv")
+
+
 def text_encoder_path(model_folder: Path) -> Path:
     """`models_t5_umt5-xxl-enc-bf16.pth`, or the folder `text_encoder/` of the Diffusers layout."""
     return _native_or_diffusers(model_folder, "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")

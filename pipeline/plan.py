@@ -17,13 +17,15 @@ from pipeline.config import InferenceConfig, check_against_model
 from pipeline.cost import assumed_roles, cost_lines
 from pipeline.decoding import DecodingWay, fastest_way
 from pipeline.generator import GeneratorSettings
-from pipeline.loading import META, choose_dtype, choose_vae_device, model_config_file, model_sizes
+from pipeline.loading import META, choose_dtype, choose_vae_device, model_config_file, model_sizes, needs_vae
 from utils.memory import PeakTracker, format_bytes, memory_of
 from wan.cache import KVCache
 from wan.config import WAN_1_3B, WAN_14B, ModelConfig
 from wan.geometry import LatentGeometry, pixel_frames
 from wan.head_group import CacheBytes, Retention
 from wan.model import CausalWanModel
+from wan.preview import PreviewDecoder
+from wan.streaming import LatentDecoder
 from wan.vae import VAE
 from wan.vae_memory import decode_bytes
 
@@ -39,7 +41,7 @@ class MemoryPlan:
     """Bytes by part for one video at a time. `cache_before_split` counts instead of `cache` until roles are known."""
 
     transformer: int
-    vae: int
+    vae: int  # what decodes, and what encodes if that is another
     text: int  # cross-attention keys and values of all prompts of a video
     cache: CacheBytes
     cache_before_split: CacheBytes | None
@@ -105,13 +107,14 @@ class HeadContext:
 
 @dataclass(frozen=True)
 class Planner:
-    """Builds plans for one model size and one VAE (on the meta device)."""
+    """Builds plans for one model size and one decoder (on the meta device)."""
 
     sizes: ModelConfig
-    vae: VAE
+    vae: LatentDecoder
     dtype: torch.dtype
     text_encoder_bytes: int = 0
     vae_device: torch.device = GPU  # of the run; which of them decodes in which way
+    encoder_bytes: int = 0  # of weights, where another than the decoder encodes
     model: CausalWanModel = field(init=False)
 
     def __post_init__(self) -> None:
@@ -139,7 +142,7 @@ class Planner:
         decode = decode_bytes(self.vae, *sides, way.tile, block, way.frames, piece=way.piece)
         return MemoryPlan(
             transformer=_bytes(self.model.parameters()),
-            vae=_bytes(self.vae.module.parameters()),
+            vae=_bytes(self.vae.module.parameters()) + self.encoder_bytes,
             text=self._text_bytes() * (len(config.switch_frame_indices) + 1),
             cache=cache.bytes(),
             cache_before_split=before,
@@ -171,7 +174,7 @@ class Planner:
             yield fast
         if config.low_memory is not False:
             yield small
-        if config.vae_tile == "auto":
+        if config.vae_tile == "auto" and self.vae.tiles:
             height, width = config.pixel_size
             few = [tile for tile in TILES if -(-height // tile) * -(-width // tile) <= MOST_TILES] or [TILES[0]]
             yield from (replace(small, tile=tile) for tile in few)
@@ -199,8 +202,21 @@ def planner_for(config: InferenceConfig, device: torch.device) -> Planner:
         sizes = WAN_14B if "14B" in config.model_name else WAN_1_3B
         check_against_model(config, sizes)
     place = choose_vae_device(config, device)
-    vae = VAE.load(config.vae_path, dtype, META) if config.vae_path.exists() else VAE.published(dtype)
-    return Planner(sizes, vae.lay_out_for(place), dtype, _text_encoder_bytes(config, device), place)
+    decoder = _decoder(config, dtype).lay_out_for(place)
+    apart = needs_vae(config) and not isinstance(decoder, VAE)
+    encoder_bytes = _bytes(_vae(config, dtype).module.parameters()) if apart else 0
+    return Planner(sizes, decoder, dtype, _text_encoder_bytes(config, device), place, encoder_bytes)
+
+
+def _vae(config: InferenceConfig, dtype: torch.dtype) -> VAE:
+    return VAE.load(config.vae_path, dtype, META) if config.vae_path.exists() else VAE.published(dtype)
+
+
+def _decoder(config: InferenceConfig, dtype: torch.dtype) -> LatentDecoder:
+    path = config.preview_path
+    if path is None:
+        return _vae(config, dtype)
+    return PreviewDecoder.load(path, dtype, META) if path.exists() else PreviewDecoder.published(dtype)
 
 
 def _text_encoder_bytes(config: InferenceConfig, device: torch.device) -> int:
@@ -263,5 +279,7 @@ def plan_lines(
     lines += cost_lines(config, settings.policy, planner.sizes, geometry)
     way = planner.way(config, settings, memory_of(choose_vae_device(config, device)))
     frames = "whole frames" if way.tile is None else f"in tiles of at most {way.tile} pixels a side"
-    lines.append(f"Decoding: {frames}" + (", beside the next block's denoising" if way.aside else ""))
+    path = config.preview_path
+    preview = "" if path is None else f"by the preview decoder {path}, of less quality than the VAE; "
+    lines.append(f"Decoding: {preview}{frames}" + (", beside the next block's denoising" if way.aside else ""))
     return [*lines, "Memory, as tensors:", *planner.memory(config, settings, way).lines()]

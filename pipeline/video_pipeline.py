@@ -2,7 +2,7 @@
 
 With `overlap` a block is decoded and copied beside the denoising of the next one where the device can do that, and
 written by a thread of its own. The order of things, and so the result, is the same without. Parts are given, not built
-here: the generator and the VAE. What a video costs is measured while it is made.
+here: the generator and the decoder. What a video costs is measured while it is made.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from utils.profiler import Profiler, VideoProfile, device_name
 from utils.seed import NoiseStream
 from utils.video import VideoWriter
 from wan.geometry import LatentGeometry
+from wan.streaming import LatentDecoder
 from wan.text import pad
 from wan.vae import VAE
 
@@ -47,14 +48,20 @@ class FrameWriter(Protocol):
 
 
 class VideoPipeline:
-    """Makes videos with one generator and one VAE, under one configuration."""
+    """Makes videos with one generator and one decoder, under one configuration."""
 
     def __init__(
-        self, generator: BlockGenerator, vae: VAE, config: InferenceConfig, way: DecodingWay | None = None
+        self,
+        generator: BlockGenerator,
+        vae: LatentDecoder,
+        config: InferenceConfig,
+        way: DecodingWay | None = None,
+        encoder: VAE | None = None,
     ) -> None:
-        """`way`: how to decode, None for the fastest."""
+        """`vae` decodes, in this `way`, None for the fastest. `encoder` is needed for videos that start from files."""
         self.generator = generator
         self.vae = vae
+        self.encoder = encoder
         self.config = config
         self.overlap = config.overlap is not False
         self.way = way or fastest_way(vae.device, config.num_frame_per_block, self.overlap)
@@ -87,8 +94,9 @@ class VideoPipeline:
         """Latents [1, F, C, h, w] of the image or video to go on from."""
         if path is None:
             return None
-        with profiler.span("init", self.vae.device), torch.inference_mode():
-            return load_given(path, self.config, self.vae)
+        assert self.encoder is not None, "a video that starts from a file needs an encoder"
+        with profiler.span("init", self.encoder.device), torch.inference_mode():
+            return load_given(path, self.config, self.encoder)
 
     def decoded(self, rollout: Rollout, profiler: Profiler) -> Generator[HostFrames, None, None]:
         """Every block as it comes: uint8 [B, frames, H, W, 3] on its way to the host, cropped to the configured size.

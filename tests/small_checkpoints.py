@@ -110,6 +110,21 @@ def vae_shapes(width: int = VAE_WIDTH) -> dict[str, list[int]]:
     }
 
 
+def preview_shapes(widths: Sequence[int] = (256, 128, 64, 64), encoder: bool = True) -> dict[str, list[int]]:
+    """Names and shapes of taew2_1.pth, a decoder for previews, at any widths; of its encoder a layer."""
+    shapes = {"decoder.1.weight": [widths[0], 16, 3, 3], "decoder.1.bias": [widths[0]]}
+    for level, stride in enumerate((1, 2, 2)):
+        width, first = widths[level], 3 + 6 * level
+        for block in range(first, first + 3):
+            for part, width_in in (("0", 2 * width), ("2", width), ("4", width)):
+                shapes[f"decoder.{block}.conv.{part}.weight"] = [width, width_in, 3, 3]
+                shapes[f"decoder.{block}.conv.{part}.bias"] = [width]
+        shapes[f"decoder.{first + 4}.conv.weight"] = [stride * width, width, 1, 1]
+        shapes[f"decoder.{first + 5}.weight"] = [widths[level + 1], width, 3, 3]
+    shapes |= {"decoder.22.weight": [3, widths[3], 3, 3], "decoder.22.bias": [3]}
+    return shapes | ({"encoder.0.weight": [64, 3, 3, 3], "encoder.0.bias": [64]} if encoder else {})
+
+
 def text_encoder_shapes(vocabulary: int, dim: int) -> dict[str, list[int]]:
     """Names and shapes of a small models_t5_umt5-xxl-enc-bf16.pth."""
     shapes = {"token_embedding.weight": [vocabulary, dim]}

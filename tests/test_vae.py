@@ -14,7 +14,8 @@ from torch import Tensor
 from tests.graph_recorder import OperatorRecorder
 from tests.vae_twin import twin, whole
 from utils.errors import InputError
-from wan.vae import VAE, StreamingDecoder
+from wan.streaming import StreamingDecoder
+from wan.vae import VAE
 from wan.vae_layers import History, run
 from wan.vae_modules import VAEConfig, VAEModule
 from wan.vae_names import to_diffusers

@@ -1,13 +1,15 @@
 """Sizes of a Wan 2.1 text-to-video transformer, and the few settings that published YAML files pass to it.
 
-`ModelConfig` describes weights: it comes from the `config.json` beside them or from a preset. `ModelKwargs` is the
-YAML section `model_kwargs`: how those weights are used. Neither knows of head roles, prompts, files or devices.
+`ModelConfig` describes weights: it comes from the `config.json` beside them or from a preset. `ModelKwargs` and
+`AdapterConfig` are YAML sections: how those weights are used, and what a LoRA's factors mean. None of them knows of
+head roles, prompts, files or devices.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, fields
+from typing import Literal
 
 from utils.config import build
 from utils.errors import InputError
@@ -113,3 +115,23 @@ class ModelKwargs:
             )
         if self.sink_size < 0:
             raise InputError(f"model_kwargs.sink_size: must be 0 or more latent frames, got {self.sink_size}")
+
+
+@dataclass(frozen=True)
+class AdapterConfig:
+    """The YAML section `adapter`; dropout, dtype, verbose and apply_to_critic matter to training alone, since a LoRA
+    is merged in float32 here."""
+
+    type: Literal["lora"] = "lora"
+    rank: int = 256
+    alpha: float = 256.0  # the merged weight is W + alpha / rank * B A
+    dropout: float = 0.0
+    dtype: str = "bfloat16"
+    verbose: bool = False
+    apply_to_critic: bool = False
+
+    def __post_init__(self) -> None:
+        if self.rank < 1:
+            raise InputError(f"adapter.rank: must be 1 or more, got {self.rank}")
+        if self.alpha <= 0:
+            raise InputError(f"adapter.alpha: must be above 0, got {self.alpha}")

@@ -67,6 +67,13 @@ class History:
         kept.copy_(window[:, :, -frames:])
         return window
 
+    def with_before(self, x: Tensor) -> Tensor:
+        """x [B, C, T, H, W] with the channels of the frame before each frame behind its own: [B, 2·C, T, H, W]."""
+        kept, new = (frames.permute(0, 2, 3, 4, 1) for frames in (self._slot(x, 1), x))  # the channels last
+        before = torch.cat([kept, new[:, :-1]], dim=1)
+        kept.copy_(new[:, -1:])
+        return torch.cat([new, before], dim=-1).permute(0, 4, 1, 2, 3)
+
     def pass_over(self, x: Tensor, frames: int) -> None:
         """Instead of `window`, for a layer that does not see this piece: what is kept stays."""
         self._slot(x, frames)
@@ -254,10 +261,10 @@ class Upsample(nn.Module):
         else:  # channels come out as two frames: [B, 2·C, T, H, W] to [B·T, 2, C, H, W]
             frames = as_frames(self.time_conv(x, history))
             frames = frames.view(frames.shape[0], 2, -1, *frames.shape[2:])
-        return as_video(self.resample[1](_doubled(frames)), batch)
+        return as_video(self.resample[1](doubled(frames)), batch)
 
 
-def _doubled(frames: Tensor) -> Tensor:
+def doubled(frames: Tensor) -> Tensor:
     """[N, K, C, H, W] to [N·K, C, 2·H, 2·W], every pixel four times, in one copy that leaves the channels last."""
     count, parts, channels, height, width = frames.shape
     pixels = frames.permute(0, 1, 3, 4, 2)[:, :, :, None, :, None]

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from utils.memory import PeakTracker
-from wan.vae import VAE
+from wan.streaming import LatentDecoder
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,7 @@ class DecodeBytes:
 
 
 def decode_bytes(
-    vae: VAE,
+    vae: LatentDecoder,
     height: int,
     width: int,
     tile: int | None = None,
@@ -43,10 +43,10 @@ def decode_bytes(
     """What `vae`, on the meta device, takes to decode blocks of `block` latent frames of height x width pixels,
     `batch` videos at once.
 
-    `tile`, `frames_per_call` and `piece` as in VAE.decoder. The block's video counts, as the activations do; weights
-    do not.
+    `tile`, `frames_per_call` and `piece` as in LatentDecoder.decoder. The block's video counts, as the activations do;
+    weights do not.
     """
-    assert vae.device.type == "meta", "memory is predicted with VAE.published, or a VAE that is loaded to meta"
+    assert vae.device.type == "meta", "memory is predicted with `published`, or with weights that are loaded to meta"
     decoder = vae.decoder(frames_per_call, tile, piece)
     shape = (batch, block, vae.z_dim, height // vae.spatial_scale, width // vae.spatial_scale)
     latents = torch.empty(shape, device="meta")

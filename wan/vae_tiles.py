@@ -1,22 +1,20 @@
-"""The Wan VAE's decoder for a few latent frames: on whole frames, or in spatial tiles that need less memory.
+"""The Wan VAE's decoder for a few latent frames in spatial tiles, which need less memory than whole frames.
 
-What takes memory are the last levels. `WholeFrames` runs the last one a few pixel frames at a time, which changes
-nothing, since its layers remember the frames before. The middle of the decoder attends over the whole frame, so no tile
-of the latents decodes to the tile of the pixels; but that part works on few pixels, and the levels after it are
-convolutions alone. `TiledFrames` runs the decoder up to its first enlargement on the whole frame, then the rest in two
-stages tile by tile, each tile with the margin (halo) of input that its pixels depend on. So tiles and whole frames
-differ by float rounding alone. The halo is computed from the layers; at the frame's border there is none, and the
-convolutions pad as they always do. For Wan 2.1 it is 7 pixels of the first stage's input and 10 of the second's: 28 and
-20 pixels of the video. What the tiles save is activations: together their caches are as large as the whole frame's, and
-the halos on top. This file does not know normalised latents, nor how frames follow each other in a video.
+What takes memory are the last levels. The middle of the decoder attends over the whole frame, so no tile of the latents
+decodes to the tile of the pixels; but that part works on few pixels, and the levels after it are convolutions alone.
+`TiledFrames` runs the decoder up to its first enlargement on the whole frame, then the rest in two stages tile by tile,
+each tile with the margin (halo) of input that its pixels depend on. So tiles and whole frames differ by float rounding
+alone. The halo is computed from the layers; at the frame's border there is none, and the convolutions pad as they
+always do. For Wan 2.1 it is 7 pixels of the first stage's input and 10 of the second's: 28 and 20 pixels of the video.
+What the tiles save is activations: together their caches are as large as the whole frame's, and the halos on top. This
+file does not know normalised latents, nor how frames follow each other in a video.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
-from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -25,92 +23,7 @@ from utils.errors import InputError
 from wan.vae_layers import History, Upsample, run
 from wan.vae_modules import Decoder
 
-if TYPE_CHECKING:
-    from wan.graphs import Recorder, Replay
-
 TILE_MULTIPLE = 16  # output pixels: a tile's border must fall between the pixels of every level
-
-Run = Callable[[Sequence[nn.Module], Tensor, History], Tensor]
-
-
-class FrameDecoder(Protocol):
-    """Decodes a video's latent frames in order and keeps what the next ones need."""
-
-    def decode(self, z: Tensor, video: Tensor) -> None:
-        """Latents [B, z_dim, F, h, w], past post_quant_conv, into `video` [B, frames, 3, H, W], clamped to [-1, 1]."""
-
-    def cache_bytes(self) -> int:
-        """Bytes kept for the next frames."""
-
-    def clear(self) -> None:
-        """Be ready for another video of the same size, in the same memory."""
-
-
-@dataclass(frozen=True)
-class Steady:
-    """How calls of `frames` latent frames that do not begin a video are run: the layers through `run`, compiled for
-    instance, and the whole call from a recording if there is a `recorder`."""
-
-    frames: int
-    run: Run = run
-    recorder: Recorder | None = None
-
-
-class WholeFrames:
-    """A FrameDecoder that runs the decoder as it is, the last two levels `piece` pixel frames at a time."""
-
-    def __init__(self, decoder: Decoder, piece: int = 1, steady: Steady | None = None) -> None:
-        layers = decoder.layers()
-        second, third = [i for i, layer in enumerate(layers) if isinstance(layer, Upsample)][-2:]
-        self._parts = layers[:second], layers[second:third], layers[third:]
-        self._histories = [History() for _ in self._parts]
-        self._pieces = max(piece // 2, 1), piece  # that enter the last two parts, of which the first doubles them
-        self._steady = steady
-        self._recorded: tuple[Tensor, Tensor, Replay] | None = None  # its input, its output, and how to repeat it
-
-    def decode(self, z: Tensor, video: Tensor) -> None:
-        steady = self._steady
-        if self._histories[0].first or steady is None or z.shape[2] != steady.frames:
-            self._decode(z, video, run)
-        elif steady.recorder is None:
-            self._decode(z, video, steady.run)
-        else:
-            self._replay(z, video, steady.run, steady.recorder)
-
-    def _replay(self, z: Tensor, video: Tensor, step: Run, recorder: Recorder) -> None:
-        """`_decode` from its recording, which is made the first time."""
-        if self._recorded is None:
-            given, made = z.clone(), torch.empty_like(video)
-            recorder.warm_up(lambda: self._decode(given, made, step))
-            video.copy_(made)
-            self._recorded = given, made, recorder.record(lambda: self._decode(given, made, step))
-            return
-        given, made, replay = self._recorded
-        given.copy_(z)
-        replay()
-        video.copy_(made)
-
-    def _decode(self, z: Tensor, video: Tensor, step: Run) -> None:
-        done = 0
-        for pixels in self._pixels(step, step(self._parts[0], z, self._histories[0]), 1):
-            frames = pixels.transpose(1, 2)
-            torch.clamp(frames, -1.0, 1.0, out=video[:, done : done + frames.shape[1]])
-            done += frames.shape[1]
-
-    def _pixels(self, step: Run, x: Tensor, part: int) -> Iterator[Tensor]:
-        """What the parts from this one on make of x, in pieces."""
-        if part == len(self._parts):
-            yield x
-            return
-        for piece in torch.split(x, self._pieces[part - 1], dim=2):
-            yield from self._pixels(step, step(self._parts[part], piece, self._histories[part]), part + 1)
-
-    def cache_bytes(self) -> int:
-        return sum(history.nbytes() for history in self._histories)
-
-    def clear(self) -> None:
-        for history in self._histories:
-            history.clear()
 
 
 @dataclass(frozen=True)
