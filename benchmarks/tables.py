@@ -92,7 +92,7 @@ def vae(content: Content) -> str:
             "-" if row["block_ms"] is None else f"{row['block_ms']:.0f}",
             f"{row['ratio']:.2f}",
             f"{row['peak_bytes'] / 2**30:.2f} ({row['peak_ratio']:.2f})",
-            f"{row['decibel']:.0f}",
+            "-" if row["decibel"] is None else f"{row['decibel']:.0f}",
         )
         for row in content["rows"]
     ]
