@@ -17,8 +17,10 @@ import torch
 from torch import Tensor
 
 from utils.errors import InputError
+from utils.host_memory import HostMemory
 from wan.checkpoint import load_into, read_json, read_tensors, stripped_tensors
-from wan.vae_layers import History, run
+from wan.vae_history import History
+from wan.vae_layers import run
 from wan.vae_modules import VAEConfig, VAEModule
 from wan.vae_names import to_diffusers
 from wan.vae_tiles import FrameDecoder, Run, Steady, TiledFrames, WholeFrames, check_tile
@@ -115,7 +117,7 @@ class VAE:
 
     def prepare(self, frames: int, step: Run, recorder: Recorder | None = None) -> None:
         """From now on decoders run calls of `frames` latent frames through `step`, see `compiled_run`, and from
-        recordings; not a video's first call, and not with tiles, whose sizes vary."""
+        recordings; not a video's first call, not with tiles, whose sizes vary, and not with the cache on the host."""
         self._steady = Steady(frames, step, recorder)
         self._spare = None
 
@@ -160,9 +162,11 @@ class VAE:
         """latents · std + mean in float32, [B, F, z_dim, h, w]."""
         return latents.float() * self._std.to(latents.device) + self._mean.to(latents.device)
 
-    def decoder(self, frames_per_call: int = 1, tile: int | None = None, piece: int | None = None) -> StreamingDecoder:
+    def decoder(
+        self, frames_per_call: int = 1, tile: int | None = None, piece: int | None = None, on_host: bool = False
+    ) -> StreamingDecoder:
         """A decoder for one video (or one batch of videos); see StreamingDecoder. `piece`: None for what is fastest."""
-        return StreamingDecoder(self, frames_per_call, tile, self.piece if piece is None else piece)
+        return StreamingDecoder(self, frames_per_call, tile, self.piece if piece is None else piece, on_host)
 
     def side_stream(self) -> torch.cuda.Stream:
         """The one CUDA stream beside the current one on which this VAE decodes, so that what a decoder leaves behind is
@@ -171,14 +175,17 @@ class VAE:
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call,unused-ignore]
         return self._stream
 
-    def take_frames(self, key: tuple[int, ...], tile: int | None, piece: int) -> FrameDecoder:
+    def take_frames(self, key: tuple[int, ...], tile: int | None, piece: int, on_host: bool = False) -> FrameDecoder:
         """A new FrameDecoder, or one that was given back under the same key (what its sizes depend on)."""
         spare, self._spare = self._spare, None
         if spare is not None and spare[0] == key:
             spare[1].clear()
             return spare[1]
         decoder = self.module.decoder
-        return WholeFrames(decoder, piece, self._steady) if tile is None else TiledFrames(decoder, tile, piece)
+        host = HostMemory(page_locked=self.device.type == "cuda") if on_host else None
+        if tile is not None:
+            return TiledFrames(decoder, tile, piece, host)
+        return WholeFrames(decoder, piece, self._steady if host is None else None, host)
 
     def forget(self) -> None:
         """Free what closed decoders have left for the next video."""
@@ -198,10 +205,11 @@ class StreamingDecoder:
 
     With `tile`, the last levels run in tiles of at most `tile` output pixels a side (a multiple of 16): less memory for
     activations, some of the work twice, the pixels apart by float rounding alone; see wan.vae_tiles. The last levels
-    work on `piece` pixel frames at once: fewer take less memory.
+    work on `piece` pixel frames at once: fewer take less memory. With `on_host` what is kept for the next frames lies
+    in the host's memory, which takes time to copy and changes nothing in the pixels.
     """
 
-    def __init__(self, vae: VAE, frames_per_call: int, tile: int | None, piece: int) -> None:
+    def __init__(self, vae: VAE, frames_per_call: int, tile: int | None, piece: int, on_host: bool = False) -> None:
         if frames_per_call < 1:
             raise InputError(f"frames_per_call is {frames_per_call}; at least 1 latent frame a call is needed.")
         if tile is not None:
@@ -210,6 +218,7 @@ class StreamingDecoder:
         self._frames_per_call = frames_per_call
         self._tile = tile
         self._piece = piece
+        self._on_host = on_host
         self._key: tuple[int, ...] = ()
         self._frames: FrameDecoder | None = None
         self._started = False
@@ -228,8 +237,8 @@ class StreamingDecoder:
         video = self._empty_video(latents)
         if self._frames is None:
             assert not self._started, "the decoder is closed"
-            self._key = (latents.shape[0], *latents.shape[3:], self._tile or 0, self._piece)
-            self._frames = vae.take_frames(self._key, self._tile, self._piece)
+            self._key = (latents.shape[0], *latents.shape[3:], self._tile or 0, self._piece, self._on_host)
+            self._frames = vae.take_frames(self._key, self._tile, self._piece, self._on_host)
         done = 0
         for start, stop in self._calls(latents.shape[1]):
             frames = (stop - start) * vae.temporal_scale if self._started else 1
@@ -253,7 +262,7 @@ class StreamingDecoder:
         return later if self._started else [(0, 1), *later]
 
     def cache_bytes(self) -> int:
-        """Bytes that are kept for the next frames; constant from the first latent frame on."""
+        """Bytes that are kept for the next frames, wherever; constant from the first latent frame on."""
         return 0 if self._frames is None else self._frames.cache_bytes()
 
     def close(self) -> None:
