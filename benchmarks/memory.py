@@ -33,6 +33,7 @@ class Row:
     resolution: int
     card: int
     peak_gib: float
+    host_gib: float  # of the VAE's cache, if it lies there
     fits: bool
     way: DecodingWay
 
@@ -48,12 +49,13 @@ def rows(planner: Planner, resolutions: Sequence[int] = RESOLUTIONS, cards: Sequ
     for resolution in resolutions:
         config = configuration(resolution)
         settings = generator_settings(config, planner.sizes)
-        plans = [(way, planner.memory(config, settings, way).peak) for way in planner.ways(config)]
+        plans = [(way, planner.memory(config, settings, way)) for way in planner.ways(config)]
         for card in cards:
             room = card * 2**30 * (1 - RESERVE)
-            fitting = [pair for pair in plans if pair[1] <= room]
-            way, peak = fitting[0] if fitting else min(plans, key=lambda pair: pair[1])
-            made.append(Row(resolution, card, peak / 2**30, bool(fitting), way))
+            fitting = [pair for pair in plans if pair[1].peak <= room]
+            way, plan = fitting[0] if fitting else min(plans, key=lambda pair: pair[1].peak)
+            sizes = plan.peak / 2**30, plan.vae_cache_on_host / 2**30
+            made.append(Row(resolution, card, *sizes, bool(fitting), way))
     return made
 
 

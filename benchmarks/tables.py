@@ -133,7 +133,8 @@ def _way(row: Content) -> str:
         return f"no ({row['peak_gib']:.1f} GiB)"
     way = row["way"]
     how = "fast" if way["aside"] else "small" if way["tile"] is None else f"tiles of {way['tile']}"
-    return f"{row['peak_gib']:.1f} GiB, {how}"
+    host = f" + {row['host_gib']:.1f} on the host" if way["on_host"] else ""
+    return f"{row['peak_gib']:.1f} GiB{host}, {how}"
 
 
 def frontier(content: Content) -> str:

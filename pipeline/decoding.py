@@ -24,13 +24,19 @@ from wan.whole_frames import compiled_run
 
 @dataclass(frozen=True)
 class DecodingWay:
-    """How videos are decoded: `tile`, `frames` (a call) and `piece` as in LatentDecoder.decoder, and whether a block is
-    decoded beside the denoising of the next, which takes the memory of both at once."""
+    """How videos are decoded: `tile`, `frames` (a call), `piece` and `on_host` as in LatentDecoder.decoder, and whether
+    a block is decoded beside the denoising of the next, which takes the memory of both at once."""
 
     frames: int = 1
     tile: int | None = None
     piece: int | None = None
     aside: bool = False
+    on_host: bool = False
+
+    def __str__(self) -> str:
+        frames = "whole frames" if self.tile is None else f"in tiles of at most {self.tile} pixels a side"
+        cache = ", the cache in the host's memory" if self.on_host else ""
+        return frames + cache + (", beside the next block's denoising" if self.aside else "")
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ class BlockDecoder:
         self._vae = vae
         self._height, self._width = pixel_size
         self._profiler = profiler
-        self._decoder = vae.decoder(way.frames, way.tile, way.piece)
+        self._decoder = vae.decoder(way.frames, way.tile, way.piece, way.on_host)
         self._stream: torch.cuda.Stream | None = None
         if way.aside and vae.device.type == "cuda":
             self._stream = vae.side_stream()

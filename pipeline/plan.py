@@ -48,6 +48,7 @@ class MemoryPlan:
     transformer_activations: int
     vae_cache: int
     vae_activations: int
+    vae_cache_on_host: int  # instead of on the device
     text_encoder: int  # there before the other parts, and gone before they come
     aside: bool = False  # a block is decoded while the next is denoised
     vae_elsewhere: bool = False  # on another device than the rest
@@ -85,6 +86,8 @@ class MemoryPlan:
         table.append(f"  {'peak while videos are made':40}{format_bytes(self.peak):>12}")
         if self.vae_elsewhere:
             table.append(f"  {'peak on the device of the VAE':40}{format_bytes(self.vae_peak):>12}")
+        if self.vae_cache_on_host:
+            table.append(f"  {'VAE cache, in the memory of the host':40}{format_bytes(self.vae_cache_on_host):>12}")
         if self.text_encoder:
             table.append(f"  {'text encoder (freed before that)':40}{format_bytes(self.text_encoder):>12}")
         return table
@@ -139,7 +142,7 @@ class Planner:
         scale = self.vae.spatial_scale
         sides = geometry.height * scale, geometry.width * scale
         block = geometry.frames_per_block
-        decode = decode_bytes(self.vae, *sides, way.tile, block, way.frames, piece=way.piece)
+        decode = decode_bytes(self.vae, *sides, way.tile, block, way.frames, piece=way.piece, on_host=way.on_host)
         return MemoryPlan(
             transformer=_bytes(self.model.parameters()),
             vae=_bytes(self.vae.module.parameters()) + self.encoder_bytes,
@@ -147,7 +150,8 @@ class Planner:
             cache=cache.bytes(),
             cache_before_split=before,
             transformer_activations=self._activations(geometry, cache),
-            vae_cache=decode.cache,
+            vae_cache=0 if way.on_host else decode.cache,
+            vae_cache_on_host=decode.cache if way.on_host else 0,
             vae_activations=decode.activations,
             text_encoder=self.text_encoder_bytes,
             aside=way.aside,
@@ -174,10 +178,15 @@ class Planner:
             yield fast
         if config.low_memory is not False:
             yield small
+        tiles = [fast.tile]
         if config.vae_tile == "auto" and self.vae.tiles:
             height, width = config.pixel_size
-            few = [tile for tile in TILES if -(-height // tile) * -(-width // tile) <= MOST_TILES] or [TILES[0]]
-            yield from (replace(small, tile=tile) for tile in few)
+            tiles = [tile for tile in TILES if -(-height // tile) * -(-width // tile) <= MOST_TILES] or [TILES[0]]
+            yield from (replace(small, tile=tile) for tile in tiles)
+        if config.low_memory is not False and self.vae_device.type != "cpu":
+            # Not in the smallest pieces: each of them brings the whole cache there and back.
+            yield from (DecodingWay(1, tile, on_host=True) for tile in tiles)
+            yield DecodingWay(1, tiles[-1], piece=2, on_host=True)
 
     def _text_bytes(self) -> int:
         """Cross-attention keys and values of one prompt."""
@@ -278,8 +287,7 @@ def plan_lines(
     ]
     lines += cost_lines(config, settings.policy, planner.sizes, geometry)
     way = planner.way(config, settings, memory_of(choose_vae_device(config, device)))
-    frames = "whole frames" if way.tile is None else f"in tiles of at most {way.tile} pixels a side"
     path = config.preview_path
     preview = "" if path is None else f"by the preview decoder {path}, of less quality than the VAE; "
-    lines.append(f"Decoding: {preview}{frames}" + (", beside the next block's denoising" if way.aside else ""))
+    lines.append(f"Decoding: {preview}{way}")
     return [*lines, "Memory, as tensors:", *planner.memory(config, settings, way).lines()]

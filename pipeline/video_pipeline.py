@@ -123,16 +123,22 @@ class VideoPipeline:
             writers = [files.enter_context(self._writer(job)) for job in jobs]
             counts = self.deliver(rollout, writers, profiler, on_block)
             with profiler.host_span("write"):
-                files.close()
-        given_blocks = 0 if given is None else given.shape[1] // self.config.num_frame_per_block
-        profile = self.profile(profiler, rollout, counts, given_blocks)
+                for writer in writers:
+                    writer.finish()
+            given_blocks = 0 if given is None else given.shape[1] // self.config.num_frame_per_block
+            profile = self.profile(profiler, rollout, counts, given_blocks)
+            if self.config.save_metadata:
+                self._write_metadata(jobs, rollout, profile)
         if self.config.contact_sheet:
             for job in jobs:
                 write_contact_sheet(job.path, profile.frames)
-        if self.config.save_metadata:
-            for job in jobs:
-                write_atomic(job.metadata_path, json.dumps(self._metadata(job, rollout, profile), indent=1) + "\n")
         return profile
+
+    def _write_metadata(self, jobs: Sequence[VideoJob], rollout: Rollout, profile: VideoProfile) -> None:
+        """Before the videos get their names: one that has its name has its metadata, whenever a run is killed."""
+        for job in jobs:
+            job.path.unlink(missing_ok=True)  # a video that is made again
+            write_atomic(job.metadata_path, json.dumps(self._metadata(job, rollout, profile), indent=1) + "\n")
 
     def deliver(
         self, rollout: Rollout, writers: Sequence[FrameWriter], profiler: Profiler, on_block: OnBlock

@@ -5,14 +5,16 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
 
-from benchmarks import end_to_end, memory, tables, vae
+from benchmarks import end_to_end, memory, tables, vae, writer
 from pipeline.plan import Planner
 from tests.conftest import ROOT
+from utils.video import probe
 from wan.config import WAN_1_3B
 from wan.vae import VAE
 
@@ -30,6 +32,16 @@ def test_the_decoder_against_diffusers(tmp_path: Path, capsys: pytest.CaptureFix
     assert content["device"] and content["torch"] == torch.__version__
     assert tables.vae(content).splitlines()[3].startswith("| tiny | ours | eager | float32 |")
     assert len(capsys.readouterr().out.splitlines()) == 4
+
+
+def test_the_writer_alone(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    frames = writer.moving_frames(13, 64, 96)
+    assert frames.shape == (13, 64, 96, 3)
+    assert all(not torch.equal(one, other) for one, other in pairwise(frames))
+    speed, size = writer.frames_a_second(frames, "ultrafast", False, tmp_path)
+    assert speed > 0 and probe(tmp_path / "clip.mp4").frames == 13 and size == (tmp_path / "clip.mp4").stat().st_size
+    assert writer.main(["--resolution", "480", "--preset", "ultrafast", "--frames", "2"]) == 0
+    assert [line.split()[:2] for line in capsys.readouterr().out.splitlines()[2:]] == [["480", "ultrafast"]]
 
 
 def test_random_weights_give_a_video_within_its_range() -> None:

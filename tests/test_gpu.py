@@ -10,6 +10,7 @@ import pytest
 import torch
 from torch import Tensor
 
+from benchmarks.vae import random_vae
 from dummy.roles import HeadRoles
 from pipeline.engine import choose_engine, passes_of, start_engine
 from pipeline.generator import BlockGenerator
@@ -74,6 +75,22 @@ def test_the_loop_never_waits_for_the_device() -> None:
                 pass
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("tile", [None, 64])
+def test_what_is_kept_on_the_host_changes_no_bit_and_leaves_the_device(tile: int | None) -> None:
+    vae = random_vae(16, torch.device("cuda"), torch.bfloat16)
+    blocks = torch.randn(2, 9, 16, 32, 32, generator=torch.Generator().manual_seed(0)).split(3, dim=1)
+    made, peaks = [], []
+    for on_host in (False, True):
+        vae.forget()
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        decoder = vae.decoder(1, tile, on_host=on_host)
+        made.append(torch.cat([decoder.decode(block).cpu() for block in blocks], dim=1))
+        peaks.append(torch.cuda.max_memory_allocated())
+    assert torch.equal(*made)
+    assert peaks[1] < peaks[0] - decoder.cache_bytes() // 2
 
 
 def test_recordings_share_their_memory() -> None:

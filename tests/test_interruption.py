@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -72,6 +73,22 @@ def test_a_run_that_is_ended_leaves_whole_videos(program: Program, number: signa
         assert program.unfinished == []
         assert b"Traceback" not in said and b"interrupted" in said
     goes_on(program, finished)
+
+
+def test_no_video_has_its_name_before_its_metadata_is_there(program: Program) -> None:
+    """What stops a run between the two leaves no video that nothing is known of; the next run makes it."""
+    one = ("overwrite=true",)
+    assert program(*one, prompts=PROMPTS[:1]) == 0
+    (metadata,) = program.videos.glob("*.json")
+    metadata.unlink()
+    (metadata / "in the way").mkdir(parents=True)
+    assert program(*one, prompts=PROMPTS[:1]) == 2
+    assert not program.mp4s and not program.unfinished
+    (metadata / "in the way").rmdir()
+    metadata.rmdir()
+    metadata.write_text("{}")  # of a video that did not come to be
+    assert program(*one, prompts=PROMPTS[:1]) == 0
+    assert len(program.mp4s) == 1 and "noise_seed" in json.loads(metadata.read_text())
 
 
 def goes_on(program: Program, finished: dict[str, bytes]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from pipeline.config import InferenceConfig, load_config
 from pipeline.decoding import DecodingWay
 from pipeline.jobs import read_jobs
 from pipeline.loading import generator_settings, text_encoder_place
-from pipeline.plan import Planner, planner_for
+from pipeline.plan import RESERVE, Planner, planner_for
 from tests.conftest import ROOT, Program
 from utils.memory import PeakTracker
 from utils.video import probe
@@ -49,9 +50,30 @@ def test_ways_from_the_fastest_to_the_smallest(
 ) -> None:
     ways = list(planner.ways(published(*overrides)))
     assert ways[: len(first)] == first
-    rest = [way.tile for way in ways[len(first) :]]
-    assert rest == (sorted(rest, key=lambda tile: -(tile or 0)) if tiles else [])
-    assert bool(rest) == tiles
+    rest = ways[len(first) :]
+    plain, on_host = [way for way in rest if not way.on_host], [way for way in rest if way.on_host]
+    assert rest == [*plain, *on_host]
+    assert [way.tile for way in plain] == ([960, 640, 512, 384] if tiles else [])
+    assert bool(on_host) == ("low_memory=false" not in overrides)
+    for way in on_host:
+        assert way.tile in ([plain_way.tile for plain_way in plain] or [first[0].tile])
+
+
+def test_on_a_cpu_the_host_has_no_other_memory() -> None:
+    planner = Planner(WAN_1_3B, VAE.published(torch.bfloat16), torch.bfloat16, vae_device=CPU)
+    assert not any(way.on_host for way in planner.ways(published("low_memory=true", "device=cpu")))
+
+
+def test_1080p_within_16_gb_with_the_caches_on_the_host(planner: Planner) -> None:
+    config = published("resolution=1080")
+    settings = generator_settings(config, planner.sizes)
+    way = DecodingWay(1, 384, on_host=True)
+    on_host, plain = (planner.memory(config, settings, one) for one in (way, replace(way, on_host=False)))
+    assert on_host.vae_cache == plain.vae_cache_on_host == 0
+    assert on_host.vae_cache_on_host == plain.vae_cache > 10 * GIB
+    assert on_host.peak < 16 * GIB * (1 - RESERVE)
+    assert plain.peak > 24 * GIB * (1 - RESERVE)
+    assert any("VAE cache, in the memory of the host" in line for line in on_host.lines())
 
 
 def test_less_memory_when_there_is_less(planner: Planner) -> None:
@@ -61,7 +83,7 @@ def test_less_memory_when_there_is_less(planner: Planner) -> None:
     assert peaks[1] < 0.8 * peaks[0]
     assert planner.way(config, settings, 80 * GIB) == FAST
     assert planner.way(config, settings, int(peaks[1] / 0.9) + 1) == SMALL
-    assert planner.way(config, settings, GIB).tile == 384  # nothing fits: the least there is
+    assert planner.way(config, settings, GIB) == DecodingWay(1, 384, piece=2, on_host=True)  # nothing fits: the least
 
 
 def test_what_works_at_the_same_time_is_there_at_the_same_time(planner: Planner) -> None:

@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch import nn
 
+from utils.host_memory import PIECE, HostMemory
 from utils.memory import PeakTracker, format_bytes
 
 KIB = 1024
@@ -125,3 +126,17 @@ def test_format_bytes() -> None:
     assert format_bytes(1024**3 - 1) == "1024.0 MiB"
     assert format_bytes(3 * 1024**3 // 2) == "1.50 GiB"
     assert format_bytes(10 * 1024**2) == "10.0 MiB"
+
+
+def test_tensors_on_the_host_share_pieces_and_nothing_else() -> None:
+    host = HostMemory(page_locked=False)
+    small = [host.zeros((3, 5), dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)]
+    assert [tensor.shape for tensor in small] == [(3, 5)] * 3
+    assert len({tensor.untyped_storage().data_ptr() for tensor in small}) == 1
+    for value, tensor in enumerate(small, 1):
+        assert not tensor.any()
+        tensor.fill_(value)
+    assert [tensor.unique().tolist() for tensor in small] == [[1], [2], [3]]
+    large = host.zeros((PIECE + 1,), torch.uint8)
+    assert large.untyped_storage().nbytes() == PIECE + 1
+    assert host.zeros((1,), torch.uint8).untyped_storage().data_ptr() == small[0].untyped_storage().data_ptr()

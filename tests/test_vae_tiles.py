@@ -13,7 +13,8 @@ from utils.errors import InputError
 from utils.memory import PeakTracker
 from utils.video import to_uint8
 from wan.vae import VAE
-from wan.vae_layers import History, run
+from wan.vae_history import History
+from wan.vae_layers import run
 from wan.vae_memory import decode_bytes
 from wan.vae_tiles import Stage, Tile, TiledFrames, split, tiling
 
@@ -76,6 +77,20 @@ def test_several_frames_a_call_and_several_videos(vae: VAE) -> None:
     latents = _latents(48, 64, frames=5, batch=2)
     tiled = vae.decoder(frames_per_call=2, tile=32).decode(latents)
     assert (tiled - vae.decoder().decode(latents)).abs().max() < 2e-5
+
+
+@pytest.mark.parametrize("piece", [1, 4])
+def test_caches_on_the_host_change_no_bit(vae: VAE, piece: int) -> None:
+    latents = _latents(48, 64, frames=5)
+    here, away = (vae.decoder(2, 32, piece, on_host) for on_host in (False, True))
+    for part in latents.split([2, 3], dim=1):
+        assert torch.equal(away.decode(part), here.decode(part))
+
+
+@pytest.mark.parametrize("piece", [2, 4, 12])
+def test_larger_pieces_differ_by_rounding_alone(vae: VAE, piece: int) -> None:
+    latents = _latents(48, 64, frames=5)
+    _rounding(vae, latents, vae.decoder(3, 32, piece).decode(latents))
 
 
 def test_two_videos_at_once_do_not_mix(vae: VAE) -> None:

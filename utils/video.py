@@ -149,7 +149,9 @@ class VideoWriter:
             self._abort()
             return
         try:
-            self._finish()
+            if self._process is not None:
+                self.finish()
+            self._give_name()
         except BaseException:
             self._abort()
             raise
@@ -178,21 +180,25 @@ class VideoWriter:
         if self._process is not None:
             self._process.kill()
 
-    def _finish(self) -> None:
+    def finish(self) -> None:
+        """No more frames come: wait until ffmpeg has put down all of them. The file gets its name when the block ends,
+        after whatever has to be there before it. Raises as `write`, and RuntimeError if there was no frame."""
         assert self._process is not None
         assert self._process.stdin is not None
-        assert self._unfinished is not None
         if self.frames_written == 0:
             raise RuntimeError(f"{self.path}: no frame was written, so there is no video to finish")
         self._process.stdin.close()
         status = self._process.wait()
         if status != 0:
             raise self._failure(status)
+        self._release()
+
+    def _give_name(self) -> None:
+        assert self._unfinished is not None
         if self._stream:
             finish_growing(self._unfinished, self.path)
         else:
             commit_partial(self._unfinished, self.path)
-        self._release()
 
     def _abort(self) -> None:
         """End ffmpeg, wait for it, and remove the unfinished file unless it can be watched. Safe more than once."""

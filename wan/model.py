@@ -221,10 +221,11 @@ class CausalWanModel(nn.Module):
         residual: StackResidual | None = None,
     ) -> Tensor:
         """`forward` with its positions given as tensors; the pass joins the cache as the frames `commit`, if any."""
-        x = y = self._patchify(latents)
+        y = self._patchify(latents)
+        x = y if residual is not None else None
         for layer, block in enumerate(self.layers()):
             y = self._run(block, layer, y, time, text, cache, rotation, commit)
-        if residual is not None:
+        if residual is not None and x is not None:
             residual.value = y - x
         return self._unpatchify(self.head(y, time.head), latents)
 
@@ -280,6 +281,7 @@ class CausalWanModel(nn.Module):
         if commit is not None:
             cache.layers[layer].commit(k, v, commit)
         x, q = parts.between(block, x, attended, modulation)
+        del k, v, attended  # a fifth of what a pass takes at its worst moment, which is yet to come
         return parts.after(block, x, self.attention(q, text.keys[layer], text.values[layer]), modulation)
 
     def _patchify(self, latents: Tensor) -> Tensor:

@@ -20,10 +20,12 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.errors import InputError
+from utils.host_memory import HostMemory
 from wan.checkpoint import load_into, read_tensors, some_names, stripped_tensors
 from wan.geometry import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
 from wan.streaming import LatentDecoder
-from wan.vae_layers import History, as_frames, as_video, doubled
+from wan.vae_history import History
+from wan.vae_layers import as_frames, as_video, doubled
 from wan.whole_frames import FrameDecoder, Part, WholeFrames
 
 Z_DIM = 16  # latent channels of Wan 2.1
@@ -179,14 +181,14 @@ class PreviewDecoder(LatentDecoder):
     def prepared(self, latents: Tensor) -> Tensor:
         return latents.to(self.dtype).transpose(1, 2)
 
-    def new_frames(self, tile: int | None, piece: int) -> FrameDecoder:
+    def new_frames(self, tile: int | None, piece: int, host: HostMemory | None) -> FrameDecoder:
         assert tile is None, "tiles are for the VAE"
         layers = self.module.layers()
         _, second, third = [i for i, layer in enumerate(layers) if isinstance(layer, Grow)]
         _, *growth = self.config.strides
         enter = [max(piece // math.prod(growth[i:]), 1) for i in range(len(growth))]
         parts = Part(layers[:second]), Part(layers[second:third], enter[0]), Part(layers[third:], enter[1])
-        return WholeFrames(parts, self._steady, lead=TEMPORAL_COMPRESSION - 1)
+        return WholeFrames(parts, self._steady if host is None else None, TEMPORAL_COMPRESSION - 1, host)
 
 
 def _build(config: PreviewConfig) -> PreviewModule:

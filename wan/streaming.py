@@ -14,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import InputError
+from utils.host_memory import HostMemory
 from wan.whole_frames import FrameDecoder, Run, Steady
 
 if TYPE_CHECKING:
@@ -49,8 +50,8 @@ class LatentDecoder(ABC):
         """Normalised latents [B, F, z_dim, h, w] on this device as the layers take them: [B, z_dim, F, h, w]."""
 
     @abstractmethod
-    def new_frames(self, tile: int | None, piece: int) -> FrameDecoder:
-        """For a video; `tile` and `piece` as in StreamingDecoder."""
+    def new_frames(self, tile: int | None, piece: int, host: HostMemory | None) -> FrameDecoder:
+        """For a video; `tile` and `piece` as in StreamingDecoder, `host` as in History."""
 
     @abstractmethod
     def lay_out(self, planes: bool) -> None:
@@ -82,7 +83,7 @@ class LatentDecoder(ABC):
 
     def prepare(self, frames: int, step: Run, recorder: Recorder | None = None) -> None:
         """From now on decoders run calls of `frames` latent frames through `step`, see `compiled_run`, and from
-        recordings; not a video's first call, and not with tiles, whose sizes vary."""
+        recordings; not a video's first call, not with tiles, whose sizes vary, and not with the cache on the host."""
         self._steady = Steady(frames, step, recorder)
         self._spare = None
 
@@ -90,9 +91,11 @@ class LatentDecoder(ABC):
         """The length in pixel frames of a video of `latent_frames` (at least 1): 21 -> 81."""
         return 1 + self.temporal_scale * (latent_frames - 1)
 
-    def decoder(self, frames_per_call: int = 1, tile: int | None = None, piece: int | None = None) -> StreamingDecoder:
+    def decoder(
+        self, frames_per_call: int = 1, tile: int | None = None, piece: int | None = None, on_host: bool = False
+    ) -> StreamingDecoder:
         """A decoder for one video (or one batch of videos); see StreamingDecoder. `piece`: None for what is fastest."""
-        return StreamingDecoder(self, frames_per_call, tile, self.piece if piece is None else piece)
+        return StreamingDecoder(self, frames_per_call, tile, self.piece if piece is None else piece, on_host)
 
     def side_stream(self) -> torch.cuda.Stream:
         """The one CUDA stream beside the current one on which this decodes, so that what a decoder leaves behind is
@@ -101,13 +104,14 @@ class LatentDecoder(ABC):
             self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call,unused-ignore]
         return self._stream
 
-    def take_frames(self, key: tuple[int, ...], tile: int | None, piece: int) -> FrameDecoder:
+    def take_frames(self, key: tuple[int, ...], tile: int | None, piece: int, on_host: bool = False) -> FrameDecoder:
         """A new FrameDecoder, or one that was given back under the same key (what its sizes depend on)."""
         spare, self._spare = self._spare, None
         if spare is not None and spare[0] == key:
             spare[1].clear()
             return spare[1]
-        return self.new_frames(tile, piece)
+        host = HostMemory(page_locked=self.device.type == "cuda") if on_host else None
+        return self.new_frames(tile, piece, host)
 
     def forget(self) -> None:
         """Free what closed decoders have left for the next video."""
@@ -128,9 +132,13 @@ class StreamingDecoder:
     With `tile`, for a decoder that has `tiles`, the last levels run in tiles of at most `tile` output pixels a side (a
     multiple of 16): less memory for activations, some of the work twice, the pixels apart by float rounding alone; see
     wan.vae_tiles. The last levels work on `piece` pixel frames at once: fewer take less memory.
+    With `on_host` what is kept for the next frames lies in the host's memory, which takes time to copy and changes
+    nothing in the pixels.
     """
 
-    def __init__(self, source: LatentDecoder, frames_per_call: int, tile: int | None, piece: int) -> None:
+    def __init__(
+        self, source: LatentDecoder, frames_per_call: int, tile: int | None, piece: int, on_host: bool = False
+    ) -> None:
         if frames_per_call < 1:
             raise InputError(f"frames_per_call is {frames_per_call}; at least 1 latent frame a call is needed.")
         assert tile is None or source.tiles, "this decoder has no tiles"
@@ -138,6 +146,7 @@ class StreamingDecoder:
         self._frames_per_call = frames_per_call
         self._tile = tile
         self._piece = piece
+        self._on_host = on_host
         self._key: tuple[int, ...] = ()
         self._frames: FrameDecoder | None = None
         self._started = False
@@ -155,8 +164,8 @@ class StreamingDecoder:
         video = self._empty_video(latents)
         if self._frames is None:
             assert not self._started, "the decoder is closed"
-            self._key = (latents.shape[0], *latents.shape[3:], self._tile or 0, self._piece)
-            self._frames = source.take_frames(self._key, self._tile, self._piece)
+            self._key = (latents.shape[0], *latents.shape[3:], self._tile or 0, self._piece, self._on_host)
+            self._frames = source.take_frames(self._key, self._tile, self._piece, self._on_host)
         done = 0
         for start, stop in self._calls(latents.shape[1]):
             frames = (stop - start) * source.temporal_scale if self._started else 1
@@ -180,7 +189,7 @@ class StreamingDecoder:
         return later if self._started else [(0, 1), *later]
 
     def cache_bytes(self) -> int:
-        """Bytes that are kept for the next frames; constant from the first latent frame on."""
+        """Bytes that are kept for the next frames, wherever; constant from the first latent frame on."""
         return 0 if self._frames is None else self._frames.cache_bytes()
 
     def close(self) -> None:

@@ -15,9 +15,11 @@ import torch
 from torch import Tensor
 
 from utils.errors import InputError
+from utils.host_memory import HostMemory
 from wan.checkpoint import load_into, read_json, read_tensors, stripped_tensors
 from wan.streaming import LatentDecoder, StreamingDecoder
-from wan.vae_layers import History, Upsample, run
+from wan.vae_history import History
+from wan.vae_layers import Upsample, run
 from wan.vae_modules import VAEConfig, VAEModule
 from wan.vae_names import to_diffusers
 from wan.vae_tiles import TiledFrames, check_tile
@@ -121,25 +123,27 @@ class VAE(LatentDecoder):
         """latents · std + mean in float32, [B, F, z_dim, h, w]."""
         return latents.float() * self._std.to(latents.device) + self._mean.to(latents.device)
 
-    def decoder(self, frames_per_call: int = 1, tile: int | None = None, piece: int | None = None) -> StreamingDecoder:
+    def decoder(
+        self, frames_per_call: int = 1, tile: int | None = None, piece: int | None = None, on_host: bool = False
+    ) -> StreamingDecoder:
         """As LatentDecoder.decoder. Raises InputError for a `tile` that is no positive multiple of 16."""
         if tile is not None:
             check_tile(tile)
-        return super().decoder(frames_per_call, tile, piece)
+        return super().decoder(frames_per_call, tile, piece, on_host)
 
     def prepared(self, latents: Tensor) -> Tensor:
         z = self.denormalize(latents).to(self.dtype).transpose(1, 2)
         prepared: Tensor = self.module.post_quant_conv(z)
         return prepared
 
-    def new_frames(self, tile: int | None, piece: int) -> FrameDecoder:
+    def new_frames(self, tile: int | None, piece: int, host: HostMemory | None) -> FrameDecoder:
         if tile is not None:
-            return TiledFrames(self.module.decoder, tile, piece)
+            return TiledFrames(self.module.decoder, tile, piece, host)
         layers = self.module.decoder.layers()
         second, third = [i for i, layer in enumerate(layers) if isinstance(layer, Upsample)][-2:]
         # Of the last two parts the first doubles the frames.
         parts = Part(layers[:second]), Part(layers[second:third], max(piece // 2, 1)), Part(layers[third:], piece)
-        return WholeFrames(parts, self._steady)
+        return WholeFrames(parts, self._steady if host is None else None, host=host)
 
 
 def _build(config: VAEConfig) -> VAEModule:

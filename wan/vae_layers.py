@@ -1,9 +1,8 @@
 """The layers of Wan's VAE for frames that come in pieces: convolutions over time that remember the frames before.
 
 A piece [B, C, T, H, W] lies in memory with its channels last (channels_last_3d), so that every pixel's channels are
-neighbours: norms read them at once, and convolutions and attention take them as they are. `History` holds what the next
-piece needs, in tensors that are allocated once, so that a video of any length keeps to the same addresses. A
-convolution sees the frames before and the new ones in one buffer, into which the norm writes directly; rows and columns
+neighbours: norms read them at once, and convolutions and attention take them as they are. A convolution sees the
+frames before (wan.vae_history) and the new ones in one buffer, into which the norm writes directly; rows and columns
 are padded by the convolution itself.
 
 Parameters have the names of Diffusers' AutoencoderKLWan. This file does not know the order of the layers.
@@ -18,77 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wan.vae_history import History, empty, put
+
 CUBE = (3, 3, 3)
 TINY = 1e-12  # keeps a pixel of nothing but zeros from being divided by 0
-
-
-class History:
-    """The frames before, for some layers in the order in which they run: zeros until a piece has gone through.
-
-    `first` says that none has. `begin` must be called before every piece, `end` after it.
-    """
-
-    def __init__(self) -> None:
-        self.first = True
-        self._kept: list[Tensor] = []
-        self._next = 0
-
-    def begin(self) -> None:
-        self._next = 0
-
-    def end(self) -> None:
-        assert self.first or self._next == len(self._kept), "other layers than those of the last piece"
-        self.first = False
-
-    def clear(self) -> None:
-        """Be as new, in the same memory."""
-        for kept in self._kept:
-            kept.zero_()
-        self.first = True
-
-    def nbytes(self) -> int:
-        return sum(kept.nbytes for kept in self._kept)
-
-    def window(self, x: Tensor, frames: int, norm: RMSNorm | None = None) -> Tensor:
-        """The last `frames` frames of the layer's earlier input, then x [B, C, T, H, W] (normalised and activated, if
-        there is a norm): [B, C, frames + T, H, W]. Its last frames are kept for the next piece.
-        """
-        kept = self._slot(x, frames)
-        if torch.compiler.is_compiling():  # the compiler joins norm and activation, and writes them where they go
-            new = x if norm is None else norm.activated(x)
-            window = torch.cat([kept, new], dim=2)
-        else:
-            window = empty(x, frames + x.shape[2])
-            window[:, :, :frames] = kept
-            if norm is None:
-                window[:, :, frames:] = x
-            else:
-                norm.activated_into(x, window[:, :, frames:])
-        kept.copy_(window[:, :, -frames:])
-        return window
-
-    def with_before(self, x: Tensor) -> Tensor:
-        """x [B, C, T, H, W] with the channels of the frame before each frame behind its own: [B, 2·C, T, H, W]."""
-        kept, new = (frames.permute(0, 2, 3, 4, 1) for frames in (self._slot(x, 1), x))  # the channels last
-        before = torch.cat([kept, new[:, :-1]], dim=1)
-        kept.copy_(new[:, -1:])
-        return torch.cat([new, before], dim=-1).permute(0, 4, 1, 2, 3)
-
-    def pass_over(self, x: Tensor, frames: int) -> None:
-        """Instead of `window`, for a layer that does not see this piece: what is kept stays."""
-        self._slot(x, frames)
-
-    def _slot(self, x: Tensor, frames: int) -> Tensor:
-        if self._next == len(self._kept):
-            self._kept.append(empty(x, frames).zero_())
-        self._next += 1
-        return self._kept[self._next - 1]
-
-
-def empty(like: Tensor, frames: int) -> Tensor:
-    """[B, C, frames, H, W] with channels last."""
-    batch, channels, _, height, width = like.shape
-    return like.new_empty(batch, frames, height, width, channels).permute(0, 4, 1, 2, 3)
 
 
 def run(layers: Sequence[nn.Module], x: Tensor, history: History) -> Tensor:
@@ -135,7 +67,8 @@ class CausalConv3d(nn.Conv3d):
 
     `planes`: computed as a sum over the kernel's planes, each of which is a convolution of images. PyTorch's CPU
     kernels for images are several times faster where pieces are short or channels no multiple of 16, and never slower;
-    the sum rounds in another order.
+    the sum rounds in another order. It needs no window, so takes less memory; which frame is kept where changes from
+    call to call, so that calls cannot be recorded.
     """
 
     planes = False
@@ -152,7 +85,39 @@ class CausalConv3d(nn.Conv3d):
         self, x: Tensor, history: History, norm: RMSNorm | None = None
     ) -> Tensor:
         """[B, C, T, H, W] to [B, C', T, H, W] at stride 1. With `norm`, of silu(norm(x))."""
+        if self.planes and self.before:
+            return self._by_planes(x, history, norm)
         return self.convolved(history.window(x, self.before, norm) if self.before else x)
+
+    def _by_planes(self, x: Tensor, history: History, norm: RMSNorm | None) -> Tensor:
+        """As the convolution of a window, without its memory. What is kept is the narrower: frames that go in, or sums
+        that come out and that later frames complete."""
+        narrowing = self.out_channels < self.in_channels
+        kept = history.frames(x[:, : self.out_channels] if narrowing else x, self.before)
+        step = self._complete if narrowing else self._total
+        made = [step(frame, kept, norm).unsqueeze(2) for frame in torch.split(x, 1, dim=2)]
+        return made[0] if len(made) == 1 else torch.cat(made, dim=2)
+
+    def _total(self, frame: Tensor, kept: list[Tensor], norm: RMSNorm | None) -> Tensor:
+        """The sum [B, C', H, W] over the frames before and this one [B, C, 1, H, W], which takes the memory of the
+        oldest, once that is done."""
+        total = self._plane(kept[0], 0, self.bias)
+        kept.append(kept.pop(0))
+        put(frame, kept[-1].unsqueeze(2), norm)
+        for k, before in enumerate(kept, 1):
+            total += self._plane(before, k)
+        return total
+
+    def _complete(self, frame: Tensor, sums: list[Tensor], norm: RMSNorm | None) -> Tensor:
+        """The oldest sum [B, C', H, W] with the part of this frame [B, C, 1, H, W]; the later ones get theirs."""
+        window = empty(frame, 1)
+        put(frame, window, norm)
+        new, last = window[:, :, 0], len(sums)
+        total = self._plane(new, last, self.bias).add_(sums[0])
+        sums.append(sums.pop(0).zero_())
+        for place, later in enumerate(sums, 1):
+            later += self._plane(new, last - place)
+        return total
 
     @property
     def before(self) -> int:
@@ -165,14 +130,14 @@ class CausalConv3d(nn.Conv3d):
             return super().forward(window)
         stride = self.stride[0]
         stop = window.shape[2] - self.kernel_size[0] + 1
-        total = self._plane(window[:, :, :stop:stride], 0)
+        total = self._plane(as_frames(window[:, :, :stop:stride]), 0, self.bias)
         for k in range(1, self.kernel_size[0]):
-            total += self._plane(window[:, :, k : stop + k : stride], k)
+            total += self._plane(as_frames(window[:, :, k : stop + k : stride]), k)
         return as_video(total, window.shape[0])
 
-    def _plane(self, frames: Tensor, k: int) -> Tensor:
-        bias = self.bias if k == 0 else None
-        return F.conv2d(as_frames(frames), self.weight[:, :, k], bias, padding=self.padding[1:])
+    def _plane(self, images: Tensor, k: int, bias: Tensor | None = None) -> Tensor:
+        """The part of the kernel's plane k, [N, C, H, W] to [N, C', H, W]."""
+        return F.conv2d(images, self.weight[:, :, k], bias, padding=self.padding[1:])
 
     def use_planes(self, on: bool) -> None:
         """Set `planes`, and put the weights in memory as it takes them: plane by plane, or channels last."""

@@ -19,14 +19,15 @@ from wan.streaming import LatentDecoder
 
 @dataclass(frozen=True)
 class DecodeBytes:
-    """Bytes of a decoder: the feature cache between calls, and what comes on top of it at the worst moment of one."""
+    """Bytes of a decoder: the feature cache between calls, wherever it lies, and what comes on top of it at the worst
+    moment of one."""
 
     cache: int
     activations: int
 
     @property
     def total(self) -> int:
-        """Most bytes at once, without the weights."""
+        """Most bytes at once in all places, without the weights."""
         return self.cache + self.activations
 
 
@@ -39,15 +40,16 @@ def decode_bytes(
     frames_per_call: int = 1,
     batch: int = 1,
     piece: int | None = None,
+    on_host: bool = False,
 ) -> DecodeBytes:
     """What `vae`, on the meta device, takes to decode blocks of `block` latent frames of height x width pixels,
     `batch` videos at once.
 
-    `tile`, `frames_per_call` and `piece` as in LatentDecoder.decoder. The block's video counts, as the activations do;
-    weights do not.
+    `tile`, `frames_per_call`, `piece` and `on_host` as in LatentDecoder.decoder. The block's video counts, as the
+    activations do; weights do not.
     """
     assert vae.device.type == "meta", "memory is predicted with `published`, or with weights that are loaded to meta"
-    decoder = vae.decoder(frames_per_call, tile, piece)
+    decoder = vae.decoder(frames_per_call, tile, piece, on_host)
     shape = (batch, block, vae.z_dim, height // vae.spatial_scale, width // vae.spatial_scale)
     latents = torch.empty(shape, device="meta")
     with PeakTracker() as tracker, _FusedAttention():

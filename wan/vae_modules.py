@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from utils.errors import InputError
 from wan.checkpoint import some_names
-from wan.vae_layers import CUBE, CausalConv3d, Downsample, History, MidBlock, ResidualBlock, RMSNorm, Upsample
+from wan.vae_history import History
+from wan.vae_layers import CUBE, CausalConv3d, Downsample, MidBlock, ResidualBlock, RMSNorm, Upsample
 
 RES_BLOCKS = 2
 LEVELS = 4

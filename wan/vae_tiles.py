@@ -6,8 +6,10 @@ decodes to the tile of the pixels; but that part works on few pixels, and the le
 each tile with the margin (halo) of input that its pixels depend on. So tiles and whole frames differ by float rounding
 alone. The halo is computed from the layers; at the frame's border there is none, and the convolutions pad as they
 always do. For Wan 2.1 it is 7 pixels of the first stage's input and 10 of the second's: 28 and 20 pixels of the video.
-What the tiles save is activations: together their caches are as large as the whole frame's, and the halos on top. This
-file does not know normalised latents, nor how frames follow each other in a video.
+What the tiles save is activations: together their caches are as large as the whole frame's, and the halos on top.
+Caches can lie in the host's memory (`History`): then small tiles that work on several frames at once take least, for
+every piece of frames brings the cache there and back. This file does not know normalised latents, nor how frames follow
+each other in a video.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import InputError
-from wan.vae_layers import History, Upsample, run
+from utils.host_memory import HostMemory
+from wan.vae_history import History
+from wan.vae_layers import Upsample, run
 from wan.vae_modules import Decoder
 
 TILE_MULTIPLE = 16  # output pixels: a tile's border must fall between the pixels of every level
@@ -52,35 +56,41 @@ class TiledFrames:
     of 16.
     """
 
-    def __init__(self, decoder: Decoder, tile: int, piece: int = 1) -> None:
-        """`piece`: pixel frames that the last stage works on at once."""
+    def __init__(self, decoder: Decoder, tile: int, piece: int = 1, host: HostMemory | None = None) -> None:
+        """`piece`: pixel frames that the last stage works on at once, the one before on half as many. `host`: as in
+        History."""
         check_tile(tile)
         self._tile = tile
         self._piece = piece
         self._whole, self._stages = split(decoder)
-        self._history = History()
+        self._host = host
+        self._history = History(host)
         self._histories: dict[tuple[int, Tile], History] = {}
 
     def decode(self, z: Tensor, video: Tensor) -> None:
         height, width = video.shape[-2:]
         tiles = list(tiling(height, width, self._tile))
-        x = run(self._whole.layers, z, self._history)
-        last = len(self._stages) - 1
-        for index in range(last):
-            x = self._assemble(index, x, tiles, height)
+        done = 0
+        for piece in torch.split(run(self._whole.layers, z, self._history), max(self._piece // 2, 1), dim=2):
+            x = self._assemble(piece, tiles, height)
+            self._finish(x, tiles, video[:, done : done + x.shape[2]])
+            done += x.shape[2]
+
+    def _finish(self, x: Tensor, tiles: Sequence[Tile], video: Tensor) -> None:
+        """The last stage, [B, C, F, h, w] into `video` [B, F, 3, H, W]."""
         for tile in tiles:
             part = video[..., tile.top : tile.bottom, tile.left : tile.right]
             for i, piece in enumerate(torch.split(x, self._piece, dim=2)):
-                pixels = self._run_tile(last, piece, tile, height).transpose(1, 2)
+                pixels = self._run_tile(1, piece, tile, video.shape[-2]).transpose(1, 2)
                 torch.clamp(pixels, -1.0, 1.0, out=part[:, i * self._piece : i * self._piece + pixels.shape[1]])
 
-    def _assemble(self, index: int, x: Tensor, tiles: Sequence[Tile], height: int) -> Tensor:
-        """One stage of the whole frame, [B, C, F, h, w] to [B, C', F', h', w']."""
-        scale = self._stages[index].scale
+    def _assemble(self, x: Tensor, tiles: Sequence[Tile], height: int) -> Tensor:
+        """The stage before the last of the whole frame, [B, C, F, h, w] to [B, C', F', h', w']."""
+        scale = self._stages[0].scale
         per_pixel = height // (x.shape[-2] * scale)  # pixels of the video a pixel that comes out
         whole = None
         for tile in tiles:
-            piece = self._run_tile(index, x, tile, height)
+            piece = self._run_tile(0, x, tile, height)
             if whole is None:
                 whole = piece.new_empty(*piece.shape[:3], x.shape[-2] * scale, x.shape[-1] * scale)
             rows, columns = (slice(a // per_pixel, b // per_pixel) for a, b in _sides(tile))
@@ -92,7 +102,7 @@ class TiledFrames:
         """The tile's part of what a stage makes of `x`, without the halo."""
         stage = self._stages[index]
         per_pixel = height // x.shape[-2]
-        history = self._histories.setdefault((index, tile), History())
+        history = self._histories.setdefault((index, tile), History(self._host))
         inputs, outputs = [], []
         for (start, stop), size in zip(_sides(tile), x.shape[-2:], strict=True):
             low, high = start // per_pixel, stop // per_pixel
@@ -131,7 +141,7 @@ def _spans(size: int, tile: int) -> list[tuple[int, int]]:
     return [(start, min(start + step, size)) for start in range(0, size, step)]
 
 
-def split(decoder: Decoder) -> tuple[Stage, tuple[Stage, ...]]:
+def split(decoder: Decoder) -> tuple[Stage, tuple[Stage, Stage]]:
     """The decoder's layers in order: those that run on whole frames, and the stages that run in tiles.
 
     The cuts are where the whole frame that lies between two stages is small beside what a stage has inside: after the

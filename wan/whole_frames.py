@@ -14,7 +14,9 @@ from typing import TYPE_CHECKING, Protocol
 import torch
 from torch import Tensor, nn
 
-from wan.vae_layers import History, run
+from utils.host_memory import HostMemory
+from wan.vae_history import History
+from wan.vae_layers import run
 
 if TYPE_CHECKING:
     from wan.graphs import Recorder, Replay
@@ -56,9 +58,13 @@ class Part:
 class WholeFrames:
     """A FrameDecoder that runs `parts` one after the other. The first `lead` frames that they make are left out."""
 
-    def __init__(self, parts: Sequence[Part], steady: Steady | None = None, lead: int = 0) -> None:
+    def __init__(
+        self, parts: Sequence[Part], steady: Steady | None = None, lead: int = 0, host: HostMemory | None = None
+    ) -> None:
+        """`host`: as in History, and never together with `steady`."""
+        assert steady is None or host is None
         self._parts = parts
-        self._histories = [History() for _ in parts]
+        self._histories = [History(host) for _ in parts]
         self._steady = steady
         self._lead = lead
         self._recorded: tuple[Tensor, Tensor, Replay] | None = None  # its input, its output, and how to repeat it
