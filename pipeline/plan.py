@@ -42,7 +42,7 @@ class MemoryPlan:
 
     transformer: int
     vae: int  # what decodes, and what encodes if that is another
-    text: int  # cross-attention keys and values of all prompts of a video
+    text: int  # cross-attention keys and values of all prompts of a video, and the copy that recordings read
     cache: CacheBytes
     cache_before_split: CacheBytes | None
     transformer_activations: int
@@ -146,7 +146,7 @@ class Planner:
         return MemoryPlan(
             transformer=_bytes(self.model.parameters()),
             vae=_bytes(self.vae.module.parameters()) + self.encoder_bytes,
-            text=self._text_bytes() * (len(config.switch_frame_indices) + 1),
+            text=self._text_bytes() * self._texts(config),
             cache=cache.bytes(),
             cache_before_split=before,
             transformer_activations=self._activations(geometry, cache),
@@ -187,6 +187,11 @@ class Planner:
             # Not in the smallest pieces: each of them brings the whole cache there and back.
             yield from (DecodingWay(1, tile, on_host=True) for tile in tiles)
             yield DecodingWay(1, tiles[-1], piece=2, on_host=True)
+
+    def _texts(self, config: InferenceConfig) -> int:
+        """The prompts of a video, and one more that recorded passes read from."""
+        recorded = config.engine in ("auto", "graphed") and self.vae_device.type == "cuda"
+        return len(config.switch_frame_indices) + 1 + recorded
 
     def _text_bytes(self) -> int:
         """Cross-attention keys and values of one prompt."""

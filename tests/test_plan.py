@@ -72,7 +72,9 @@ def test_weights_and_text_at_full_size(planner: Planner) -> None:
     plan = memory(planner, published())
     assert plan.transformer == 2 * 1_418_996_800  # bytes of bf16; the parameters of the published file
     assert plan.vae == 2 * 126_892_531
-    assert plan.text == 2 * 30 * 512 * 1536 * 2  # k and v, layers, tokens, width, bytes
+    text = 2 * 30 * 512 * 1536 * 2  # k and v, layers, tokens, width, bytes
+    assert plan.text == 2 * text  # once more for the recordings
+    assert memory(planner, published("engine=eager")).text == text
 
 
 def test_an_attention_window_costs_what_it_holds_and_larger_videos_cost_more(planner: Planner) -> None:

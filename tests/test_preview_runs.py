@@ -139,7 +139,7 @@ def test_memory_of_full_size() -> None:
     settings = generator_settings(config, WAN_1_3B)
     assert small.memory(config, settings).vae == 2 * 9_844_611
     assert large.memory(config, settings).peak - small.memory(config, settings).peak > 2 << 30
-    assert [way.tile for way in small.ways(config)] == [None, None]
+    assert {way.tile for way in small.ways(config)} == {None}
 
 
 def test_a_plan_says_what_a_run_takes(program: Program, preview: Path) -> None:
