@@ -220,10 +220,11 @@ def test_full_disk(tmp_path: Path) -> None:
 
 
 WRITE_FOREVER = """
-import sys
+import signal, sys
 from pathlib import Path
 import numpy as np
 from utils.video import VideoWriter
+signal.signal(signal.SIGINT, signal.default_int_handler)  # jobs in the background of a shell ignore it
 frames = np.zeros((5, 48, 64, 3), np.uint8)
 with VideoWriter(Path(sys.argv[1]), 64, 48) as writer:
     while True:
