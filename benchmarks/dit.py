@@ -22,6 +22,7 @@ from torch import Tensor
 
 from benchmarks.machine import ceilings, facts
 from benchmarks.steady import POLICIES, SteadyBlock, build_model
+from benchmarks.tables import compared, predicted
 from benchmarks.trace import CROSS, KINDS, SELF, Breakdown, labelled, traced
 from pipeline.engine import WAYS, passes_of
 from pipeline.generator import Passes
@@ -175,29 +176,22 @@ def kinds_table(rows: Sequence[Row]) -> list[str]:
 def ratios(rows: Sequence[Row]) -> list[str]:
     """Engines against the first at the same policy; policies against full history, beside what operations predict."""
     lines = []
-    for row in rows:
-        first = next(r for r in rows if _place(r) == _place(row))
-        if row.engine != first.engine:
-            ratio = first.block_ms / row.block_ms
-            lines.append(f"{row.resolution} {row.policy}: {row.engine} is {ratio:.2f} times as fast as {first.engine}")
-        full = next((r for r in rows if r.policy == "full" and _beside(r) == _beside(row)), None)
-        if full is not None and row is not full:
-            ratio, predicted = full.block_ms / row.block_ms, full.operations / row.operations
+    every = [asdict(row) for row in rows]
+    for row in every:
+        engine, full = compared(every, row)
+        rows_of, policy, mine = row["resolution"], row["policy"], row["engine"]
+        if engine is not None:
+            ratio = engine["block_ms"] / row["block_ms"]
+            lines.append(f"{rows_of} {policy}: {mine} is {ratio:.2f} times as fast as {engine['engine']}")
+        if full is not None:
+            ratio, expected = full["block_ms"] / row["block_ms"], predicted(full, row)
             lines.append(
-                f"{row.resolution} {row.engine}: {row.policy} is {ratio:.2f} times as fast as full, operations predict "
-                f"{predicted:.2f} ({100 * ratio / predicted:.0f}%)"
+                f"{rows_of} {mine}: {policy} is {ratio:.2f} times as fast as full, operations predict "
+                f"{expected:.2f} ({100 * ratio / expected:.0f}%)"
             )
-        if row.error is not None:
-            lines.append(f"{row.resolution} {row.policy} {row.engine}: {row.precision} is off by {row.error:.2%}")
+        if row["error"] is not None:
+            lines.append(f"{rows_of} {policy} {mine}: {row['precision']} is off by {row['error']:.2%}")
     return lines
-
-
-def _place(row: Row) -> tuple[str, str, str, str]:
-    return row.resolution, row.policy, row.attention, row.precision
-
-
-def _beside(row: Row) -> tuple[str, str, str, str]:
-    return row.resolution, row.engine, row.attention, row.precision
 
 
 def model_config(arguments: argparse.Namespace, device: torch.device) -> ModelConfig:

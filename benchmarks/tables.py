@@ -14,6 +14,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from utils.memory import format_bytes
+
 ROOT = Path(__file__).parents[1]
 DOCUMENTS = (ROOT / "README.md", ROOT / "checkpoints" / "shapes" / "README.md")
 RESULTS = ROOT / "benchmarks" / "results"
@@ -53,8 +55,7 @@ def dit(content: Content) -> str:
     rows = content["rows"]
     body = []
     for row in rows:
-        engine = next(r for r in rows if _alike(r, row, "policy"))
-        full = next((r for r in rows if r["policy"] == "full" and _alike(r, row, "engine")), None)
+        engine, full = compared(rows, row)
         body.append(
             (
                 row["resolution"],
@@ -64,8 +65,8 @@ def dit(content: Content) -> str:
                 f"{row['block_ms']:.0f}",
                 f"{row['fps']:.3g}",
                 f"{row['tflops']:.3g} ({100 * row['share']:.0f} %)",
-                "-" if engine is row else f"{engine['block_ms'] / row['block_ms']:.2f}",
-                "-" if full in (None, row) else _speedup(full, row),
+                "-" if engine is None else f"{engine['block_ms'] / row['block_ms']:.2f}",
+                "-" if full is None else f"{full['block_ms'] / row['block_ms']:.2f} ({predicted(full, row):.2f})",
             )
         )
     header = ["rows of pixels", "policy", "engine", "frames a head sees", "ms a block", "FPS (DiT)"]
@@ -73,25 +74,35 @@ def dit(content: Content) -> str:
     return markdown(header, body)
 
 
-def _alike(one: Content, other: Content, what: str) -> bool:
-    names = ("resolution", "precision", "attention", what)
-    return all(one[name] == other[name] for name in names)
+def compared(rows: Sequence[Content], row: Content) -> tuple[Content | None, Content | None]:
+    """What a row of benchmarks.dit is compared with: the first engine at the same policy, and full history on the same
+    engine; None where that is the row itself, or is not there."""
+
+    def find(*same: str, **wanted: str) -> Content | None:
+        names = ("resolution", "precision", "attention", *same)
+        alike = (r for r in rows if all(r[name] == row[name] for name in names))
+        found = next((r for r in alike if all(r[name] == value for name, value in wanted.items())), None)
+        return None if found is row else found
+
+    engine = find("policy")
+    return None if engine is None or engine["engine"] == row["engine"] else engine, find("engine", policy="full")
 
 
-def _speedup(full: Content, row: Content) -> str:
-    return f"{full['block_ms'] / row['block_ms']:.2f} ({full['operations'] / row['operations']:.2f})"
+def predicted(full: Content, row: Content) -> float:
+    """How much faster than full history a row should be by its operations."""
+    return float(full["operations"] / row["operations"])
 
 
 def vae(content: Content) -> str:
     header = ["rows of pixels", "decoder", "engine", "type", "ms a clip", "ms a block"]
-    header += ["times as fast", "peak GiB (of the first)", "dB"]
+    header += ["times as fast", "peak (of the first)", "dB"]
     body = [
         (
             *(row[name] for name in ("resolution", "decoder", "engine", "dtype")),
             f"{row['clip_ms']:.0f}",
             "-" if row["block_ms"] is None else f"{row['block_ms']:.0f}",
             f"{row['ratio']:.2f}",
-            f"{row['peak_bytes'] / 2**30:.2f} ({row['peak_ratio']:.2f})",
+            f"{format_bytes(row['peak_bytes'])} ({row['peak_ratio']:.2f})",
             "-" if row["decibel"] is None else f"{row['decibel']:.0f}",
         )
         for row in content["rows"]
@@ -101,7 +112,7 @@ def vae(content: Content) -> str:
 
 def end_to_end(content: Content) -> str:
     header = ["rows of pixels", "policy", "engine", "overlap", "s a clip", "first frame, s"]
-    header += ["block: DiT, VAE, copy, write, ms", "FPS", "steady FPS", "peak GiB"]
+    header += ["block: DiT, VAE, copy, write, ms", "FPS", "steady FPS", "peak"]
     body = [
         (
             *(row[name] for name in ("resolution", "policy", "engine")),
@@ -111,7 +122,7 @@ def end_to_end(content: Content) -> str:
             ", ".join(f"{row[f'{part}_ms']:.0f}" for part in ("block", "decode", "copy", "write")),
             f"{row['fps']:.1f}",
             "-" if row["steady_fps"] is None else f"{row['steady_fps']:.1f}",
-            "-" if row["peak_bytes"] is None else f"{row['peak_bytes'] / 2**30:.2f}",
+            "-" if row["peak_bytes"] is None else format_bytes(row["peak_bytes"]),
         )
         for row in content["rows"]
     ]

@@ -3,7 +3,7 @@
 An observer of a cache: it sees a pass's queries and keys layer by layer and adds up softmax probabilities by frame, in
 float32 and in pieces of bounded size, so that 1080p (57,000 keys for 24,000 queries) needs no more memory than 480p.
 Queries may be sampled, a fixed choice that is evenly spread; no random numbers are drawn. On the small trained model
-30 queries give 0.986 of the dummy set (benchmarks/results/sampling.json); a quarter of the 4,680 at 480p would be
+30 queries give 0.979 of the dummy set (benchmarks/results/sampling.json); a quarter of the 4,680 at 480p would be
 1,170, which cost a GPU more than they tell.
 """
 
@@ -22,7 +22,8 @@ GOLDEN = 0.5 * 5**0.5 - 0.5  # of its multiples the fractional parts are as even
 class FrameAttention:
     """Collects, per layer and head, the mean attention to each visible frame over queries and batch.
 
-    `with_entropy`: also the mean entropy of a query's attention over all keys, in nats.
+    `query_share` and `most` as in `sampled`. `with_entropy`: also the mean entropy of a query's attention over all
+    keys, in nats.
     """
 
     def __init__(
@@ -31,12 +32,14 @@ class FrameAttention:
         query_share: float = 1.0,
         piece_bytes: int = PIECE_BYTES,
         with_entropy: bool = False,
+        most: int | None = MOST_SAMPLED,
     ) -> None:
         assert 0 < query_share <= 1
         self._tokens = tokens_per_frame
         self._query_share = query_share
         self._piece_bytes = piece_bytes
         self._with_entropy = with_entropy
+        self._most = most
         self._layers: dict[int, Tensor] = {}
         self._entropies: dict[int, Tensor] = {}
         self.frames: list[int] = []
@@ -50,6 +53,7 @@ class FrameAttention:
         per_query = heads * keys.shape[1] * 4
         for item in range(batch):
             k = keys[item].transpose(0, 1)  # [H, S, D]
+            k = k if k.is_cuda else k.float()  # once, and not for every piece
             for piece in torch.split(q[item], max(1, self._piece_bytes // per_query)):
                 scores = products(piece.transpose(0, 1), k).mul_(width**-0.5)  # [H, queries, S]
                 shares = scores.softmax(dim=-1)
@@ -63,7 +67,7 @@ class FrameAttention:
     def _sample(self, queries: int) -> Tensor:
         """One query in each of as many equal stretches; its place in them follows the golden ratio, since a constant
         step would meet the same few columns in every row of a frame."""
-        count = sampled(queries, self._query_share)
+        count = sampled(queries, self._query_share, self._most)
         stretch = torch.arange(count, dtype=torch.float64)
         return ((stretch + (0.5 + stretch * GOLDEN) % 1) * (queries / count)).long()
 
@@ -84,9 +88,10 @@ class FrameAttention:
         return torch.stack([self._entropies[layer] for layer in sorted(self._entropies)])
 
 
-def sampled(queries: int, share: float) -> int:
-    """How many of `queries` are scored: all with a share of 1, otherwise at most MOST_SAMPLED."""
-    return queries if share == 1 else max(1, min(MOST_SAMPLED, round(queries * share)))
+def sampled(queries: int, share: float, most: int | None = MOST_SAMPLED) -> int:
+    """How many of `queries` are scored: all with a share of 1, otherwise at most `most` (None: no limit)."""
+    count = max(1, round(queries * share))
+    return count if share == 1 or most is None else min(most, count)
 
 
 def products(q: Tensor, k: Tensor) -> Tensor:

@@ -180,7 +180,7 @@ def cost_line(config: InferenceConfig, chosen: ChosenPasses, query_share: float,
     heads = sizes.num_layers * sizes.num_heads
     forwards = sum(chosen.per_block * forward_operations(sizes, geometry, heads * frames) for frames in seen)
     tokens = geometry.tokens_per_frame
-    queries = sampled(geometry.tokens_per_block, query_share)
+    queries = sampled(geometry.tokens_per_block, query_share, most=None)
     pairs = sum(queries * seen[block] * tokens for block in chosen.blocks) * len(chosen.passes)
     scores = 2 * pairs * sizes.dim * sizes.num_layers
     # a piece's scores, shares and their products; the keys of one video in float32, once more while they are laid out

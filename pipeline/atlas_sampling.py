@@ -124,7 +124,7 @@ def _row(one: _Sampled, every: _Sampled, queries: int) -> Row:
     error = torch.stack(errors)
     return Row(
         share=one.share,
-        queries=sampled(queries, one.share),
+        queries=sampled(queries, one.share, most=None),
         mean_error=float(error.mean()),
         largest_error=float(error.max()),
         dummy_overlap=fmean(overlaps),

@@ -23,7 +23,7 @@ from pipeline.given import load_given
 from pipeline.jobs import VideoJob
 from utils.background import Background
 from utils.contact_sheet import write_contact_sheet
-from utils.files import write_atomic
+from utils.files import whole_file, write_partial
 from utils.profiler import Profiler, VideoProfile, device_name
 from utils.seed import NoiseStream
 from utils.video import VideoWriter
@@ -128,17 +128,16 @@ class VideoPipeline:
             given_blocks = 0 if given is None else given.shape[1] // self.config.num_frame_per_block
             profile = self.profile(profiler, rollout, counts, given_blocks)
             if self.config.save_metadata:
-                self._write_metadata(jobs, rollout, profile)
+                # Contexts end in reverse: a video gets its name when its metadata has got its own.
+                for job in jobs:
+                    text = json.dumps(self._metadata(job, rollout, profile), indent=1) + "\n"
+                    write_partial(files.enter_context(whole_file(job.metadata_path)), job.metadata_path, text)
+                for job in jobs:
+                    job.path.unlink(missing_ok=True)  # made again: the old one never stands beside the new metadata
         if self.config.contact_sheet:
             for job in jobs:
                 write_contact_sheet(job.path, profile.frames)
         return profile
-
-    def _write_metadata(self, jobs: Sequence[VideoJob], rollout: Rollout, profile: VideoProfile) -> None:
-        """Before the videos get their names: one that has its name has its metadata, whenever a run is killed."""
-        for job in jobs:
-            job.path.unlink(missing_ok=True)  # a video that is made again
-            write_atomic(job.metadata_path, json.dumps(self._metadata(job, rollout, profile), indent=1) + "\n")
 
     def deliver(
         self, rollout: Rollout, writers: Sequence[FrameWriter], profiler: Profiler, on_block: OnBlock

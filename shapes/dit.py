@@ -35,14 +35,14 @@ class TextEncoder(nn.Module):
 
     def forward(self, captions: Sequence[str]) -> Tensor:
         """[B, text_len, text_dim], zero past each caption."""
-        device = next(self.parameters()).device
-        ids, mask = (part.to(device) for part in token_ids(self.tokenizer, captions))
-        hidden = self.umt5(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None]
+        hidden, _ = self.read(captions)
         return nn.functional.pad(hidden, (0, 0, 0, MAX_TOKENS - hidden.shape[1]))
 
-    def lengths(self, captions: Sequence[str]) -> Tensor:
-        """Numbers of tokens [B]."""
-        return token_ids(self.tokenizer, captions)[1].sum(1).to(next(self.parameters()).device)
+    def read(self, captions: Sequence[str]) -> tuple[Tensor, Tensor]:
+        """[B, longest, text_dim], zero past each caption, and the mask [B, longest] of its tokens."""
+        device = next(self.parameters()).device
+        ids, mask = (part.to(device) for part in token_ids(self.tokenizer, captions))
+        return self.umt5(input_ids=ids, attention_mask=mask).last_hidden_state * mask[..., None], mask
 
 
 class Flow(TrainingForward):

@@ -61,6 +61,9 @@ POLICIES = {
 }
 
 
+PRECISIONS = ("", "bf16", "fp8")  # after an @
+
+
 @dataclass
 class Parts:
     """The loaded models, shared by all policies."""
@@ -84,8 +87,9 @@ class Parts:
         return pad([self.captions[caption] for caption in captions], self.model.config.text_len)
 
     def at(self, precision: str) -> Parts:
-        """The same with the transformer in bf16, or in fp8; anything else is as it was loaded."""
-        if precision not in ("bf16", "fp8"):
+        """The same with the transformer in one of PRECISIONS; "" is as it was loaded."""
+        assert precision in PRECISIONS
+        if not precision:
             return self
         model = copy.deepcopy(self.model).to(torch.bfloat16)
         if precision == "fp8":
@@ -134,7 +138,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--out", type=Path, default=Path("demo/shapes_evaluation"))
     parser.add_argument("--gate", type=Path, help="JSON file of bounds that the report must keep")
-    return parser.parse_args(argv)
+    args = parser.parse_args(argv)
+    for name in args.policies.split(","):
+        policy, _, precision = name.partition("@")
+        if policy not in POLICIES or precision not in PRECISIONS:
+            parser.error(f"--policies: {name!r} is none of {', '.join(POLICIES)}, alone or with @bf16 or @fp8")
+    return args
 
 
 def evaluate(config_path: str, policies: Sequence[str], args: argparse.Namespace) -> Report:

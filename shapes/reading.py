@@ -77,7 +77,7 @@ def trained_text_encoder(folder: Path) -> TextEncoder:
 
 
 class Reader(nn.Module):
-    """A query for every question looks at a caption's embeddings and answers; `losses` of all answers together."""
+    """A query for every question looks at a caption's embeddings and answers."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -88,10 +88,9 @@ class Reader(nn.Module):
 
     def forward(self, captions: list[str]) -> list[Tensor]:
         """Logits [B, choices + 1] of every question."""
-        embeds, lengths = self.encoder(captions), self.encoder.lengths(captions)
-        weights = embeds @ self.queries.T  # [B, L, questions]
-        past = torch.arange(embeds.shape[1], device=embeds.device)[None, :, None] >= lengths[:, None, None]
-        seen = weights.masked_fill(past, -torch.inf).softmax(1).transpose(1, 2) @ embeds
+        embeds, mask = self.encoder.read(captions)
+        weights = (embeds @ self.queries.T).masked_fill(mask[..., None] == 0, -torch.inf)  # [B, L, questions]
+        seen = weights.softmax(1).transpose(1, 2) @ embeds
         return [head(seen[:, i]) for i, head in enumerate(self.heads)]
 
 

@@ -80,7 +80,8 @@ def test_no_video_has_its_name_before_its_metadata_is_there(program: Program) ->
     one = ("overwrite=true",)
     assert program(*one, prompts=PROMPTS[:1]) == 0
     (metadata,) = program.videos.glob("*.json")
-    metadata.unlink()
+    for path in (metadata, *program.videos.glob("*.mp4")):
+        path.unlink()
     (metadata / "in the way").mkdir(parents=True)
     assert program(*one, prompts=PROMPTS[:1]) == 2
     assert not program.mp4s and not program.unfinished
@@ -98,3 +99,13 @@ def goes_on(program: Program, finished: dict[str, bytes]) -> None:
     assert len(program.mp4s) == len(finished) + 1
     assert {name: (program.videos / name).stat().st_mtime_ns for name in finished} == times
     assert program.unfinished == []
+
+
+def test_a_video_that_cannot_be_made_again_stays(program: Program) -> None:
+    one = (*SIZE, "inference_iter=1")
+    assert program(*one, prompts=PROMPTS[:1]) == 0
+    (metadata,), before = program.videos.glob("*.json"), program.mp4s
+    metadata.unlink()
+    metadata.mkdir()  # so that it cannot be written
+    assert program(*one, "overwrite=true", "seed=1", prompts=PROMPTS[:1]) == 2
+    assert program.mp4s == before and not program.unfinished

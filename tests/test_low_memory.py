@@ -11,7 +11,7 @@ import torch
 from pipeline.assembly import assemble
 from pipeline.config import InferenceConfig, load_config
 from pipeline.decoding import DecodingWay
-from pipeline.jobs import read_jobs
+from pipeline.jobs import VideoJob, read_jobs
 from pipeline.loading import generator_settings, text_encoder_place
 from pipeline.plan import RESERVE, Planner, planner_for
 from tests.conftest import ROOT, Program
@@ -112,8 +112,13 @@ def test_the_text_encoder_stays_on_the_cpu() -> None:
 def test_a_plan_says_what_a_run_takes(program: Program, overrides: tuple[str, ...]) -> None:
     """Within a tenth, as bytes of tensors, with everything from the first block to the written file."""
     arguments = program.arguments("resolution=[256,384]", "num_output_frames=12", *overrides)
-    config = load_config(arguments[1], arguments[2:])
     program.videos.mkdir()
+    job = check_the_plan(load_config(arguments[1], arguments[2:]))
+    assert probe(Path(job.path)).frames == 45
+
+
+def check_the_plan(config: InferenceConfig) -> VideoJob:
+    """Makes the first video of a configuration, and compares what that took with its plan."""
     job = read_jobs(config)[0]
     pipeline, embeds = assemble(config, job.prompts, CPU)
     planner = planner_for(config, CPU)
@@ -121,4 +126,4 @@ def test_a_plan_says_what_a_run_takes(program: Program, overrides: tuple[str, ..
     with PeakTracker() as tracker:
         pipeline.write([job], embeds, lambda _: None)
     assert plan.peak == pytest.approx(tracker.peak + plan.transformer + plan.vae, rel=0.1)
-    assert probe(Path(job.path)).frames == 45
+    return job

@@ -22,9 +22,9 @@ from pipeline.plan import Planner, planner_for
 from tests.conftest import ROOT, Program
 from tests.small_checkpoints import SmallCheckpoints
 from tests.test_inference import SMALL
+from tests.test_low_memory import check_the_plan
 from tests.test_preview import preview_weights, whole
 from utils.errors import InputError
-from utils.memory import PeakTracker
 from utils.profiler import Profiler
 from utils.video import VideoWriter, probe, to_uint8
 from wan.config import WAN_1_3B
@@ -145,14 +145,7 @@ def test_memory_of_full_size() -> None:
 def test_a_plan_says_what_a_run_takes(program: Program, preview: Path) -> None:
     """At widths beside which, as at the real ones, three colours are few."""
     save_file(preview_weights((8, 16, 48, 48)), preview)
-    config = configure(program, "resolution=[128,192]", f"decoder=taehv:{preview}")
-    job = read_jobs(config)[0]
-    pipeline, embeds = assemble(config, job.prompts, CPU)
-    planner = planner_for(config, CPU)
-    plan = planner.memory(config, generator_settings(config, planner.sizes), pipeline.way)
-    with PeakTracker() as tracker:
-        pipeline.write([job], embeds, lambda _: None)
-    assert plan.peak == pytest.approx(tracker.peak + plan.transformer + plan.vae, rel=0.1)
+    check_the_plan(configure(program, "resolution=[128,192]", f"decoder=taehv:{preview}"))
 
 
 @pytest.mark.parametrize(

@@ -114,3 +114,10 @@ def test_precisions_are_those_of_the_product() -> None:
     assert (loaded.model.dtype, half.dtype, eighth.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
     assert isinstance(eighth.layers()[0].ffn[0], Fp8Linear) and not isinstance(half.layers()[0].ffn[0], Fp8Linear)
     assert loaded.at("") is loaded
+
+
+@pytest.mark.parametrize("name", ["full@fp16", "fulll", "@fp8"])
+def test_unknown_policies_are_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.main(["--policies", f"full,{name}"])
+    assert f"--policies: '{name}' is none of full, window" in capsys.readouterr().err

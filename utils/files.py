@@ -111,10 +111,15 @@ def write_atomic(path: Path, text: str) -> None:
     Raises InputError if the folder cannot be written or the disk is full; no partial file is left then.
     """
     with whole_file(path) as partial:
-        try:
-            partial.write_bytes(text.encode("utf-8"))
-        except OSError as error:
-            raise write_error(path, error) from error
+        write_partial(partial, path, text)
+
+
+def write_partial(partial: Path, path: Path, text: str) -> None:
+    """Write `text` as UTF-8 to the file that is to become `path`. Raises InputError if the disk is full."""
+    try:
+        partial.write_bytes(text.encode("utf-8"))
+    except OSError as error:
+        raise write_error(path, error) from error
 
 
 def ensure_writable_folder(path: Path, field: str) -> None:

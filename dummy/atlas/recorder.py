@@ -37,5 +37,5 @@ class PassRecorder:
         if key not in self._wanted:
             return
         if key not in self.seen:
-            self.seen[key] = FrameAttention(self._tokens, self._query_share, with_entropy=True)
+            self.seen[key] = FrameAttention(self._tokens, self._query_share, with_entropy=True, most=None)
         self.seen[key](layer, q, keys, context)
