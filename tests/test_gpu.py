@@ -17,6 +17,7 @@ from pipeline.generator import BlockGenerator
 from tests.test_generator import GEOMETRY, ROLES, generator, latents, start
 from tests.tiny import CONFIG, tiny_model
 from wan.graphs import GraphedPasses
+from wan.layers import FeedForward, gelu_product, has_gelu_product
 from wan.model import CausalWanModel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
@@ -60,6 +61,16 @@ def test_auto_is_graphed_and_says_nothing(caplog: pytest.LogCaptureFixture) -> N
     assert passes.captures == captures > 0
     (expected,) = videos(generator(on_gpu(torch.bfloat16), "packed", ROLES), 1)
     assert (video - expected).norm() / expected.norm() < 0.02
+
+
+@torch.inference_mode()
+def test_gelu_within_the_product_is_the_gelu_after_it() -> None:
+    forward = FeedForward(WIDE).to("cuda", torch.bfloat16)
+    x = torch.randn(2, 50, WIDE.dim, device="cuda", dtype=torch.bfloat16)
+    assert has_gelu_product(x) and not has_gelu_product(x.float())
+    expected = forward[1](torch.nn.functional.linear(x.float(), forward[0].weight.float(), forward[0].bias.float()))
+    torch.testing.assert_close(gelu_product(forward[0], x).float(), expected, atol=1e-2, rtol=1e-2)
+    torch.testing.assert_close(forward(x), forward[2](expected.bfloat16()), atol=1e-2, rtol=2e-2)
 
 
 def test_the_loop_never_waits_for_the_device() -> None:

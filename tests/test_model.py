@@ -16,6 +16,7 @@ from tests.tiny import CONFIG, random_embeds, tiny_model
 from wan.config import WAN_1_3B, WAN_14B, ModelConfig
 from wan.geometry import LatentGeometry
 from wan.head_group import FULL_HISTORY, Retention
+from wan.layers import gelu_product, has_gelu_product
 from wan.model import CausalWanModel
 
 KEYS = json.loads((Path(__file__).parent / "data" / "checkpoint_keys.json").read_text())
@@ -185,3 +186,12 @@ def test_compiled_layers_are_the_eager_ones_compiled_once() -> None:
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
     assert graphs == [3, 3, 3]
     assert not torch._dynamo.utils.counters["graph_break"]
+
+
+@torch.inference_mode()
+def test_gelu_within_a_product_is_left_to_gpus() -> None:
+    """A CPU's has the other form of GELU, which shows that weights, biases and shapes are where they belong."""
+    widen = torch.nn.Linear(16, 24)
+    x = torch.randn(2, 5, 16, generator=torch.Generator().manual_seed(0))
+    assert not has_gelu_product(x)
+    torch.testing.assert_close(gelu_product(widen, x), torch.nn.functional.gelu(widen(x)))

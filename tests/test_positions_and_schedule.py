@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import math
+import re
 
 import pytest
 import torch
+from torch._inductor.utils import run_and_get_code
 
 from pipeline.schedule import DenoisingSchedule
-from wan.rope import RotaryEmbedding, rotate
+from wan.rope import RotaryEmbedding, Rotation, rotate
 
 CPU = torch.device("cpu")
 
@@ -37,6 +39,23 @@ def test_every_pair_turns_by_its_axis(width: int) -> None:
             a, b = x[0, token, 1, 2 * pair].item(), x[0, token, 1, 2 * pair + 1].item()
             expected = a * math.cos(theta) - b * math.sin(theta), a * math.sin(theta) + b * math.cos(theta)
             assert turned[0, token, 1, 2 * pair : 2 * pair + 2].tolist() == pytest.approx(expected, abs=2e-6)
+
+
+@torch.inference_mode()
+def test_compiled_rotation_leaves_no_float32_in_memory() -> None:
+    """Half-precision keys are turned in float32 within a kernel; sums and angles alone are stored in it."""
+    torch._dynamo.reset()
+    x, turn = torch.randn(1, 40, 256).bfloat16(), Rotation(torch.randn(40, 1, 32), torch.randn(40, 1, 32))
+
+    def normed_and_turned(x: torch.Tensor) -> torch.Tensor:
+        return rotate(torch.nn.functional.rms_norm(x, (256,)).view(1, 40, 4, 64), turn)
+
+    compiled = torch.compile(normed_and_turned, fullgraph=True, dynamic=False)
+    out, (code,) = run_and_get_code(compiled, x)
+    buffers = re.findall(r"= empty_strided_cpu\(\(([\d, ]+)\), \(.*?\), torch\.(\w+)\)", code)
+    assert "bfloat16" in {kind for _, kind in buffers}
+    assert all(math.prod(map(int, size.split(", "))) < x.numel() for size, kind in buffers if kind == "float32")
+    torch.testing.assert_close(out, normed_and_turned(x), atol=0.1, rtol=0.02)
 
 
 def test_a_shift_moves_the_frame_alone() -> None:

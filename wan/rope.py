@@ -28,10 +28,14 @@ class Rotation:
 
 
 def rotate(x: Tensor, rotation: Rotation) -> Tensor:
-    """Turn the channel pairs (2i, 2i+1) of x [B, L, H, D]; float32 inside, the dtype of x outside."""
-    even, odd = x.float().reshape(*x.shape[:-1], x.shape[-1] // 2, 2).unbind(-1)
-    cos, sin = rotation.cos, rotation.sin
-    return torch.stack((even * cos - odd * sin, even * sin + odd * cos), dim=-1).flatten(-2).type_as(x)
+    """Turn the channel pairs (2i, 2i+1) of x [B, L, H, D]; float32 inside, the dtype of x outside.
+
+    Each channel takes the other one of its pair by its place. Even and odd channels turned apart and interleaved again
+    would be the same numbers, but compiled they go through memory in float32.
+    """
+    pairs = x.float().view(*x.shape[:-1], -1, 2)
+    across = torch.stack((-rotation.sin, rotation.sin), dim=-1)
+    return (pairs * rotation.cos.unsqueeze(-1) + pairs.flip(-1) * across).type_as(x).flatten(-2)
 
 
 def _frequencies(pairs: int) -> Tensor:
