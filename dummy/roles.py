@@ -7,7 +7,7 @@ they can be written to a file and read back. The file knows nothing of caches an
 from __future__ import annotations
 
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
 from pathlib import Path
@@ -96,16 +96,7 @@ class HeadRoles:
     def read(cls, path: Path, field: str) -> HeadRoles:
         """As `load`, for a model of any size; messages begin with `field`."""
         table = _roles_table(path, field)
-        codes = table.get("roles")
-        if not isinstance(codes, list) or not codes or not all(isinstance(row, list) for row in codes):
-            raise InputError(f'{field} has no "roles", a list of one list of codes per layer; give a roles file')
-        widths = sorted({len(row) for row in codes})
-        if len(widths) > 1 or not widths[0]:
-            raise InputError(f"{field} has layers of {widths} heads; all layers of a model have equally many")
-        try:
-            roles = cls.from_codes(codes)
-        except ValueError as error:
-            raise InputError(f"{field}: {error}; codes are 0 sink, 1 neighbor, 2 dummy") from error
+        roles = _table_of_codes(table, field)
         found = roles.to_json()
         for key in ("layers", "heads", "counts"):
             if table.get(key, found[key]) != found[key]:
@@ -113,7 +104,35 @@ class HeadRoles:
                     f"{field} says {key}: {table[key]}, but its table has {found[key]}; it was cut or changed by hand, "
                     "so make it again or mend what it says"
                 )
+        if not _is_confidence(table.get("confidence"), roles.shape):
+            raise InputError(
+                f"{field}: its confidence is no number from 0 to 1 for each head; make the file again or remove the key"
+            )
         return roles
+
+
+def _table_of_codes(table: Mapping[str, object], field: str) -> HeadRoles:
+    codes = table.get("roles")
+    if not isinstance(codes, list) or not codes or not all(isinstance(row, list) for row in codes):
+        raise InputError(f'{field} has no "roles", a list of one list of codes per layer; give a roles file')
+    widths = sorted({len(row) for row in codes})
+    if len(widths) > 1 or not widths[0]:
+        raise InputError(f"{field} has layers of {widths} heads; all layers of a model have equally many")
+    for code in (code for row in codes for code in row):
+        if type(code) is not int or code not in list(Role):  # true and 1.0 equal 1 in Python
+            raise InputError(f"{field}: {code!r} is no code; codes are 0 sink, 1 neighbor, 2 dummy")
+    return HeadRoles.from_codes(codes)
+
+
+def _is_confidence(value: object, shape: tuple[int, int]) -> bool:
+    """Whether it is what an atlas writes beside the roles, [layers, heads] from 0 to 1, or absent."""
+    if value is None:
+        return True
+    if not isinstance(value, list) or not all(isinstance(row, list) and len(row) == shape[1] for row in value):
+        return False
+    return len(value) == shape[0] and all(
+        type(share) in (int, float) and 0 <= share <= 1 for row in value for share in row
+    )
 
 
 def _roles_table(path: Path, field: str) -> dict[str, object]:

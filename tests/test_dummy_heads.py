@@ -134,7 +134,14 @@ def test_roles_survive_a_file(tmp_path: Path) -> None:
         ('{"roles": [[], []]}', "has layers of [0] heads"),
         ('{"layers": 3, "roles": [[0, 1, 2], [0, 1, 2]]}', "says layers: 3, but its table has 2"),
         ('{"counts": {"dummy": 3}, "roles": [[0, 1, 2], [0, 1, 2]]}', "says counts: {'dummy': 3}, but its table"),
-        ('{"roles": [[0, 1, 2], [0, 1, 3]]}', "3 is not a valid Role; codes are 0 sink, 1 neighbor, 2 dummy"),
+        ('{"roles": [[0, 1, 2], [0, 1, 3]]}', "3 is no code; codes are 0 sink, 1 neighbor, 2 dummy"),
+        ('{"roles": [[0, 1, 2], [0, 1, 1.0]]}', "1.0 is no code"),
+        ('{"roles": [[0, 1, 2], [0, 1, true]]}', "True is no code"),
+        ('{"roles": [[0, 1, 2], [0, 1, "2"]]}', "'2' is no code"),
+        ('{"roles": [[0, 1, 2], [0, 1, null]]}', "None is no code"),
+        ('{"confidence": 0.5, "roles": [[0, 1, 2], [0, 1, 2]]}', "confidence is no number from 0 to 1 for each head"),
+        ('{"confidence": [[1, 1, 1]], "roles": [[0, 1, 2], [0, 1, 2]]}', "confidence is no number from 0 to 1"),
+        ('{"confidence": [[1, 1, 1], [1, 1, 2]], "roles": [[0, 1, 2], [0, 1, 2]]}', "confidence is no number"),
     ],
 )
 def test_a_roles_file_that_cannot_be_used_says_why(tmp_path: Path, content: str, message: str) -> None:
