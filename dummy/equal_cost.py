@@ -24,7 +24,8 @@ class EqualCost:
         """The retentions with as many recent frames for neighbour heads as `frames` allows with so many heads a role.
 
         For example 180 dummy, 131 sink and 49 neighbour heads, all of them with one frame but the last, have room for
-        59 frames each where dense heads see 9 (arXiv 2601.20499 speaks of 6.58 times as many).
+        59 frames each where dense heads see 9 (arXiv 2601.20499 speaks of 6.58 times as many). Where a run finds no
+        neighbour head, nobody is there to take what the others save, and retentions stay as they are.
         """
         neighbors, neighbor = counts[Role.NEIGHBOR], by_role[Role.NEIGHBOR]
         if not neighbors:

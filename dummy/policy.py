@@ -16,6 +16,7 @@ from dummy.config import DummyForcingConfig
 from dummy.equal_cost import EqualCost
 from dummy.frame_attention import regions
 from dummy.roles import HeadRoles, Role
+from utils.errors import InputError
 from wan.config import ModelKwargs
 from wan.head_group import FULL_HISTORY, UNBOUNDED, Retention
 
@@ -97,7 +98,10 @@ def largest(by_role: Mapping[Role, Retention]) -> Retention:
 def policy_from_config(
     window: ModelKwargs, dummy: DummyForcingConfig, block: int, roles: HeadRoles | None = None
 ) -> ContextPolicy:
-    """The policy that the settings ask for, with blocks of `block` latent frames and given or observed roles."""
+    """The policy that the settings ask for, with blocks of `block` latent frames and given or observed roles.
+
+    Raises InputError for an equal cost with given roles of which none is a neighbour head's.
+    """
     base = base_retention(window.local_attn_size, window.sink_size, block)
     if not dummy.enabled:
         return ContextPolicy("full" if base == FULL_HISTORY else "window", base, window_sinks=base.sink)
@@ -116,6 +120,11 @@ def policy_from_config(
     )
     if dummy.policy == "prune":
         return ContextPolicy("prune", base, split, window_sinks=base.sink)
+    if dummy.equal_cost is not None and roles is not None and not roles.counts()[Role.NEIGHBOR]:
+        raise InputError(
+            f"dummy_forcing.equal_cost: {dummy.equal_cost} gives neighbor heads what the others save, but in "
+            f"dummy_forcing.roles {dummy.roles} no head is one; give other roles or remove the equal_cost"
+        )
     packed = ContextPolicy("packed", largest(by_role), split)
     if dummy.equal_cost == "window":
         return with_equal_cost(packed, base.total, block)

@@ -24,7 +24,7 @@ from pipeline.loading import (
     load_transformer,
     require_files,
 )
-from pipeline.plan import choose_way
+from pipeline.plan import choose_way, geometry_of
 from pipeline.remedies import is_out_of_memory, out_of_memory
 from pipeline.speed import at_speed
 from pipeline.video_pipeline import VideoPipeline
@@ -52,16 +52,17 @@ def assemble(
     dtype = choose_dtype(config, device)
     use_compile_cache(None if config.compile_cache is None else Path(config.compile_cache))
     generator = BlockGenerator(load_transformer(config, sizes, device, dtype), settings)
-    vae = load_decoder(config, choose_vae_device(config, device), dtype)
-    way = choose_way(config, settings, device)
-    pipeline = VideoPipeline(generator, vae, config, way, load_encoder(config, vae))
-    start_engine(generator, config.engine, pipeline.geometry, batch)
-    if pipeline.way.aside and pipeline.way.tile is None:
-        latents = torch.zeros(batch, *pipeline.geometry.block_shape, device=device)
-        start_decoder(vae, choose_engine(config.engine, vae.device), config.engine != "auto", latents)
+    geometry = geometry_of(config, sizes.in_dim)
+    start_engine(generator, config.engine, geometry, batch)
     speed = config.dummy_forcing.equal_cost
     if config.dummy_forcing.enabled and isinstance(speed, float):
-        generator.settings = at_speed(generator, pipeline.geometry, speed)
+        generator.settings = at_speed(generator, geometry, speed)
+    way = choose_way(config, generator.settings, device)  # the settings now say how large the cache becomes
+    vae = load_decoder(config, choose_vae_device(config, device), dtype)
+    pipeline = VideoPipeline(generator, vae, config, way, load_encoder(config, vae))
+    if pipeline.way.aside and pipeline.way.tile is None:
+        latents = torch.zeros(batch, *geometry.block_shape, device=device)
+        start_decoder(vae, choose_engine(config.engine, vae.device), config.engine != "auto", latents)
     return pipeline, embeds
 
 

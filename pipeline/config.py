@@ -176,15 +176,14 @@ def load_config(source: str | Path | Mapping[str, object], overrides: Sequence[s
 def check_against_model(config: InferenceConfig, model: ModelConfig) -> None:
     """The conditions that need the model's sizes. Raises InputError."""
     forcing = config.dummy_forcing
-    if not forcing.enabled or forcing.roles is not None or not isinstance(forcing.num_dummy, int):
+    if not forcing.enabled or (forcing.roles is not None and not forcing.reclassify_on_switch):
         return
-    within_model = forcing.num_dummy_within == "model"
-    most = model.num_heads * (model.num_layers if within_model else 1)
-    counted = f"{model.num_layers} layers x {model.num_heads} heads = {most}" if within_model else f"{most}"
+    forcing.budget.check(model.num_layers, model.num_heads)
+    least, heads = forcing.budget.possible(model.num_layers, model.num_heads)[0], model.num_layers * model.num_heads
     _require(
-        forcing.num_dummy <= most,
-        f"dummy_forcing.num_dummy: {forcing.num_dummy} is more than {'the model' if within_model else 'a layer'} has "
-        f"heads; use at most {counted}",
+        forcing.equal_cost is None or least < heads,
+        f"dummy_forcing.equal_cost: {forcing.equal_cost} gives neighbor heads what the others save, but all {heads} "
+        f"heads are dummy with num_dummy {forcing.num_dummy}; use a smaller num_dummy or remove the equal_cost",
     )
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dummy.roles import Role
 from pipeline.config import InferenceConfig, check_against_model
-from pipeline.cost import assumed_roles, cost_lines
+from pipeline.cost import assumed_roles, cost_lines, possible_roles
 from pipeline.decoding import DecodingWay, fastest_way
 from pipeline.generator import GeneratorSettings
 from pipeline.loading import META, choose_dtype, choose_vae_device, model_config_file, model_sizes, needs_vae
@@ -95,17 +95,17 @@ class MemoryPlan:
 
 @dataclass(frozen=True)
 class HeadContext:
-    """What heads of one kind see: `heads` of them (None: not known before the run) keep `retention`."""
+    """What heads of one kind see: `heads` (how many, in words) keep `retention`."""
 
     name: str
-    heads: int | None
+    heads: str
     retention: Retention
 
     def line(self, max_past: int, block: int) -> str:
-        count = "all heads" if self.heads is None else f"{self.heads} heads"
         kept = min(self.retention.total, max_past)
         recent = "all" if self.retention.total > max_past else str(self.retention.recent)
-        return f"  {self.name:22}{count:>11}: first {self.retention.sink} + last {recent} = {kept} frames, {block} own"
+        seen = f"first {self.retention.sink} + last {recent} = {kept} frames, {block} own"
+        return f"  {self.name:22}{self.heads:>14}: {seen}"
 
 
 @dataclass(frozen=True)
@@ -131,14 +131,15 @@ class Planner:
     ) -> MemoryPlan:
         """The plan for one video of this configuration, decoded in this way, or the fastest."""
         way = way or fastest_way(self.vae_device, config.num_frame_per_block, config.overlap is not False)
-        geometry = _geometry(config, self.sizes)
+        geometry = geometry_of(config, self.sizes.in_dim)
         split = settings.policy.split
         relative = settings.window if settings.relative_rope else None
         cache = self.model.new_cache(geometry, 1, settings.policy.initial, relative)
         before = None
         if split is not None:
             before = None if split.from_start else cache.bytes()
-            cache.allocate(split.layout(split.roles or assumed_roles(self.sizes, split))[1])
+            roles = assumed_roles(self.sizes, split, geometry.num_frames - geometry.frames_per_block)
+            cache.allocate(split.layout(roles)[1])
         scale = self.vae.spatial_scale
         sides = geometry.height * scale, geometry.width * scale
         block = geometry.frames_per_block
@@ -210,16 +211,21 @@ class Planner:
 def planner_for(config: InferenceConfig, device: torch.device) -> Planner:
     """A planner for the model that the configuration names; files that are missing count at their published sizes."""
     dtype = choose_dtype(config, device)
-    if model_config_file(config).is_file():
-        sizes = model_sizes(config)
-    else:
-        sizes = WAN_14B if "14B" in config.model_name else WAN_1_3B
-        check_against_model(config, sizes)
+    sizes = planned_sizes(config)
     place = choose_vae_device(config, device)
     decoder = _decoder(config, dtype).lay_out_for(place)
     apart = needs_vae(config) and not isinstance(decoder, VAE)
     encoder_bytes = _bytes(_vae(config, dtype).module.parameters()) if apart else 0
     return Planner(sizes, decoder, dtype, _text_encoder_bytes(config, device), place, encoder_bytes)
+
+
+def planned_sizes(config: InferenceConfig) -> ModelConfig:
+    """The transformer's sizes; the published ones that the folder's name promises where its file is missing."""
+    if model_config_file(config).is_file():
+        return model_sizes(config)
+    sizes = WAN_14B if "14B" in config.model_name else WAN_1_3B
+    check_against_model(config, sizes)
+    return sizes
 
 
 def _vae(config: InferenceConfig, dtype: torch.dtype) -> VAE:
@@ -249,21 +255,24 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nelement() * tensor.element_size() for tensor in tensors)
 
 
-def _geometry(config: InferenceConfig, sizes: ModelConfig) -> LatentGeometry:
+def geometry_of(config: InferenceConfig, channels: int) -> LatentGeometry:
     height, width = config.latent_size
-    return LatentGeometry(height, width, config.num_output_frames, config.num_frame_per_block, sizes.in_dim)
+    return LatentGeometry(height, width, config.num_output_frames, config.num_frame_per_block, channels)
 
 
 def head_contexts(settings: GeneratorSettings, sizes: ModelConfig) -> list[HeadContext]:
     """What each kind of head sees, before and after a split."""
     policy = settings.policy
     if policy.split is None:
-        return [HeadContext(policy.name, None, policy.initial)]
+        return [HeadContext(policy.name, "all heads", policy.initial)]
     split = policy.split
-    roles = split.roles or assumed_roles(sizes, split)
-    by_role = split.retentions(roles)
-    after = [HeadContext(role.name.lower(), roles.counts()[role], by_role[role]) for role in Role]
-    before = [] if split.from_start else [HeadContext(f"blocks 0 to {split.ar_start}", None, policy.initial)]
+    by_role = split.retentions(assumed_roles(sizes, split))
+    counts = [roles.counts() for roles in possible_roles(sizes, split)]
+    after = []
+    for role in Role:
+        numbers = dict.fromkeys(str(number) for number in sorted(one[role] for one in counts))
+        after.append(HeadContext(role.name.lower(), f"{' to '.join(numbers)} heads", by_role[role]))
+    before = [] if split.from_start else [HeadContext(f"blocks 0 to {split.ar_start}", "all heads", policy.initial)]
     return before + after
 
 
@@ -277,7 +286,7 @@ def plan_lines(
     config: InferenceConfig, settings: GeneratorSettings, planner: Planner, device: torch.device
 ) -> list[str]:
     """Geometry, policy and memory of a run as text."""
-    geometry = _geometry(config, planner.sizes)
+    geometry = geometry_of(config, planner.sizes.in_dim)
     height, width = config.pixel_size
     max_past = geometry.num_frames - geometry.frames_per_block
     lines = [

@@ -13,10 +13,13 @@ from dummy.config import DummyForcingConfig
 from dummy.policy import split_of
 from dummy.roles import HeadRoles, Role, dummy_ranks
 from pipeline.config import check_against_model, load_config
+from pipeline.loading import generator_settings
+from pipeline.plan import planner_for
 from tests.conftest import ROOT, Program
 from utils.errors import InputError
 from wan.config import WAN_1_3B
 
+AUTO = "dummy_forcing.num_dummy=auto"
 SELF_FORCING = ROOT / "configs" / "self_forcing_inference.yaml"
 
 
@@ -73,13 +76,31 @@ def test_what_a_dummy_head_loses_is_what_it_does_not_keep() -> None:
     torch.testing.assert_close(nothing, mass[..., :6].sum(-1))
 
 
-def test_auto_of_a_run(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
-    one = ["num_output_frames=15", "inference_iter=1", "dummy_forcing.num_dummy=auto"]
-    assert program(*one, "dummy_forcing.max_loss=0.3") == 0
-    assert program("--dry_run", *one) == 0
-    out = capsys.readouterr().out
-    assert "half are assumed; the run takes as many as lose at most 5 % of all heads' attention" in out
-    assert "6 heads: first 0 + last 1" in out
+def test_auto_of_a_run(program: Program) -> None:
+    assert program("num_output_frames=15", "inference_iter=1", AUTO, "dummy_forcing.max_loss=0.3") == 0
+    assert len(program.mp4s) == 1
+
+
+def test_a_dry_run_of_auto_says_what_is_possible(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    """No head dummy and all of them; with half sink and half neighbour heads otherwise."""
+    for max_loss in ("0.05", "0.3"):
+        assert program("--dry_run", "num_output_frames=15", AUTO, f"dummy_forcing.max_loss={max_loss}") == 0
+        out = capsys.readouterr().out
+        assert "Cost: 1.00 to 2.00 earlier frames a head on average" in out
+        assert f"as many as lose at most {100 * float(max_loss):g} % of all heads' attention in block 1" in out
+        assert "0 to 12 heads: first 0 + last 1" in out and "0 to 6 heads: first 0 + last 3" in out
+
+
+def test_memory_of_auto_is_planned_for_the_worst(program: Program) -> None:
+    def cache(*overrides: str) -> int:
+        given = program.arguments("num_output_frames=15", *overrides)
+        config = load_config(given[1], given[2:])
+        planner = planner_for(config, torch.device("cpu"))
+        return planner.memory(config, generator_settings(config, planner.sizes)).cache.total
+
+    assert cache(AUTO) == cache("dummy_forcing.num_dummy=0") > cache("dummy_forcing.num_dummy=6")
+    wide = "dummy_forcing.retention.dummy=[0,9]"
+    assert cache(AUTO, wide) == cache("dummy_forcing.num_dummy=12", wide) > cache("dummy_forcing.num_dummy=6", wide)
 
 
 @pytest.mark.parametrize(
@@ -106,8 +127,18 @@ def test_a_layer_has_fewer_heads_than_the_model(tmp_path: Path) -> None:
     check_against_model(load_config(SELF_FORCING, ["dummy_forcing.num_dummy=0.5"]), WAN_1_3B)
 
 
+def test_roles_that_are_found_anew_need_a_number_that_fits() -> None:
+    given = ["dummy_forcing.roles=roles.json", "dummy_forcing.num_dummy=361"]
+    check_against_model(load_config(SELF_FORCING, given), WAN_1_3B)  # a number that nothing looks at
+    with pytest.raises(
+        InputError, match=r"num_dummy: 361 is more than the model has heads; use at most 30 layers x 12"
+    ):
+        check_against_model(load_config(SELF_FORCING, [*given, "dummy_forcing.reclassify_on_switch=true"]), WAN_1_3B)
+
+
 def test_budgets_before_anything_is_observed() -> None:
-    assert DummyBudget(180).assumed(30, 12) == 180
-    assert DummyBudget(6, within="layer").assumed(30, 12) == 180
-    assert DummyBudget(0.25).assumed(30, 12) == 90
-    assert DummyBudget("auto", within="layer").assumed(30, 12) == 180
+    assert DummyBudget(180).possible(30, 12) == (180,)
+    assert DummyBudget(6, within="layer").possible(30, 12) == (180,)
+    assert DummyBudget(0.25).possible(30, 12) == (90,)
+    assert DummyBudget("auto", within="layer", max_loss=0.05).possible(30, 12) == (0, 360)
+    assert DummyBudget("auto", max_loss=1.0).possible(30, 12) == (360,)

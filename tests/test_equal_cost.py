@@ -2,19 +2,24 @@
 
 from __future__ import annotations
 
+import json
 import logging
 from collections.abc import Sequence
 
 import pytest
+import torch
 
 from dummy.config import DummyForcingConfig
 from dummy.equal_cost import EqualCost, mean_frames
 from dummy.policy import policy_from_config
 from dummy.roles import HeadRoles, Role
-from pipeline.config import load_config
+from pipeline import plan
+from pipeline.assembly import assemble
+from pipeline.config import check_against_model, load_config
 from pipeline.cost import block_operations, cost_lines, kept_frames
 from pipeline.generator import BlockGenerator, GeneratorSettings
 from pipeline.loading import generator_settings
+from pipeline.plan import planner_for
 from pipeline.speed import at_speed, block_seconds, frames_in_time
 from tests.conftest import ROOT, Program
 from tests.test_generator import SCHEDULE, start
@@ -24,6 +29,7 @@ from wan.config import WAN_1_3B, ModelKwargs
 from wan.geometry import LatentGeometry
 from wan.head_group import UNBOUNDED, Retention
 
+CPU = torch.device("cpu")
 LONG = ROOT / "configs" / "longlive_long_context.yaml"
 WINDOW = ModelKwargs(local_attn_size=12, sink_size=3)
 PAPER = {Role.SINK: Retention(1, 0), Role.NEIGHBOR: Retention(0, 3), Role.DUMMY: Retention(0, 1)}
@@ -60,12 +66,11 @@ def test_counted_operations_are_those_of_the_window() -> None:
     policy = generator_settings(config, WAN_1_3B).policy
     dense = policy_from_config(WINDOW, DummyForcingConfig(enabled=False), 3)
     geometry = LatentGeometry(60, 104, 240, 3)
-    costs = [block_operations(WAN_1_3B, geometry, kept_frames(p, WAN_1_3B, 200), 4) for p in (policy, dense)]
+    costs = [block_operations(WAN_1_3B, geometry, kept_frames(p, WAN_1_3B, 200)[0], 4) for p in (policy, dense)]
     assert costs[0] == pytest.approx(costs[1], rel=0.02) and costs[0] <= costs[1]
     paper = generator_settings(load_config(LONG, ["dummy_forcing.equal_cost=null"]), WAN_1_3B).policy
-    assert block_operations(WAN_1_3B, geometry, kept_frames(paper, WAN_1_3B, 200), 4) / 1e12 == pytest.approx(
-        90.5, rel=0.01
-    )
+    (kept,) = kept_frames(paper, WAN_1_3B, 200)
+    assert block_operations(WAN_1_3B, geometry, kept, 4) / 1e12 == pytest.approx(90.5, rel=0.01)
     (line, *_) = cost_lines(config, policy, WAN_1_3B, geometry)
     assert "9.00 earlier frames a head on average, 141 TFLOP a block, 100 % of that without" in line
 
@@ -133,6 +138,37 @@ def test_costs_that_make_no_sense_are_refused(overrides: Sequence[str], message:
     with pytest.raises(InputError) as caught:
         load_config(LONG, overrides)
     assert message in str(caught.value)
+
+
+@pytest.mark.parametrize("overrides", [["num_dummy=1.0"], ["num_dummy=360"], ["num_dummy=auto", "max_loss=1"]])
+def test_a_cost_that_no_head_takes_is_refused(overrides: Sequence[str]) -> None:
+    config = load_config(LONG, [f"dummy_forcing.{override}" for override in overrides])
+    with pytest.raises(InputError, match=r"equal_cost: window gives .* but all 360 heads are dummy with num_dummy"):
+        check_against_model(config, WAN_1_3B)
+
+
+def test_given_roles_without_neighbors_take_no_equal_cost(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    roles = program.file("roles.json", json.dumps({"roles": [[0, 2, 0, 2]] * 3}))
+    arguments = [f"dummy_forcing.roles={roles}", "dummy_forcing.equal_cost=full", "num_output_frames=15"]
+    assert program(*arguments) == 2
+    assert f"but in dummy_forcing.roles {roles} no head is one" in capsys.readouterr().err
+
+
+def test_decoding_is_planned_for_the_cache_that_a_speed_allows(
+    program: Program, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On a machine that has room for the fastest way only beside the smaller cache that neighbour heads have anyway."""
+    slow = ["dummy_forcing.equal_cost=0.01", "num_output_frames=60"]
+    arguments = program.arguments(*slow, "resolution=[64,64]", "dummy_forcing.num_dummy=2", prompts=["A fox."])
+    config = load_config(arguments[1], arguments[2:])
+    planner = planner_for(config, CPU)
+    plain = planner.memory(config, generator_settings(config, planner.sizes))
+    monkeypatch.setattr(plan, "memory_of", lambda device: int(plain.peak / (1 - plan.RESERVE)) + 1)
+    pipeline, _ = assemble(config, ["A fox."], CPU)
+    fitted = planner.memory(config, pipeline.generator.settings)
+    assert fitted.cache.total > plain.cache.total and fitted.peak > plain.peak
+    assert planner.way(config, generator_settings(config, planner.sizes), plan.memory_of(CPU)) != pipeline.way
+    assert pipeline.way == planner.way(config, pipeline.generator.settings, plan.memory_of(CPU))
 
 
 def test_given_roles_set_the_frames_from_the_first_block_on() -> None:
