@@ -81,6 +81,7 @@ if [ "$SMALL" = yes ]; then
     part tests_gpu 60 "$PYTHON" -m pytest -m gpu -q tests/test_gpu.py tests/test_attention.py tests/test_fp8.py
     dit tiny 120 --resolution tiny --dim 64 --layers 1 --policy full,packed --engine eager,compiled --repeat 1 --profile
     TINY=(--device "$DEVICE" --resolution tiny --width 8 --repeat 1)
+    part merged 60 "$PYTHON" -m benchmarks.merged --device "$DEVICE" --resolution tiny --dim 64 --layers 1 --repeat 1
     part vae 60 "$PYTHON" -m benchmarks.vae "${TINY[@]}" --json "$FOLDER/vae.json"
     part end_to_end 60 "$PYTHON" -m benchmarks.end_to_end "${TINY[@]}" --dim 64 --layers 1 --engine eager \
         --json "$FOLDER/end_to_end.json"
@@ -99,6 +100,9 @@ else
     dit dit_attention_480 60 --resolution 480 --engine graphed --policy packed,full --attention sdpa,cudnn,fa2,fa3,varlen --repeat 3
     dit dit_720 90 --resolution 720 --engine graphed --policy packed,full --repeat 3 --profile
     dit dit_1080 100 --resolution 1080 --engine graphed --policy packed,full --repeat 3 --profile
+    part merged 40 "$PYTHON" -m benchmarks.merged --device "$DEVICE" --json "$FOLDER/merged.json"
+    part vae_search 60 "$PYTHON" -m benchmarks.vae --resolution 480 --engine graphed --repeat 3 --search \
+        --json "$FOLDER/vae_search.json"
     part vae_1080 60 "$PYTHON" -m benchmarks.vae --resolution 720,1080 --engine graphed --frames 9 --repeat 3 \
         --json "$FOLDER/vae_1080.json"
 fi

@@ -219,9 +219,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--video", type=Path, help="a short video whose latents are decoded; random ones without")
     parser.add_argument("--frames", type=int, default=21, help="latent frames, at most; 21 are 81 frames")
     parser.add_argument("--repeat", type=int)
+    parser.add_argument("--search", action="store_true", help="let cuDNN try its kernels out; may change last bits")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
     device = torch.device(arguments.device)
+    torch.backends.cudnn.benchmark = arguments.search
     gpu = device.type == "cuda"
     arguments.resolution = arguments.resolution or ("480,720" if gpu else "tiny")
     arguments.engine = arguments.engine or ("graphed,compiled,eager" if gpu else "eager")
