@@ -3,8 +3,9 @@
     python -m benchmarks.policies [--dim 384 --layers 8 --frames 21 --repeat 1 --json FILE]
 
 A mid-size model with random weights at 480p. The cache is filled as it is before the last but one block of a video,
-then that block is made as the generator makes it: four steps and the clean pass. Every policy runs on the same engine
-in the same process; what counts are the ratios.
+then that block is made as the generator makes it: four steps and the clean pass. Where heads keep more frames than come
+before that block, as in `long`, the video is longer. Every policy runs on the same engine in the same process; what
+counts are the ratios.
 """
 
 from __future__ import annotations

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -18,6 +18,7 @@ from utils.seed import NoiseStream
 from wan.attention import AttentionName
 from wan.config import ModelConfig, ModelKwargs
 from wan.geometry import LatentGeometry
+from wan.head_group import UNBOUNDED
 from wan.model import CausalWanModel
 
 POLICIES = ("full", "window", "prune", "packed", "long")
@@ -37,8 +38,7 @@ def build_model(config: ModelConfig, device: torch.device, attention: AttentionN
 def make_policy(name: str, config: ModelConfig, block: int) -> ContextPolicy:
     """Policies of the published settings; half of the heads dummy, the others sink and neighbour in equal parts.
 
-    "long" is packed with as much history for neighbour heads as makes it cost what "window" does; it takes a video of
-    42 frames to fill it.
+    "long" is packed with as much history for neighbour heads as makes it cost what "window" does.
     """
     enabled = name in ("prune", "packed", "long")
     num_dummy = config.num_layers * config.num_heads // 2
@@ -56,9 +56,25 @@ def make_policy(name: str, config: ModelConfig, block: int) -> ContextPolicy:
     return policy_from_config(window, dummy, block, assumed_roles(config, policy.split))
 
 
+def long_enough(geometry: LatentGeometry, policy: ContextPolicy) -> LatentGeometry:
+    """The video, made longer where its last but one block comes before heads have all the frames that they may keep;
+    heads that keep everything do not count."""
+    split, block = policy.split, geometry.frames_per_block
+    kept = [policy.initial]
+    if split is not None:
+        assert split.roles is not None
+        kept = list(split.retentions(split.roles).values())
+    most = max((retention.total for retention in kept if retention.total < UNBOUNDED), default=0)
+    needed = -(-most // block) * block + 2 * block
+    return replace(geometry, num_frames=max(geometry.num_frames, needed))
+
+
 @dataclass
 class SteadyBlock:
-    """The last but one block of a video under one policy, its cache full of random keys and values."""
+    """The last but one block of a video under one policy, its cache full of random keys and values.
+
+    The video has the length of `geometry`, or more if it takes more to fill a history of bounded length.
+    """
 
     model: CausalWanModel
     geometry: LatentGeometry
@@ -68,6 +84,7 @@ class SteadyBlock:
     def __post_init__(self) -> None:
         block = self.geometry.frames_per_block
         policy = make_policy(self.policy, self.model.config, block)
+        self.geometry = long_enough(self.geometry, policy)
         settings = GeneratorSettings(DenoisingSchedule.build(STEPS, 5.0, warp=True), policy)
         self._generator = BlockGenerator(self.model, settings, self.passes)
         config = self.model.config

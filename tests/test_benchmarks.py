@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import dit, policies, tables
+from benchmarks import dit, merged, policies, tables
 from benchmarks.steady import POLICIES, STEPS, SteadyBlock, build_model
 from benchmarks.trace import CROSS, KINDS, SELF, breakdown
 from wan.config import WAN_1_3B, ModelConfig
@@ -70,7 +70,7 @@ def test_packed_sees_four_and_a_half_frames() -> None:
 
 def test_the_policy_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rows.json"
-    arguments = ["--dim", "64", "--layers", "1", "--size", "8", "12", "--device", "cpu", "--json", str(out)]
+    arguments = ["--dim", "256", "--layers", "1", "--size", "8", "12", "--device", "cpu", "--json", str(out)]
     assert policies.main(arguments) == 0
     printed = capsys.readouterr().out
     assert all(name in printed for name in (*POLICIES, "predicted", "reached"))
@@ -186,6 +186,7 @@ def test_all_for_a_gpu_in_one_call(tmp_path: Path) -> None:
         "vectors_compiled_fp32",
         "tests_gpu",
         "tiny",
+        "merged",
         "vae",
         "end_to_end",
     ]
@@ -200,5 +201,17 @@ def test_all_for_a_gpu_in_one_call(tmp_path: Path) -> None:
 def test_long_context_costs_what_the_window_does() -> None:
     config = ModelConfig(dim=64, ffn_dim=128, num_heads=4, num_layers=4, text_dim=32, text_len=16)
     model = build_model(config, torch.device("cpu"))
-    long, window = (SteadyBlock(model, LatentGeometry(4, 6, 48, 3), name) for name in ("long", "window"))
+    long, window, full = (SteadyBlock(model, LatentGeometry(4, 6, 21, 3), name) for name in ("long", "window", "full"))
     assert long.head_frames == window.head_frames == 12 * 16
+    # The 4 neighbour heads have all of their frames: what 12 heads with one frame leave of 9 a head. The rest stays.
+    assert long.start == (9 * 16 - 12) / 4
+    assert (window.start, full.start) == (15, 15)
+
+
+def test_merged_passes_are_measured_both_ways(tmp_path: Path) -> None:
+    path = tmp_path / "merged.json"
+    tiny = ["--device", "cpu", "--resolution", "tiny", "--dim", "64", "--layers", "1", "--repeat", "1"]
+    assert merged.main([*tiny, "--json", str(path)]) == 0
+    made = json.loads(path.read_text())
+    assert made["most_saved_ms"] == pytest.approx(made["apart_ms"] - made["merged_ms"])
+    assert made["ratio"] == pytest.approx(made["apart_ms"] / made["merged_ms"])
