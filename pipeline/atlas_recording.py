@@ -1,7 +1,7 @@
 """Recording a head atlas: videos made by the product's own loop, under one retention for all heads, and watched.
 
-Nothing is decoded. Memory stays bounded at any size: scores are made in pieces of `PIECE_BYTES`, and what is kept of a
-pass is one number a layer, head and frame.
+Nothing is decoded. Scores are made in pieces, and what is kept of a pass is one number a layer, head and frame; what
+that takes is in atlas_cost.py.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import logging
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,7 +19,6 @@ from torch import Tensor
 from dummy.atlas.recorder import PassRecorder
 from dummy.atlas.table import CLEAN, Atlas
 from dummy.config import DummyForcingConfig
-from dummy.frame_attention import PIECE_BYTES, sampled
 from dummy.policy import ContextPolicy, policy_from_config
 from pipeline.config import InferenceConfig
 from pipeline.generator import BlockGenerator, GeneratorSettings, Segment
@@ -28,15 +28,13 @@ from pipeline.loading import (
     choose_dtype,
     encode_prompts,
     load_transformer,
-    model_sizes,
-    require_files,
 )
+from pipeline.plan import geometry_of
 from utils.errors import InputError
-from utils.memory import format_bytes
-from utils.seed import NoiseStream
+from utils.prompts import output_stems
+from utils.seed import NoiseStream, video_seed
 from wan.cache import Observer
 from wan.geometry import LatentGeometry
-from wan.operations import forward_operations
 from wan.text import pad
 
 logger = logging.getLogger(__name__)
@@ -91,19 +89,40 @@ def watched_policy(config: InferenceConfig, context: str) -> ContextPolicy:
     return ContextPolicy(policy.name, policy.initial, window_sinks=policy.window_sinks)
 
 
-def record(
-    config: InferenceConfig,
-    chosen: ChosenPasses,
-    query_share: float,
-    context: str,
-    device: torch.device,
-    about: Mapping[str, Any],
-) -> Atlas:
+@dataclass(frozen=True)
+class Recording:
+    """What is to be recorded; `texts` are prompts in place of the configuration's."""
+
+    config: InferenceConfig
+    passes: ChosenPasses
+    query_share: float
+    context: str
+    texts: tuple[str, ...] = ()
+
+
+def jobs_of(config: InferenceConfig, texts: Sequence[str]) -> list[VideoJob]:
+    """The configuration's jobs, or those of `texts` if there are any. Raises InputError."""
+    if not texts:
+        return read_jobs(config)
+    stems = output_stems(texts, config.save_with_index)
+    chosen = list(enumerate(zip(texts, stems, strict=True)))
+    if config.inference_iter != -1:
+        chosen = chosen[: config.inference_iter]
+    folder, samples = Path(config.output_folder), range(config.num_samples)
+    return [
+        VideoJob((text,), (0,), index, sample, video_seed(config.seed, index, sample), folder / f"{stem}-{sample}.mp4")
+        for index, (text, stem) in chosen
+        for sample in samples
+    ]
+
+
+def record(recording: Recording, device: torch.device, about: Mapping[str, Any]) -> Atlas:
     """Make every video of the configuration as far as it is needed. Raises InputError for files that do not fit."""
-    jobs = read_jobs(config)
-    generator, embeds = watched_generator(config, jobs, watched_policy(config, context), device)
+    config, chosen = recording.config, recording.passes
+    jobs = jobs_of(config, recording.texts)
+    generator, embeds = watched_generator(config, jobs, watched_policy(config, recording.context), device)
     geometry = geometry_of(config, generator.model.config.in_dim)
-    recorder = PassRecorder(chosen.wanted, chosen.per_block, geometry.tokens_per_frame, query_share)
+    recorder = PassRecorder(chosen.wanted, chosen.per_block, geometry.tokens_per_frame, recording.query_share)
     videos = list(_videos(generator, geometry, jobs, embeds, recorder, chosen))
     attention = {b: torch.stack([video[b][0] for video in videos]) for b in chosen.blocks}
     entropy = {b: torch.stack([video[b][1] for video in videos]) for b in chosen.blocks}
@@ -117,17 +136,12 @@ def watched_generator(
     config: InferenceConfig, jobs: Sequence[VideoJob], policy: ContextPolicy, device: torch.device
 ) -> tuple[BlockGenerator, dict[str, Tensor]]:
     """A generator under `policy`, and the embeddings of the jobs' first prompts. Raises InputError."""
-    require_files(config)
     sizes, settings = check_before_loading(config, device)
+    role_settings(config).budget.check(sizes.num_layers, sizes.num_heads)
     embeds = encode_prompts(config, [job.prompts[0] for job in jobs], sizes.text_len, device)
     model = load_transformer(config, sizes, device, choose_dtype(config, device))
     watched: GeneratorSettings = replace(settings, policy=policy, teacache_threshold=None, reclassify_on_switch=False)
     return BlockGenerator(model, watched), embeds
-
-
-def geometry_of(config: InferenceConfig, channels: int) -> LatentGeometry:
-    height, width = config.latent_size
-    return LatentGeometry(height, width, config.num_output_frames, config.num_frame_per_block, channels)
 
 
 def _videos(
@@ -169,25 +183,3 @@ def watch(
         for block in blocks:
             if block.index > last_block:
                 break  # asking for this block has made the clean pass of the one before
-
-
-def cost_line(config: InferenceConfig, chosen: ChosenPasses, query_share: float, context: str) -> str:
-    """What recording adds to a video's forwards, counted, and the memory that it takes at most."""
-    sizes = model_sizes(config)
-    geometry, retention = geometry_of(config, sizes.in_dim), watched_policy(config, context).initial
-    own = geometry.frames_per_block
-    seen = [min(block * own, retention.total) + own for block in range(chosen.blocks[-1] + 1)]
-    heads = sizes.num_layers * sizes.num_heads
-    forwards = sum(chosen.per_block * forward_operations(sizes, geometry, heads * frames) for frames in seen)
-    tokens = geometry.tokens_per_frame
-    queries = sampled(geometry.tokens_per_block, query_share, most=None)
-    pairs = sum(queries * seen[block] * tokens for block in chosen.blocks) * len(chosen.passes)
-    scores = 2 * pairs * sizes.dim * sizes.num_layers
-    # a piece's scores, shares and their products; the keys of one video in float32, once more while they are laid out
-    piece = min(PIECE_BYTES, 4 * queries * max(seen) * tokens * sizes.num_heads)
-    held = 4 * piece + 2 * 4 * max(seen) * tokens * sizes.dim
-    return (
-        f"A video's forwards take {forwards / 1e12:.3g} TFLOP up to block {chosen.blocks[-1]}; recording "
-        f"{len(chosen.wanted)} passes at {queries} of {geometry.tokens_per_block} queries adds {scores / 1e12:.3g} "
-        f"TFLOP of scores and at most {format_bytes(held)}."
-    )

@@ -18,9 +18,10 @@ from dummy.atlas.stability import overlap
 from dummy.frame_attention import sampled
 from dummy.policy import HeadSplit, split_of
 from dummy.roles import HeadRoles, Role
-from pipeline.atlas_recording import choose_passes, geometry_of, role_settings, watch, watched_generator, watched_policy
+from pipeline.atlas_recording import choose_passes, role_settings, watch, watched_generator, watched_policy
 from pipeline.config import InferenceConfig
-from pipeline.jobs import read_jobs
+from pipeline.jobs import VideoJob
+from pipeline.plan import geometry_of
 from wan.geometry import LatentGeometry
 
 SHARES = (1.0, 0.5, 0.25, 0.1, 0.05, 0.02, 0.01)
@@ -88,10 +89,11 @@ class _Sampled:
         self.recorder.begin()
 
 
-def sampling_table(config: InferenceConfig, device: torch.device, shares: Sequence[float] = SHARES) -> SamplingTable:
-    """Make every video of the configuration up to the pass in which roles are found. Raises InputError."""
+def sampling_table(
+    config: InferenceConfig, device: torch.device, jobs: Sequence[VideoJob], shares: Sequence[float] = SHARES
+) -> SamplingTable:
+    """Make the videos of `jobs` up to the pass in which roles are found. Raises InputError."""
     assert shares[0] == 1.0
-    jobs = read_jobs(config)
     forcing = role_settings(config)
     split = split_of(forcing, config.num_frame_per_block)
     block = forcing.ar_start

@@ -7,22 +7,41 @@ import re
 import shutil
 import subprocess
 import xml.etree.ElementTree as ET
+from collections.abc import Sequence
 from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 import torch
+from torch import Tensor
 
 from dummy.atlas.plots import draw_all, frame_map, typical_heads
-from dummy.atlas.report import page
-from dummy.atlas.stability import consensus, overlap, stability
+from dummy.atlas.recorder import PassRecorder
+from dummy.atlas.report import facts, page
+from dummy.atlas.stability import consensus, lost_attention, overlap, roles_of_videos, stability
 from dummy.atlas.table import Atlas
 from dummy.config import DummyForcingConfig
+from dummy.frame_attention import FrameAttention
 from dummy.roles import HeadRoles, Role
 from pipeline import atlas as command
-from pipeline.atlas import load_stored
+from pipeline import atlas_cost
+from pipeline.atlas_cost import scoring_bytes, video_bytes
+from pipeline.atlas_recording import (
+    Recording,
+    choose_passes,
+    jobs_of,
+    watch,
+    watched_generator,
+    watched_policy,
+)
+from pipeline.atlas_stored import load_stored
+from pipeline.config import load_config
+from pipeline.plan import geometry_of
 from tests.conftest import Program
 from utils.errors import InputError
+from utils.files import disk_full
+from utils.memory import PeakTracker
 
 FRAMES = "num_output_frames=15"
 
@@ -57,7 +76,7 @@ def made_up(videos: int = 3) -> Atlas:
 
 
 def test_a_recorded_atlas_holds_every_pass(stored: Path) -> None:
-    atlas = load_stored(stored, [])
+    atlas, _ = load_stored(stored, [])
     assert atlas.blocks == [1, 2, 3] and atlas.passes == ("0", "1", "2", "3", "clean") and atlas.shape == (3, 4)
     assert len(atlas.videos) == 3 and atlas.about["config"]["num_output_frames"] == 15
     for block in atlas.blocks:
@@ -74,7 +93,7 @@ def test_the_recorded_roles_are_those_of_a_run(program: Program) -> None:
     path = program.folder / "atlas.safetensors"
     arguments = ["--context", "initial", "--blocks", "1", "--steps", "clean", "--out", str(path)]
     assert run(program, *arguments) == 0
-    atlas = load_stored(path, [])
+    atlas, _ = load_stored(path, [])
     assert program(FRAMES) == 0
     for video, metadata in enumerate(sorted(program.videos.glob("*.json"))):
         found = json.loads(metadata.read_text())["head_roles"]
@@ -97,10 +116,88 @@ def test_a_stored_atlas_comes_back(tmp_path: Path) -> None:
 
 
 def test_a_stored_atlas_takes_another_budget_and_no_other_setting(stored: Path) -> None:
-    assert load_stored(stored, []).roles(1, 0, 4).counts()[Role.DUMMY] == 6
-    assert load_stored(stored, ["dummy_forcing.num_dummy=0.25"]).roles(1, 0, 4).counts()[Role.DUMMY] == 3
-    with pytest.raises(InputError, match="only dummy_forcing settings"):
-        load_stored(stored, ["seed=3"])
+    assert load_stored(stored, [])[0].roles(1, 0, 4).counts()[Role.DUMMY] == 6
+    assert load_stored(stored, ["dummy_forcing.num_dummy=0.25"])[0].roles(1, 0, 4).counts()[Role.DUMMY] == 3
+    assert load_stored(stored, ["dummy_forcing=on"])[0].forcing == load_stored(stored, [])[0].forcing
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["seed=3"], "only dummy_forcing settings can be changed"),
+        (["dummy_forcing=off"], "override 'dummy_forcing=off': a stored atlas is looked at for the roles"),
+        (["dummy_forcing.enabled=false"], "override 'dummy_forcing.enabled=false': a stored atlas is looked at"),
+        (["dummy_forcing.roles=r.json"], "does not change the roles or what heads keep"),
+        (["dummy_forcing.teacache_enabled=true"], "does not change the roles or what heads keep"),
+        (["dummy_forcing.numdummy=3"], "does not change the roles or what heads keep"),
+        (["dummy_forcing.num_dummy=13"], "num_dummy: 13 is more than the model has heads; use at most 3 layers x 4"),
+        (["dummy_forcing.num_dummy=5", "dummy_forcing.num_dummy_within=layer"], "is more than a layer has heads"),
+        (["--roles", "r.json", "dummy_forcing.ar_start=4", "dummy_forcing.num_dummy=0.5"], "ar_start: head roles"),
+        (["--blocks", "1"], "--blocks: of a stored atlas it would be ignored"),
+        (["--steps", "1"], "--steps: of a stored atlas it would be ignored"),
+        (["--query_share", "1"], "--query_share: of a stored atlas"),
+        (["--context", "dense"], "--context: of a stored atlas"),
+        (["--prompts", "p.txt"], "--prompts: of a stored atlas"),
+        (["A fox."], "the prompt 'A fox.' (no key=value): of a stored atlas"),
+        (["--dry_run"], "--dry_run: of a stored atlas"),
+        (["--sampling"], "--sampling: of a stored atlas"),
+        (["--out", "b.safetensors"], "copy the file instead"),
+    ],
+)
+def test_what_a_stored_atlas_would_ignore_is_refused(
+    stored: Path,
+    arguments: list[str],
+    message: str,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(stored.parent)
+    assert command.main(["--atlas", str(stored), *arguments]) == 2
+    assert message in capsys.readouterr().err
+    assert not (stored.parent / "r.json").exists()
+
+
+def test_an_atlas_without_dummy_forcing_takes_a_budget(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    path = program.folder / "a.safetensors"
+    assert run(program, "A fox.", "dummy_forcing=off", "--out", str(path)) == 0
+    assert load_stored(path, [])[0].roles(1, 0, 4).counts()[Role.DUMMY] == 6
+    assert load_stored(path, ["dummy_forcing.num_dummy=2"])[0].roles(1, 0, 4).counts()[Role.DUMMY] == 2
+
+
+def test_what_auto_would_find_is_said(stored: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    def said(*overrides: str) -> str:
+        assert command.main(["--atlas", str(stored), *overrides]) == 0
+        return capsys.readouterr().out
+
+    auto = "dummy_forcing.num_dummy=auto"
+    none, some, every = (said(auto, f"dummy_forcing.max_loss={bound}") for bound in ("0", "0.2", "1"))
+    assert re.search(r"dummy heads, single videos +0 to 0, 0.0 on average", none)
+    assert re.search(r"dummy heads, single videos +12 to 12, 12.0 on average", every)
+    assert re.search(r"earlier frames a head +1.00 to 1.00 of 9, 1.00 on average", every)
+    losses = re.search(r"attention lost to them +(\S+), .* in blocks 1, 2, 3", some)
+    assert losses and 0.1 < float(losses[1]) <= 0.2
+    atlas, _ = load_stored(stored, [auto, "dummy_forcing.max_loss=0.2"])
+    kept = [roles.counts()[Role.NEIGHBOR] * 2 / 12 + 1 for roles in roles_of_videos(atlas)]
+    assert f"{min(kept):.2f} to {max(kept):.2f} of 9" in some
+
+
+def test_the_loss_of_later_blocks_is_that_of_the_dummy_heads_of_the_role_pass() -> None:
+    atlas = made_up()
+    dummy = atlas.dummy_sets(1)[:, 2]
+    for block, loss in lost_attention(atlas).items():
+        last = atlas.attention[block][:, 2, ..., :-2].sum(-1)  # all but the last frame and the block
+        assert loss == pytest.approx(float((last * dummy).mean()))
+
+
+def test_the_roles_that_are_told_are_those_that_are_written(program: Program, stored: Path) -> None:
+    atlas, _ = load_stored(stored, [])
+    told = dict(facts(atlas))["roles, clean pass of block 1"]
+    counts = consensus(atlas).to_json({})["counts"]
+    assert isinstance(counts, dict) and told == ", ".join(f"{number} {name}" for name, number in counts.items())
+    path = program.folder / "late.safetensors"
+    assert run(program, "--blocks", "2,3", "--steps", "0,clean", "--out", str(path)) == 0
+    late, _ = load_stored(path, [])
+    assert "not those of a run" in dict(facts(late))["roles, block 3"]
 
 
 @pytest.mark.parametrize(
@@ -112,9 +209,26 @@ def test_a_stored_atlas_takes_another_budget_and_no_other_setting(stored: Path) 
         (["--query_share", "0"], "--query_share: must be above 0"),
         (["num_output_frames=6", "dummy_forcing=off"], "leave no block to record"),
         (["--roles", "roles.json", "--blocks", "2"], "record it with --blocks 1 --steps clean"),
+        (["--roles", "roles.json", "--steps", "3"], "record it with --blocks 1 --steps clean"),
+        (["--out", "file/a.safetensors"], "--out: file is a file, not a folder"),
+        (["--out", "folder"], "folder: is a folder, so no file can be written there"),
+        (["--out", "x" * 300], "cannot be written (File name too long)"),
+        (["--plot", "file"], "--plot: file is a file"),
+        (["--report", "file/a.html"], "--report: file is a file"),
+        (["--roles", "/proc/nowhere/a.json"], "--roles: the folder /proc/nowhere cannot be written"),
+        (["--sampling", "file/a.json"], "--sampling: file is a file"),
+        (["--out", "a", "--report", "folder/../a"], "--report: folder/../a is what --out is to write"),
+        (["--sampling", "a", "--out", "b"], "--out: --sampling makes a table alone"),
+        (["--sampling", "--plot", "b"], "--plot: --sampling makes a table alone"),
+        (["--sampling", "--query_share", "1"], "--query_share: --sampling makes a table alone"),
+        (["--dry_run", "--roles", "b"], "--roles: --dry_run records nothing"),
+        (["--prompts", "p.txt", "A fox."], "--prompts: p.txt and prompts on the command line"),
+        (["A fox.", " "], "a prompt on the command line is blank"),
+        (["start_from=image.png"], "start_from: image.png would be ignored"),
+        (["dummy_forcing.roles=given.json", "dummy_forcing.num_dummy=13"], "num_dummy: 13 is more than the model has"),
     ],
 )
-def test_what_cannot_be_recorded_is_refused(
+def test_what_cannot_be_recorded_is_refused_before_that(
     program: Program,
     arguments: list[str],
     message: str,
@@ -122,14 +236,90 @@ def test_what_cannot_be_recorded_is_refused(
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     monkeypatch.chdir(program.folder)
+    program.file("file", "")
+    program.file("given.json", json.dumps({"roles": [[0, 1, 2, 2]] * 3}))
+    (program.folder / "folder").mkdir()
     assert run(program, *arguments) == 2
-    assert message in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert message in said and "is recorded" not in said
+
+
+def test_a_disk_that_is_full_by_then_costs_no_other_file(
+    program: Program, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(atlas: Atlas, path: Path) -> list[Path]:
+        raise disk_full(path)
+
+    monkeypatch.setattr(command, "write_atlas", full)
+    roles, out = program.folder / "roles.json", program.folder / "a.safetensors"
+    assert run(program, "A fox.", "--out", str(out), "--roles", str(roles)) == 2
+    said = capsys.readouterr()
+    assert json.loads(roles.read_text())["videos"] == 1 and str(roles) in said.out and "heads above" in said.out
+    assert f"{out}: no space left" in said.err
+
+
+def test_prompts_on_the_command_line(program: Program) -> None:
+    path = program.folder / "a.safetensors"
+    given = ["A red fox = a fox.", "num_samples=2", "A cat.", "A dog.", "inference_iter=2"]
+    assert run(program, "--blocks", "1", "--steps", "clean", "--out", str(path), *given) == 0
+    atlas, _ = load_stored(path, [])
+    assert atlas.by_prompt() == {"A red fox = a fox.": [0, 1], "A cat.": [2, 3]}
+    assert not torch.equal(atlas.attention[1][0], atlas.attention[1][1])
+    same = program.folder / "b.safetensors"
+    prompts = program.file("p.txt", "A red fox = a fox.\n")
+    assert run(program, "--prompts", str(prompts), "--blocks", "1", "--steps", "clean", "--out", str(same)) == 0
+    assert torch.equal(load_stored(same, [])[0].attention[1][0], atlas.attention[1][0])
+
+
+def test_a_dry_run_needs_no_file(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    assert run(program, "--dry_run", f"model_root={program.folder / 'nowhere'}", "data_path=nothing.txt") == 2
+    said = capsys.readouterr()
+    assert "TFLOP of scores" in said.out and "Recording adds at most" in said.out and "nothing.txt" in said.err
+    assert run(program, "--dry_run", "--blocks", "1", "A fox.", "num_samples=3") == 0
+    assert "recording 5 passes at 4 of 18 queries" in (said := capsys.readouterr().out) and "Videos: 3" in said
+    assert sorted(path.name for path in program.folder.iterdir()) == ["prompts.txt"]
+
+
+class Weighed:
+    """An observer whose tensors are counted, from the first video to the last."""
+
+    def __init__(self, recorder: PassRecorder) -> None:
+        self.recorder = recorder
+        self.tracker = PeakTracker()
+
+    def __call__(self, layer: int, q: Tensor, keys: Tensor, context: Sequence[int]) -> None:
+        with self.tracker:
+            self.recorder(layer, q, keys, context)
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+@pytest.mark.parametrize(("share", "piece"), [(1.0, 128 << 20), (0.25, 128 << 20), (1.0, 1 << 12), (1.0, 1)])
+def test_recording_allocates_at_most_what_is_said(
+    program: Program, precision: str, share: float, piece: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(atlas_cost, "PIECE_BYTES", piece)
+    monkeypatch.setattr(FrameAttention.__init__, "__defaults__", (1.0, piece, False, None))
+    given = program.arguments("num_output_frames=21", "resolution=[64,96]", f"precision={precision}")
+    config = load_config(given[1], given[2:])
+    recording = Recording(config, choose_passes(config, None, None), share, "dense", ("A fox.",))
+    jobs = jobs_of(config, recording.texts)
+    generator, embeds = watched_generator(config, jobs, watched_policy(config, "dense"), torch.device("cpu"))
+    sizes, chosen = generator.model.config, recording.passes
+    geometry = geometry_of(config, sizes.in_dim)
+    weighed = Weighed(PassRecorder(chosen.wanted, chosen.per_block, geometry.tokens_per_frame, share))
+    watch(generator, geometry, jobs[0], embeds, weighed, chosen.blocks[-1])
+    kept = weighed.recorder.seen.values()
+    assert weighed.tracker.current == video_bytes(recording, sizes)
+    said = scoring_bytes(recording, sizes)
+    assert weighed.tracker.peak <= said < 5 * weighed.tracker.peak  # keys in float32 are not copied, and counted twice
+    results = sum(one.by_frame().nbytes + one.entropy().nbytes for one in kept)
+    assert results <= video_bytes(recording, sizes)
 
 
 def test_the_last_block_has_steps_but_no_clean_pass(program: Program) -> None:
     path = program.folder / "atlas.safetensors"
     assert run(program, "--blocks", "4", "--steps", "0,3", "--out", str(path)) == 0
-    atlas = load_stored(path, [])
+    atlas, _ = load_stored(path, [])
     assert atlas.frames[4] == (0, 1, 2, 6, 7, 8, 9, 10, 11)  # the dense setting: a window of 12 with 3 sinks
     assert atlas.attention[4].shape == (3, 2, 3, 4, 10)
 
@@ -153,6 +343,24 @@ def test_stability_by_axis() -> None:
     prompts = [overlap(sets[b][0, p], sets[b][2, p]) for b in (1, 2) for p in range(3)]
     assert float(found["prompts"].matrix[0, 2]) == pytest.approx(float(torch.stack(prompts).mean()))
     assert found["steps"].names == ("0", "1")
+
+
+def test_prompts_are_compared_with_other_prompts_and_seeds_with_seeds() -> None:
+    atlas = replace(made_up(4), videos=("a", "a", "b", "a"))
+    found = stability(atlas)
+    assert list(found) == ["blocks", "steps", "prompts", "seeds"]
+    sets = torch.stack([atlas.dummy_sets(block).flatten(2) for block in (1, 2)])
+
+    def between(one: int, other: int) -> float:
+        return float(overlap(sets[:, one], sets[:, other]).mean())
+
+    prompts = [between(video, 2) for video in (0, 1, 3)]
+    assert found["prompts"].mean == pytest.approx(sum(prompts) / 3) and found["prompts"].names == ("1", "2")
+    seeds = [between(0, 1), between(0, 3), between(1, 3)]
+    assert found["seeds"].mean == pytest.approx(sum(seeds) / 3) and found["seeds"].names == ("1", "2", "3")
+    assert "seeds" not in stability(made_up())
+    html = page(atlas)
+    assert "<pre>a\nb</pre>" in html and "4 videos of 2 prompts" in html and "overlap between seeds" in html
 
 
 def test_consensus_and_confidence() -> None:
@@ -195,11 +403,23 @@ def test_every_picture_is_written_twice(program: Program, stored: Path) -> None:
 
     folder = program.folder / "plots"
     assert command.main(["--atlas", str(stored), "--plot", str(folder)]) == 0
-    for name, figure in draw_all(load_stored(stored, [])).items():
+    for name, figure in draw_all(load_stored(stored, [])[0]).items():
         ET.parse(folder / f"{name}.svg")
         with Image.open(folder / f"{name}.png") as image:
             assert image.size == (2 * figure.width, 2 * figure.height)
             assert len(image.convert("RGB").getcolors(1 << 24)) > 10
+
+
+def test_a_long_atlas_has_names_for_some_blocks() -> None:
+    short = made_up()
+    blocks = range(1, 27)
+    attention = {block: torch.full((1, 1, 2, 3, 3 * block + 1), 1 / (3 * block + 1)) for block in blocks}
+    entropy = {block: torch.ones(1, 1, 2, 3) for block in blocks}
+    frames = {block: tuple(range(3 * block)) for block in blocks}
+    long = replace(short, attention=attention, entropy=entropy, frames=frames, passes=("clean",), videos=("a",))
+    labels = ET.fromstring(draw_all(long)["examples"].svg()).iter("{http://www.w3.org/2000/svg}text")
+    places = sorted({float(text.get("y", 0)) for text in labels if text.get("text-anchor") == "end"})
+    assert len(places) > 9 and min(late - early for early, late in pairwise(places)) > 10
 
 
 def browser() -> str | None:

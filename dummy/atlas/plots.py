@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -51,14 +51,16 @@ def grid(
             figure.rectangle(*place, fill, tip)
 
 
-def ticks(figure: Figure, left: float, top: float, cell: tuple[float, float], rows: int, columns: int) -> None:
-    """Numbers of rows and columns, as many as there is room for."""
+def ticks(
+    figure: Figure, left: float, top: float, cell: tuple[float, float], rows: Sequence[str], columns: Sequence[str]
+) -> None:
+    """Names of rows and columns, as many as there is room for."""
     every = max(1, round(26 / cell[0]))
-    for column in range(0, columns, every):
-        figure.text(left + (column + 0.5) * cell[0], top - 5, str(column), 10, "middle", "#666666")
+    for column in range(0, len(columns), every):
+        figure.text(left + (column + 0.5) * cell[0], top - 5, columns[column], 10, "middle", "#666666")
     every = max(1, round(16 / cell[1]))
-    for row in range(0, rows, every):
-        figure.text(left - 5, top + (row + 0.5) * cell[1] + 3.5, str(row), 10, "end", "#666666")
+    for row in range(0, len(rows), every):
+        figure.text(left - 5, top + (row + 0.5) * cell[1] + 3.5, rows[row], 10, "end", "#666666")
 
 
 def shares(atlas: Atlas) -> Figure:
@@ -74,7 +76,7 @@ def shares(atlas: Atlas) -> Figure:
         most = float(values.max())
         figure.text(x, 40, f"{name}: 0 (white) to {most:.2f}", 12, fill=colour)
         grid(figure, x, top, cell, values, colour, most)
-        ticks(figure, x, top, cell, layers, heads)
+        ticks(figure, x, top, cell, list(map(str, range(layers))), list(map(str, range(heads))))
     return figure
 
 
@@ -147,16 +149,12 @@ def examples(atlas: Atlas) -> Figure:
             name = f"{role.name.lower()}: layer {layer}, head {head}, up to {most:.2f}"
             figure.text(x, y - 20, name, 12, fill=COLOURS[int(role)])
             grid(figure, x, y, cell, values, COLOURS[int(role)], most)
-            every = max(1, round(26 / cell[0]))
-            for frame in range(0, frames, every):
-                figure.text(x + (frame + 0.5) * cell[0], y - 5, str(frame), 10, "middle", "#666666")
-            for line, block in enumerate(atlas.blocks):
-                figure.text(x - 5, y + (line + 0.5) * cell[1] + 3.5, str(block), 10, "end", "#666666")
+            ticks(figure, x, y, cell, list(map(str, atlas.blocks)), list(map(str, range(frames))))
     return figure
 
 
 def overlaps(atlas: Atlas) -> Figure:
-    """Overlap of the dummy set between blocks, steps and prompts, two by two."""
+    """Overlap of the dummy set between blocks, steps, prompts and seeds, two by two."""
     found = stability(atlas)
     side, left, top = 200, 46, 84
     panel = side + 66
@@ -165,15 +163,12 @@ def overlaps(atlas: Atlas) -> Figure:
     for number, (name, result) in enumerate(found.items()):
         x = left + number * panel
         figure.text(x, 44, f"between {name}: {_mean(result)}", 12, fill=COLOURS[2])
-        figure.text(x, 60, f"(paper: {PAPER[name]})", 11, fill="#666666")
+        paper = f"(paper: {PAPER[name]})" if name in PAPER else "(of one prompt)"
+        figure.text(x, 60, paper, 11, fill="#666666")
         count = len(result.names)
         cell = side / count, side / count
         grid(figure, x, top, cell, result.matrix, COLOURS[2], 1.0)
-        every = max(1, round(count / 10))
-        for place in range(0, count, every):
-            middle = (place + 0.5) * cell[0]
-            figure.text(x + middle, top - 5, result.names[place], 10, "middle", "#666666")
-            figure.text(x - 5, top + middle + 3.5, result.names[place], 10, "end", "#666666")
+        ticks(figure, x, top, cell, result.names, result.names)
     return figure
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 from collections.abc import Iterable, Sequence
 from html import escape
 from pathlib import Path
+from statistics import fmean
 
 import torch
 
 from dummy.atlas.plots import HIGH, draw_all
-from dummy.atlas.stability import PAPER, stability
+from dummy.atlas.stability import PAPER, consensus, has_role_pass, lost_attention, roles_of_videos, stability
 from dummy.atlas.table import Atlas
-from dummy.roles import Role
+from dummy.roles import HeadRoles, Role
 from utils.files import write_atomic
 
 _STYLE = """
@@ -29,13 +30,15 @@ CAPTIONS = {
     "current": "Heads in the order of what they keep for the block at work. Heads on the left lose little if they "
     "cannot see the past.",
     "examples": "The heads that are most typical of each role. Grey: not there to be seen.",
-    "stability": "How much of the dummy set is the same between blocks, denoising steps and prompts.",
+    "stability": "How much of the dummy set is the same between blocks, denoising steps, prompts and seeds of "
+    "one prompt.",
 }
 
 
-def write_report(atlas: Atlas, path: Path) -> None:
-    """Raises InputError if the file cannot be written."""
+def write_report(atlas: Atlas, path: Path) -> list[Path]:
+    """The file that was written, alone. Raises InputError if it cannot be."""
     write_atomic(path, page(atlas))
+    return [path]
 
 
 def page(atlas: Atlas) -> str:
@@ -49,7 +52,7 @@ def page(atlas: Atlas) -> str:
         f'<link rel="icon" href="data:,"><style>{_STYLE}</style></head><body>\n<h1>Head atlas of {model}</h1>\n'
         f"{_table(('', ''), facts(atlas))}\n{figures}\n"
         f"<h2>Heads above {100 * HIGH:.0f} % on the block, by block and pass</h2>\n{_above(atlas)}\n"
-        f"<h2>Prompts</h2>\n<pre>{escape(chr(10).join(atlas.videos))}</pre>\n"
+        f"<h2>Prompts</h2>\n<pre>{escape(chr(10).join(atlas.by_prompt()))}</pre>\n"
         f"<h2>Command</h2>\n<pre>{escape(str(atlas.about.get('command', '')))}</pre>\n</body></html>\n"
     )
 
@@ -58,21 +61,41 @@ def facts(atlas: Atlas) -> list[tuple[str, str]]:
     """What a reader wants to know first, as (name, value)."""
     layers, heads = atlas.shape
     shares = atlas.mean_regions()[..., 2]
-    last = atlas.blocks[-1]
     chance = float(torch.stack([atlas.dummy_sets(block).double().mean() for block in atlas.blocks]).mean())
-    sums = atlas.split.find_roles(atlas.attention[last].flatten(0, 1).mean(0))[0].counts()
+    prompts = len(atlas.by_prompt())
     rows = [
         ("heads", f"{layers} layers x {heads} heads = {layers * heads}"),
-        ("recorded", f"{len(atlas.videos)} videos, blocks {_list(atlas.blocks)}, passes {_list(atlas.passes)}"),
+        ("recorded", f"{len(atlas.videos)} videos of {prompts} prompt{'s'[: prompts > 1]}"),
+        ("", f"blocks {_list(atlas.blocks)}, passes {_list(atlas.passes)}"),
         ("queries", f"{100 * float(atlas.about.get('query_share', 1)):g} % of each pass"),
         ("attention on the block", f"{float(shares.min()):.2f} to {float(shares.max()):.2f}"),
         (f"heads above {100 * HIGH:.0f} %", f"{int((shares > HIGH).sum())} of {layers * heads}"),
-        (f"roles, mean of block {last}", ", ".join(f"{sums[role]} {role.name.lower()}" for role in Role)),
+        *_roles(atlas),
     ]
     for name, result in stability(atlas).items():
         if result.mean is not None:
-            rows.append((f"overlap between {name}", f"{result.mean:.2f} (paper: {PAPER[name]}, chance: {chance:.2f})"))
+            paper = f"paper: {PAPER[name]}, " if name in PAPER else ""
+            rows.append((f"overlap between {name}", f"{result.mean:.2f} ({paper}chance: {chance:.2f})"))
     return rows
+
+
+def _roles(atlas: Atlas) -> list[tuple[str, str]]:
+    """Those that `--roles` writes and what they cost; where their pass was not recorded, what the last block gives."""
+    block, last = atlas.forcing.ar_start, atlas.blocks[-1]
+    if not has_role_pass(atlas):
+        found, _ = atlas.split.find_roles(atlas.attention[last].flatten(0, 1).mean(0))
+        return [(f"roles, block {last}", f"{_counts(found)} (the mean of its passes; not those of a run)")]
+    dummy = [roles.counts()[Role.DUMMY] for roles in roles_of_videos(atlas)]
+    lost = lost_attention(atlas)
+    return [
+        (f"roles, clean pass of block {block}", _counts(consensus(atlas).roles)),
+        ("dummy heads, single videos", f"{min(dummy)} to {max(dummy)}, {fmean(dummy):.1f} on average"),
+        ("attention lost to them", f"{_list(f'{share:.3f}' for share in lost.values())} in blocks {_list(lost)}"),
+    ]
+
+
+def _counts(roles: HeadRoles) -> str:
+    return _list(f"{count} {role.name.lower()}" for role, count in roles.counts().items())
 
 
 def _list(names: Iterable[object]) -> str:

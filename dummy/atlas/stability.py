@@ -1,17 +1,20 @@
-"""How much the dummy set changes from block to block, step to step and prompt to prompt, and what all agree on."""
+"""How much the dummy set changes from block to block, step to step, prompt to prompt and seed to seed, what all agree
+on, and what the roles of one pass cost in later blocks."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from statistics import fmean
 
 import torch
 from torch import Tensor
 
 from dummy.atlas.table import CLEAN, Atlas
-from dummy.roles import HeadRoles
+from dummy.roles import HeadRoles, Role
 from utils.errors import InputError
 
+AXES = ("blocks", "steps", "prompts", "seeds")
 PAPER = {"blocks": 0.92, "steps": 0.85, "prompts": 0.76}  # arXiv 2601.20499
 
 
@@ -38,23 +41,43 @@ def overlap(one: Tensor, other: Tensor) -> Tensor:
 
 
 def stability(atlas: Atlas) -> dict[str, Overlap]:
-    """The overlap across blocks, denoising steps (the clean pass is none) and prompts; two random sets of half of the
-    heads overlap by half."""
+    """The overlap across blocks, denoising steps (the clean pass is none), different prompts, and, where a prompt has
+    several videos, these, by the order of their seeds; two random sets of half of the heads overlap by half."""
     sets = torch.stack([atlas.dummy_sets(block).flatten(2) for block in atlas.blocks])  # [blocks, V, P, heads]
     steps = [place for place, name in enumerate(atlas.passes) if name != CLEAN]
+    pairs = _along(sets, 1)
     result = {
-        "blocks": _along(sets, 0, tuple(str(block) for block in atlas.blocks)),
-        "prompts": _along(sets, 1, tuple(str(number) for number in range(1, len(atlas.videos) + 1))),
+        "blocks": Overlap(tuple(str(block) for block in atlas.blocks), _along(sets, 0)),
+        "prompts": _between_prompts(pairs, atlas.by_prompt()),
     }
     if steps:
-        result["steps"] = _along(sets[:, :, steps], 2, tuple(atlas.passes[place] for place in steps))
-    return {name: result[name] for name in PAPER if name in result}
+        result["steps"] = Overlap(tuple(atlas.passes[place] for place in steps), _along(sets[:, :, steps], 2))
+    if len(atlas.by_prompt()) < len(atlas.videos):
+        result["seeds"] = _between_seeds(pairs, atlas.by_prompt())
+    return {name: result[name] for name in AXES if name in result}
 
 
-def _along(sets: Tensor, axis: int, names: tuple[str, ...]) -> Overlap:
+def _along(sets: Tensor, axis: int) -> Tensor:
     entries = sets.movedim(axis, 0).flatten(1, 2)  # [n, others, heads]
-    rows = [overlap(entry, entries).mean(-1) for entry in entries]
-    return Overlap(names, torch.stack(rows))
+    return torch.stack([overlap(entry, entries).mean(-1) for entry in entries])
+
+
+def _between_prompts(pairs: Tensor, videos: Mapping[str, list[int]]) -> Overlap:
+    """`pairs` [V, V] as means over all pairs of videos of two prompts."""
+    groups = list(videos.values())
+    matrix = torch.tensor([[float(pairs[one][:, other].mean()) for other in groups] for one in groups])
+    names = tuple(str(number) for number in range(1, len(groups) + 1))
+    return Overlap(names, matrix.fill_diagonal_(1.0))  # a prompt with itself; what its seeds do is another figure
+
+
+def _between_seeds(pairs: Tensor, videos: Mapping[str, list[int]]) -> Overlap:
+    """`pairs` [V, V] as means over the prompts that have both videos."""
+    places = range(max(map(len, videos.values())))
+    rows = [
+        [fmean(float(pairs[group[a], group[b]]) for group in videos.values() if max(a, b) < len(group)) for b in places]
+        for a in places
+    ]
+    return Overlap(tuple(str(place + 1) for place in places), torch.tensor(rows))
 
 
 @dataclass(frozen=True)
@@ -77,18 +100,42 @@ class Consensus:
         }
 
 
+def require_role_pass(blocks: Sequence[int], passes: Sequence[str], ar_start: int) -> None:
+    """Raises InputError if the pass in which roles are found is none of those that are recorded."""
+    if ar_start not in blocks or CLEAN not in passes:
+        raise InputError(
+            f"--roles: roles are found in the clean pass of block {ar_start} (dummy_forcing.ar_start), but the atlas "
+            f"has blocks {list(blocks)} and passes {list(passes)}; record it with --blocks {ar_start} --steps {CLEAN}"
+        )
+
+
+def has_role_pass(atlas: Atlas) -> bool:
+    """Whether the pass in which a run finds the roles was recorded."""
+    return atlas.forcing.ar_start in atlas.blocks and CLEAN in atlas.passes
+
+
+def roles_of_videos(atlas: Atlas) -> list[HeadRoles]:
+    """What each video alone gives, from the same pass as in a run. Raises InputError if that was not recorded."""
+    require_role_pass(atlas.blocks, atlas.passes, atlas.forcing.ar_start)
+    place = atlas.passes.index(CLEAN)
+    return [atlas.roles(atlas.forcing.ar_start, video, place) for video in range(len(atlas.videos))]
+
+
 def consensus(atlas: Atlas) -> Consensus:
     """Roles by the same rule and from the same pass as in a run, from the mean attention of all videos.
 
     Raises InputError if that pass was not recorded.
     """
-    block = atlas.forcing.ar_start
-    if block not in atlas.blocks or CLEAN not in atlas.passes:
-        raise InputError(
-            f"--roles: roles are found in the clean pass of block {block} (dummy_forcing.ar_start), but the atlas has "
-            f"blocks {atlas.blocks} and passes {list(atlas.passes)}; record it with --blocks {block} --steps {CLEAN}"
-        )
-    place = atlas.passes.index(CLEAN)
-    roles, _ = atlas.split.find_roles(atlas.attention[block][:, place].mean(0))
-    single = torch.tensor([atlas.roles(block, video, place).codes() for video in range(len(atlas.videos))])
+    single = torch.tensor([roles.codes() for roles in roles_of_videos(atlas)])
+    attention = atlas.attention[atlas.forcing.ar_start][:, atlas.passes.index(CLEAN)]
+    roles, _ = atlas.split.find_roles(attention.mean(0))
     return Consensus(roles, (single == torch.tensor(roles.codes())).double().mean(0), len(atlas.videos))
+
+
+def lost_attention(atlas: Atlas) -> dict[int, float]:
+    """For each block the share of all heads' attention, in the clean pass, that goes to frames which each video's dummy
+    heads do not keep; the mean over videos. Raises InputError as `roles_of_videos`."""
+    codes = torch.tensor([roles.codes() for roles in roles_of_videos(atlas)])  # [V, layers, heads]
+    dummy, place = codes == int(Role.DUMMY), atlas.passes.index(CLEAN)
+    losses = {block: atlas.split.lost_by_dummy(atlas.attention[block][:, place]) for block in atlas.blocks}
+    return {block: float((lost * dummy).double().mean()) for block, lost in losses.items()}

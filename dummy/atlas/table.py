@@ -15,15 +15,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from dummy.atlas.stored import KEY, read_atlas
 from dummy.config import DummyForcingConfig
 from dummy.frame_attention import regions
 from dummy.policy import HeadSplit, split_of
 from dummy.roles import HeadRoles, Role, dummy_ranks
-from utils.errors import InputError
 from utils.files import whole_file
 
 CLEAN = "clean"  # the name of the clean pass; the others are numbers of denoising steps, from 0 on
-_KEY = "head_atlas"  # of the metadata
 
 
 @dataclass(frozen=True)
@@ -56,6 +55,13 @@ class Atlas:
     def split(self) -> HeadSplit:
         """How roles follow from attention."""
         return split_of(self.forcing, self.block_frames)
+
+    def by_prompt(self) -> dict[str, list[int]]:
+        """Every prompt, once, with the numbers of its videos."""
+        found: dict[str, list[int]] = {}
+        for number, prompt in enumerate(self.videos):
+            found.setdefault(prompt, []).append(number)
+        return found
 
     def regions(self, block: int) -> Tensor:
         """[V, P, layers, heads, 3]: attention to sink, neighbour and current frames."""
@@ -93,39 +99,23 @@ class Atlas:
             **self.about,
         }
         with whole_file(path) as partial:
-            partial.write_bytes(save(tensors, {_KEY: json.dumps(content)}))
+            partial.write_bytes(save(tensors, {KEY: json.dumps(content)}))
 
     @classmethod
     def load(cls, path: Path, forcing: DummyForcingConfig, block_frames: int) -> Atlas:
-        """Read the file; roles are to be found as `forcing` says. Raises InputError."""
-        from safetensors import safe_open
-
-        content = read_about(path)
-        with safe_open(path, framework="pt") as file:
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        frames = {int(block): tuple(numbers) for block, numbers in content.pop("frames").items()}
-        return cls(
+        """Read the file; roles are to be found as `forcing` says. Raises InputError if it is broken, or if its model
+        has too few heads for that."""
+        about, tensors = read_atlas(path, block_frames)
+        frames = {int(block): tuple(numbers) for block, numbers in about.pop("frames").items()}
+        atlas = cls(
             {block: tensors[f"attention.{block}"] for block in frames},
             {block: tensors[f"entropy.{block}"] for block in frames},
             frames,
-            tuple(content.pop("passes")),
-            tuple(content.pop("videos")),
+            tuple(about.pop("passes")),
+            tuple(about.pop("videos")),
             forcing,
             block_frames,
-            content,
+            about,
         )
-
-
-def read_about(path: Path) -> dict[str, Any]:
-    """What the file says of itself. Raises InputError if it is none of an atlas."""
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(path, framework="pt") as file:
-            content = (file.metadata() or {}).get(_KEY)
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read as an atlas ({error}); make one with --out") from error
-    if content is None:
-        raise InputError(f"{path}: is no head atlas; make one with python -m dummy.atlas --out FILE")
-    about: dict[str, Any] = json.loads(content)
-    return about
+        forcing.budget.check(*atlas.shape)
+        return atlas
