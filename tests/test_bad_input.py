@@ -217,7 +217,7 @@ def test_loras_that_do_not_fit(
     [
         ("no roles", "is not a JSON file"),
         (json.dumps({"roles": [[0] * 12] * 30}), "30 layers of 12 heads, the model has 3 of 4"),
-        (json.dumps({"roles": [[7] * 4] * 3}), "7 is not a valid Role"),
+        (json.dumps({"roles": [[7] * 4] * 3}), "7 is no code"),
         (json.dumps([1, 2]), 'has no "roles"'),
     ],
 )
