@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from utils.errors import InputError
-from utils.figure import Figure, shade
+from utils.figure import Figure, shade, ticks
 
 
 def drawing() -> Figure:
@@ -56,3 +56,18 @@ def test_a_folder_that_is_not_there(tmp_path: Path) -> None:
 def test_shades() -> None:
     assert shade(0.0) == "#ffffff" and shade(1.0, "#102030") == "#102030" and shade(2.0, "#102030") == "#102030"
     assert shade(0.5, "#000000") == "#808080"
+
+
+@pytest.mark.parametrize(
+    ("low", "high", "expected"),
+    [
+        (53.7, 100.0, [50, 60, 70, 80, 90, 100]),
+        (0.782, 1.474, [0.6, 0.8, 1.0, 1.2, 1.4, 1.6]),
+        (16.6, 47.5, [10, 20, 30, 40, 50]),
+        (-0.3, 0.2, [-0.3, -0.2, -0.1, 0.0, 0.1, 0.2]),
+        (1000.0, 1001.0, [1000, 1000.2, 1000.4, 1000.6, 1000.8, 1001]),
+    ],
+)
+def test_ticks_are_round_and_hold_everything(low: float, high: float, expected: list[float]) -> None:
+    assert ticks(low, high) == pytest.approx(expected)
+    assert len(ticks(low, high, 4)) <= 4

@@ -5,6 +5,7 @@ Coordinates are pixels from the top left corner. Letters are a sans-serif of the
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, field
 from html import escape
@@ -186,3 +187,15 @@ def shade(share: float, colour: str = "#08519c") -> str:
     share = min(max(share, 0.0), 1.0)
     channels = (int(colour[i : i + 2], 16) for i in (1, 3, 5))
     return "#" + "".join(f"{round(255 + (channel - 255) * share):02x}" for channel in channels)
+
+
+def ticks(low: float, high: float, most: int = 6) -> list[float]:
+    """At most `most` (4 or more) round numbers, 1, 2 or 5 times a power of ten apart, of which the first is not above
+    `low` and the last not below `high`; high must be above low."""
+    assert high > low and most >= 4
+    power = math.floor(math.log10((high - low) / most))
+    for step in (factor * 10.0**exponent for exponent in (power, power + 1, power + 2) for factor in (1, 2, 5)):
+        first, last = math.floor(low / step + 1e-9), math.ceil(high / step - 1e-9)
+        if last - first < most:
+            return [round(number * step, 12) for number in range(first, last + 1)]
+    raise AssertionError("no step is wide enough")
