@@ -2,7 +2,8 @@
 
 Between `<!-- NAME -->` and `<!-- /NAME -->` the README, and the card of the small trained model, hold the table of
 benchmarks/results/NAME.json, with the machine and the command that made it. What comes before the first underscore of
-NAME says what kind of table that is; where there are no results there is no table.
+NAME says what kind of table that is; where there are no results there is no table. In `claims` is what shapes.claims
+prints.
 """
 
 from __future__ import annotations
@@ -149,9 +150,15 @@ def _way(row: Content) -> str:
 
 
 def frontier(content: Content) -> str:
-    from shapes.frontier import table
+    from shapes.frontier_report import table
 
     return table(content).strip()
+
+
+def claims() -> str:
+    from shapes.claims import stored
+
+    return f"{stored()}\n`python -m shapes.claims`"
 
 
 KINDS: dict[str, Callable[[Content], str]] = {
@@ -167,6 +174,8 @@ _REGION = re.compile(r"<!-- (\w+) -->.*?<!-- /\1 -->", flags=re.DOTALL)
 
 
 def render(name: str) -> str:
+    if name == "claims":
+        return f"<!-- claims -->\n{claims()}\n<!-- /claims -->"
     if not (RESULTS / f"{name}.json").is_file():
         return f"<!-- {name} -->\n<!-- /{name} -->"
     content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
