@@ -64,9 +64,7 @@ class DummyForcingConfig:
     local_context_length: int = 1  # L, blocks that neighbour heads (before the split: all heads) look back
     num_dummy: int | float | Literal["auto"] = 180  # heads made dummy, of layers x heads (360 in Wan 1.3B); 0.5: half
     num_dummy_within: Within = "model"  # layer: num_dummy heads (or that share) in each layer
-    max_loss: float = (
-        0.05  # num_dummy auto: of all heads' attention in block ar_start; later ones lose more (budget.py)
-    )
+    max_loss: float = 0.05  # num_dummy auto: of all heads' attention in block ar_start; later blocks lose more
     sink_score_frames: int = 1  # first context frames whose attention counts as sink
     score_query_share: float = 0.25  # of the block's queries are scored, below 1 at most 256; the paper takes 25 %
     preset: PresetName = "paper"  # what heads of each role keep; dummy/presets.py lists them with their sources
