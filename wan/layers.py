@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -131,10 +132,8 @@ class FeedForward(nn.Sequential):
 
     def forward(self, x: Tensor) -> Tensor:
         widen, gelu, narrow = self
-        if isinstance(widen, nn.Linear) and has_gelu_product(x):
-            hidden = gelu_product(widen, x)
-        else:
-            hidden = gelu(widen(x))
+        joined = isinstance(widen, nn.Linear) and has_gelu_product(x)
+        hidden = gelu_product(cast(nn.Linear, widen), x) if joined else gelu(widen(x))
         projected: Tensor = narrow(hidden)
         return projected
 
