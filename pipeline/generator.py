@@ -146,7 +146,8 @@ class BlockGenerator:
 class FlowRecord:
     """The flows of the first `limit` forwards, for comparison with other implementations.
 
-    As long as it is not full, clean passes compute the flow too, which nobody else needs.
+    As long as it is not full, passes that only fill the cache compute the flow too, and with any limit the last block
+    has a clean pass, neither of which anybody else needs.
     """
 
     limit: int
@@ -233,7 +234,7 @@ class Rollout:
                 self.cache.begin_pass(start, self._geometry.frames_per_block)
                 x0 = self._given.popleft() if self._given else self.denoise(text, start)
             yield CleanBlock(index, start, x0)
-            if start != starts[-1]:
+            if start != starts[-1] or self.record.limit:
                 self.clean_pass(x0, text, start, index)
                 if pending:
                     self._past.extend(x0.unbind(1))
@@ -266,15 +267,10 @@ class Rollout:
         `python -m benchmarks.merged` measures the most that it could save.
         """
         self._model.set_head_order(self._order)
-        clean = self._generator.clean
         due = self._split is not None and index == self._observed_block
         observer = self._observer() if due and self.roles is None else None
         with self._profiler.span("clean"), self.cache.observed(observer) if observer else nullcontext():
-            if self.record.open:
-                self._count(self._passes(x0, clean, text, self.cache, start, commit=True), computed=True)
-            else:
-                self._passes.commit(x0, clean, text, self.cache, start)
-                self.forwards += 1
+            self._encode(x0, text, start)
         if observer is not None and self._split is not None:
             self.roles, self.frame_attention = self._split.find_roles(observer.by_frame())
         if due:
@@ -287,7 +283,11 @@ class Rollout:
         self.cache.split(self._order, parts)
 
     def _switch(self, text: TextContext, start: int, index: int) -> None:
-        """Re-encode the last clean frames under a new prompt, in one pass in which they all see each other."""
+        """Re-encode the last clean frames under a new prompt, in one pass in which they all see each other.
+
+        The pass is at `context_noise`, as those are that it stands for. Roles that are to be observed again take the
+        sinks with them, since afterwards only some heads have any.
+        """
         observe_again = self._settings.reclassify_on_switch and self._split is not None
         if observe_again:
             self._observed_block = index
@@ -306,8 +306,16 @@ class Rollout:
         self._model.set_head_order(self._order)
         self.cache.begin_pass(first, count)
         frames = torch.stack(list(self._past)[-count:], dim=1)
-        self._passes.commit(frames, self._generator.clean, text, self.cache, first)
-        self.forwards += 1
+        self._encode(frames, text, first)
+
+    def _encode(self, latents: Tensor, text: TextContext, start: int) -> None:
+        """Let the keys and values of clean frames from `start` on join the cache, which has no room for the last."""
+        clean, last = self._generator.clean, start + latents.shape[1] == self._geometry.num_frames
+        if self.record.open or last:
+            self._count(self._passes(latents, clean, text, self.cache, start, commit=not last), computed=True)
+        else:
+            self._passes.commit(latents, clean, text, self.cache, start)
+            self.forwards += 1
 
     def _observer(self) -> FrameAttention:
         assert self._split is not None

@@ -15,7 +15,7 @@ import argparse
 import json
 import sys
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
 
@@ -25,7 +25,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dummy.config import DummyForcingConfig, RetentionConfig
-from dummy.policy import ContextPolicy, HeadSplit, policy_from_config
+from dummy.policy import ContextPolicy, policy_from_config
 from dummy.roles import HeadRoles
 from pipeline.engine import WAYS, passes_of
 from pipeline.generator import BlockGenerator, FlowRecord, GeneratorSettings, Passes, Rollout, Segment
@@ -101,6 +101,8 @@ def context_policy(case: Case) -> tuple[ContextPolicy, int | None]:
     block = int(case["frames_per_block"])
     given = dict(case["policy"])
     kind = given.pop("kind")
+    if kind not in ("full", "window", "prune", "packed"):
+        raise InputError(f"the case's policy.kind is {kind!r}; it is full, window, prune or packed")
     size = given.pop("local_attn_size", -1)
     window = ModelKwargs(local_attn_size=size, sink_size=given.pop("sink_size", 0))
     recache = case.get("recache", size)
@@ -112,12 +114,12 @@ def context_policy(case: Case) -> tuple[ContextPolicy, int | None]:
     given.setdefault("num_dummy", 0)
     settings = DummyForcingConfig(policy=kind, score_query_share=1.0, **given)
     policy = policy_from_config(window, settings, block)
-    codes = case.get("head_roles", given.get("head_roles"))
-    if codes is None or policy.split is None:
+    if "head_roles" not in case or policy.split is None:
         return policy, frames
-    split = policy.split
-    fixed = HeadSplit(split.by_role, split.ar_start, roles=HeadRoles.from_codes(codes))
-    return ContextPolicy(policy.name, policy.initial, fixed, policy.window_sinks), frames
+    roles = HeadRoles.from_codes(case["head_roles"])
+    # Given roles hold from the first block on; in cases of kind prune after block ar_start, as observed ones do.
+    split = replace(policy.split, roles=roles, from_start=kind == "packed")
+    return replace(policy, split=split), frames
 
 
 def make_generator(case: Case, model: CausalWanModel, machine: Machine) -> BlockGenerator:

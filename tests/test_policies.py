@@ -22,7 +22,7 @@ from dummy.roles import HeadRoles, Role
 from wan.attention import sdpa
 from wan.cache import KVCache
 from wan.config import ModelKwargs
-from wan.head_group import CacheShape
+from wan.head_group import CacheShape, Retention
 from wan.varlen import ragged_backend
 
 WIDTH = 6
@@ -56,6 +56,7 @@ class Case:
     batch: int
     own: bool  # a block joins the cache from its own slots
     ragged: bool = False  # one launch for all heads
+    relative: int | None = None  # the window at whose start the first frames stand
 
 
 @st.composite
@@ -80,28 +81,31 @@ def cases(draw: st.DrawFn) -> Case:
         draw(st.integers(1, 2)),
         draw(st.booleans()),
         draw(st.booleans()),
+        draw(st.none() | st.integers(1, 12)),
     )
 
 
-def visible(case: Case, index: int, role: Role) -> set[int]:
-    """Earlier frames that a head sees in block `index`, from the table of policies."""
-    start = index * case.block
-    past = range(start)
-
-    def keep(sink: int, recent: int) -> set[int]:
-        return {frame for frame in past if frame < sink or frame >= start - recent}
-
+def kept(case: Case, index: int, role: Role) -> tuple[int, int]:
+    """How many of the first and of the last earlier frames a head sees in block `index`, from the table of policies."""
     split = index > case.ar_start
-    everything = set(past)
-    windowed = everything if case.window == -1 else keep(case.sink, case.window - case.sink - case.block)
+    windowed = (0, 10**6) if case.window == -1 else (case.sink, case.window - case.sink - case.block)
     if case.policy in ("full", "window"):
         return windowed
     if case.policy == "prune":
-        return set() if split and role is Role.DUMMY else windowed
+        return (0, 0) if split and role is Role.DUMMY else windowed
     retention = case.retention or KEPT[case.preset](case.local_blocks * case.block)
     if split:
-        return keep(*retention[role])
-    return keep(max(sink for sink, _ in retention), max(recent for _, recent in retention))
+        return retention[role]
+    return max(sink for sink, _ in retention), max(recent for _, recent in retention)
+
+
+def turned(x: Tensor, positions: Tensor) -> Tensor:
+    """x [B, L, H, D] in float64, its first pair of channels turned by the positions [L]: all that a frame's place does
+    to heads as narrow as these."""
+    x, angle = x.double(), positions.double().view(-1, 1)
+    even, odd = x[..., 0], x[..., 1]
+    pair = (even * angle.cos() - odd * angle.sin(), even * angle.sin() + odd * angle.cos())
+    return torch.cat((torch.stack(pair, dim=-1), x[..., 2:]), dim=-1)
 
 
 def masked_attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor) -> Tensor:
@@ -145,34 +149,56 @@ def check_against_the_twin(case: Case) -> None:
     past = (case.blocks - 1) * case.block
     shape = CacheShape(case.batch, heads, WIDTH, case.tokens, case.block, past)
     ragged = ragged_backend("varlen", torch.device("cpu"), torch.float32) if case.ragged else None
-    cache = KVCache(1, shape, policy.initial, sdpa, torch.empty(0), ragged=ragged)
+    cache = KVCache(1, shape, policy.initial, sdpa, torch.empty(0), case.relative, ragged=ragged)
     layer = cache.layers[0]
     order = list(range(heads))
     generator = torch.Generator().manual_seed(0)
-    history_k = torch.zeros(case.batch, 0, heads, WIDTH)
+    history_k = torch.zeros(case.batch, 0, heads, WIDTH)  # as keys are before they are turned
     history_v = torch.zeros(case.batch, 0, heads, WIDTH)
     for index in range(case.blocks):
+        start, stop = index * case.block, (index + 1) * case.block
+        frames = torch.arange(stop).repeat_interleave(case.tokens)
+        own = frames[frames >= start]
+        cache.begin_pass(start, case.block)
         size = (case.batch, case.block * case.tokens, heads, WIDTH)
         noisy, clean = ([torch.randn(size, generator=generator) for _ in "qkv"] for _ in range(2))
         for q, k, v in (noisy, clean):
-            out = layer.attend(q[:, :, order], k[:, :, order], v[:, :, order])
+            q, turned_k = (turned(x, own).float() for x in (q, k))
+            out = layer.attend(q[:, :, order], turned_k[:, :, order], v[:, :, order])
             for place, head in enumerate(order):
-                seen = visible(case, index, case.roles[head])
-                frames = torch.arange((index + 1) * case.block).repeat_interleave(case.tokens)
-                mask = torch.tensor([f in seen or f >= index * case.block for f in frames.tolist()])
-                keys = torch.cat((history_k[:, :, head], k[:, :, head]), 1).double()
+                sink, recent = kept(case, index, case.roles[head])
+                mask = (frames < sink) | (frames >= start - recent)
+                moved = 0 if case.relative is None else max(0, stop - case.relative)
+                positions = torch.where(frames < min(sink, start), frames + moved, frames)
+                keys = turned(torch.cat((history_k, k), 1), positions)[:, :, head]
                 values = torch.cat((history_v[:, :, head], v[:, :, head]), 1).double()
                 twin = masked_attention(q[:, :, head].double(), keys, values, mask)
                 torch.testing.assert_close(out[:, :, place].double(), twin, atol=1e-5, rtol=1e-5)
         if index == case.blocks - 1:
             break
-        frames_now = range(index * case.block, (index + 1) * case.block)
         if case.own:
-            layer.commit_own(frames_now)  # the clean pass was the last, so the block lies there
+            layer.commit_own(range(start, stop))  # the clean pass was the last, so the block lies there
         else:
-            layer.commit(clean[1][:, :, order], clean[2][:, :, order], frames_now)
+            layer.commit(turned_k[:, :, order], clean[2][:, :, order], range(start, stop))
         history_k, history_v = torch.cat((history_k, clean[1]), 1), torch.cat((history_v, clean[2]), 1)
         if policy.split is not None and index == case.ar_start:
             orders, parts = policy.split.layout(HeadRoles((case.roles,)))
             cache.split(orders, parts)
             order = orders[0]
+
+
+def test_sinks_that_stay_when_others_are_encoded_anew_are_turned_once() -> None:
+    """As at a prompt switch with kept sinks, of which the later ones lie within the window."""
+    shape = CacheShape(1, 2, WIDTH, 2, 1, 20)
+    cache = KVCache(1, shape, Retention(3, 2), sdpa, torch.empty(0), relative_window=6)
+    raw = torch.randn(1, 8 * 2, 2, WIDTH, generator=torch.Generator().manual_seed(0))
+    frames = torch.arange(8).repeat_interleave(2)
+    keys = turned(raw, frames).float()
+    cache.layers[0].commit(keys, keys, range(8))
+    cache.begin_pass(8, 1)
+    cache.forget(keep_sinks_before=2)
+    cache.layers[0].commit(keys[:, 4:], keys[:, 4:], range(2, 8))
+    cache.begin_pass(10, 1)
+    (group,) = cache.layers[0].groups
+    assert group.frames[:3] == [0, 1, 2]
+    torch.testing.assert_close(group.kv[0, :, 2:8].double(), turned(raw[:, :6], frames[:6] + 5), atol=1e-5, rtol=1e-5)

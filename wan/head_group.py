@@ -125,10 +125,21 @@ class HeadGroup:
         return copies
 
     def _remember_sinks(self, copies: Sequence[tuple[slice, slice]]) -> None:
-        changed = any(target.start < self._slots(self.retention.sink, 0).start for target, _ in copies)
-        if self._unturned is not None and changed:
-            count = min(self.retention.sink, len(self.frames))
-            self._unturned[:, : count * self._shape.tokens_per_frame] = self.kv[0, :, self._slots(0, count)]
+        """Keep the keys of new sinks as they came; those of older sinks may have been turned since."""
+        if self._unturned is None:
+            return
+        sinks = self._slots(0, self.retention.sink)
+        for target, _ in copies:
+            stop = min(target.stop, sinks.stop)
+            if target.start < stop:
+                self._unturned[:, target.start - sinks.start : stop - sinks.start] = self.kv[0, :, target.start : stop]
+
+    def _keys(self, slot: int) -> Tensor:
+        """[B, T, heads, D], as they came."""
+        if self._unturned is None or slot >= self.retention.sink:
+            return self.kv[0, :, self._slots(slot, 1)]
+        tokens = self._shape.tokens_per_frame
+        return self._unturned[:, slot * tokens : (slot + 1) * tokens]
 
     def sink_shift(self, window_start: int) -> int:
         """Positions by which the sinks move if they stand at `window_start` once that is later than their own place."""
@@ -154,12 +165,13 @@ class HeadGroup:
         """Fill an empty group with what its retention keeps of `source`, taking the source's heads by index [heads]."""
         frames = self.retention.keep(sorted(source.frames))
         for slot, frame in enumerate(frames):
-            old = source._slots(source.frames.index(frame), 1)
-            self.kv[:, :, self._slots(slot, 1)] = source.kv[:, :, old].index_select(3, heads)
+            old, new = source.frames.index(frame), self._slots(slot, 1)
+            self.kv[0, :, new] = source._keys(old).index_select(2, heads)
+            self.kv[1, :, new] = source.kv[1, :, source._slots(old, 1)].index_select(2, heads)
         self.frames = list(frames)
-        if self._unturned is not None and source._unturned is not None:
-            tokens = min(self.retention.sink, len(frames)) * self._shape.tokens_per_frame
-            self._unturned[:, :tokens] = source._unturned[:, :tokens].index_select(2, heads)
+        count = min(self.retention.sink, len(frames))
+        if self._unturned is not None and count:
+            self._unturned[:, : count * self._shape.tokens_per_frame] = self.kv[0, :, self._slots(0, count)]
 
 
 def _runs(slots: Sequence[int], frames: Sequence[int]) -> Iterator[tuple[int, int, int]]:
