@@ -100,11 +100,11 @@ else
     dit dit_attention_480 60 --resolution 480 --engine graphed --policy packed,full --attention sdpa,cudnn,fa2,fa3,varlen --repeat 3
     dit dit_720 90 --resolution 720 --engine graphed --policy packed,full --repeat 3 --profile
     dit dit_1080 100 --resolution 1080 --engine graphed --policy packed,full --repeat 3 --profile
+    part vae_1080 60 "$PYTHON" -m benchmarks.vae --resolution 720,1080 --engine graphed --frames 9 --repeat 3 \
+        --json "$FOLDER/vae_1080.json"
     part merged 40 "$PYTHON" -m benchmarks.merged --device "$DEVICE" --json "$FOLDER/merged.json"
     part vae_search 60 "$PYTHON" -m benchmarks.vae --resolution 480 --engine graphed --repeat 3 --search \
         --json "$FOLDER/vae_search.json"
-    part vae_1080 60 "$PYTHON" -m benchmarks.vae --resolution 720,1080 --engine graphed --frames 9 --repeat 3 \
-        --json "$FOLDER/vae_1080.json"
 fi
 grep -q FAILED "$FOLDER/summary.txt" && exit 1
 exit 0
