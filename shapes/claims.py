@@ -27,7 +27,7 @@ def table(atlas: Atlas, rows: Mapping[str, Row]) -> str:
     found = dict(facts(atlas))
     above = next(name for name in found if name.startswith("heads above"))
     lines = [("a quarter of the heads look almost only at the block", f"{above}: {found[above]}")]
-    lines += [(f"dummy sets are stable: {name}", found[name]) for name in found if name.startswith("overlap")]
+    lines += [(f"dummy sets are stable: {name}", found[name]) for name in found if "(paper: " in found[name]]
     lines += [
         ("sink heads look at the first frame", _sink_shares(atlas)),
         ("a quarter of the heads can go without their history", _prices(rows, DENSE, "prune 25%")),
