@@ -22,8 +22,8 @@ from utils.errors import InputError
 if TYPE_CHECKING:
     import torch
 
-    from pipeline.config import InferenceConfig
-    from pipeline.jobs import VideoJob
+    from pipeline.config.config import InferenceConfig
+    from pipeline.config.jobs import VideoJob
 
 SHOWN_JOBS = 10  # in a dry run
 PACKAGES = ("pipeline", "dummy", "wan", "utils")  # whose progress is told; of other libraries only warnings are
@@ -40,9 +40,9 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
 
 def run(arguments: argparse.Namespace) -> int:
     """Make every video that is missing. Returns the exit status; raises InputError for what the user must mend."""
-    from pipeline.config import load_config
-    from pipeline.jobs import read_jobs, stale_reason
-    from pipeline.loading import choose_device
+    from pipeline.config.config import load_config
+    from pipeline.config.jobs import read_jobs, stale_reason
+    from pipeline.runtime.loading import choose_device
     from utils.files import ensure_writable_folder, remove_stale_partials
 
     config = load_config(arguments.config_path, arguments.overrides)
@@ -71,8 +71,8 @@ def is_kept(config: InferenceConfig, job: VideoJob) -> bool:
 
 def dry_run(config: InferenceConfig, jobs: Sequence[VideoJob], device: torch.device) -> int:
     """Print what a run would do and take; 0 if every file is there, 2 if not."""
-    from pipeline.loading import check_before_loading, generator_settings, needed_files, require_files
-    from pipeline.plan import plan_lines, planner_for
+    from pipeline.planning.plan import plan_lines, planner_for
+    from pipeline.runtime.loading import check_before_loading, generator_settings, needed_files, require_files
 
     planner = planner_for(config, device)
     print("\n".join(plan_lines(config, generator_settings(config, planner.sizes), planner, device)))

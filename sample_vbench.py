@@ -15,7 +15,7 @@ from inference import dry_run, exit_status
 from utils.distributed import World
 
 if TYPE_CHECKING:
-    from pipeline.sampling import Progress
+    from pipeline.vbench.sampling import Progress
 
 
 def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
@@ -33,9 +33,9 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace, world: World) -> int:
     """Returns the exit status; raises InputError for what the user must mend."""
-    from pipeline.config import load_config
-    from pipeline.sampling import THREADS, rank_device, sample
-    from pipeline.vbench import check_folder, fetch_extended_list, read_vbench_jobs
+    from pipeline.config.config import load_config
+    from pipeline.vbench.prompts import check_folder, fetch_extended_list, read_vbench_jobs
+    from pipeline.vbench.sampling import THREADS, rank_device, sample
 
     config = load_config(arguments.config_path, arguments.overrides)
     if arguments.fetch:

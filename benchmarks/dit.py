@@ -24,14 +24,14 @@ from benchmarks.machine import ceilings, facts
 from benchmarks.steady import POLICIES, SteadyBlock, build_model
 from benchmarks.tables import compared, predicted
 from benchmarks.trace import CROSS, KINDS, SELF, Breakdown, labelled, traced
-from pipeline.engine import WAYS, passes_of
-from pipeline.generator import Passes
+from pipeline.runtime.engine import WAYS, passes_of
+from pipeline.runtime.generator import Passes
 from utils.errors import InputError
-from wan.attention import AttentionName, choose_backend
+from wan.attention.backends import AttentionName, choose_backend
 from wan.config import WAN_1_3B, ModelConfig
-from wan.fp8 import to_fp8
 from wan.geometry import LatentGeometry, pixel_frames
-from wan.model import CausalWanModel
+from wan.transformer.fp8 import to_fp8
+from wan.transformer.model import CausalWanModel
 
 LATENT_SIZES = {"480": (60, 104), "720": (90, 160), "1080": (136, 240), "tiny": (8, 12)}
 BLOCK = 3

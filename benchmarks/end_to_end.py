@@ -27,16 +27,16 @@ from benchmarks.dit import BLOCK, LATENT_SIZES, model_config
 from benchmarks.machine import facts
 from benchmarks.steady import STEPS, build_model, make_policy
 from benchmarks.vae import random_vae
-from pipeline.config import InferenceConfig
-from pipeline.decoding import DecodingWay, fastest_way, start_decoder
-from pipeline.engine import passes_of, rehearse
-from pipeline.generator import BlockGenerator, GeneratorSettings
-from pipeline.schedule import DenoisingSchedule
-from pipeline.video_pipeline import FrameWriter, VideoPipeline
+from pipeline.config.config import InferenceConfig
+from pipeline.runtime.decoding import DecodeStrategy, fastest_strategy, start_decoder
+from pipeline.runtime.engine import passes_of, warmup
+from pipeline.runtime.generator import BlockGenerator, GeneratorSettings
+from pipeline.runtime.schedule import DenoisingSchedule
+from pipeline.runtime.video_pipeline import FrameWriter, VideoPipeline
 from utils.profiler import Profiler, VideoProfile, format_profile
 from utils.video import VideoWriter
 from wan.geometry import pixel_frames
-from wan.vae import VAE
+from wan.vae.vae import VAE
 
 
 @dataclass
@@ -110,7 +110,7 @@ class Bench:
     def _start(self, engine: str, generator: BlockGenerator, vae: VAE) -> None:
         if engine != "eager":
             generator.passes = passes_of(generator.model, engine)
-            rehearse(generator, self.pipeline.geometry)
+            warmup(generator, self.pipeline.geometry)
         latents = torch.zeros(1, *self.pipeline.geometry.block_shape, device=self.device)
         start_decoder(vae, engine, True, latents)
 
@@ -118,8 +118,8 @@ class Bench:
         """The profile of a clip, and its steady frames a second."""
         pipeline = self.pipeline
         pipeline.overlap = overlap
-        fast: DecodingWay = fastest_way(self.device, BLOCK, overlap)
-        pipeline.way = fast
+        fast: DecodeStrategy = fastest_strategy(self.device, BLOCK, overlap)
+        pipeline.strategy = fast
         profiler = Profiler(self.device)
         rollout = pipeline.start([0], [self._embeds], [0], profiler)
         with ExitStack() as files:

@@ -18,8 +18,8 @@ from pathlib import Path
 import torch
 
 from pipeline.assembly import assemble
-from pipeline.config import InferenceConfig, load_config
-from pipeline.jobs import read_jobs
+from pipeline.config.config import InferenceConfig, load_config
+from pipeline.config.jobs import read_jobs
 from tests.small_checkpoints import write_small_checkpoints
 from utils.video import probe
 

@@ -17,12 +17,12 @@ import torch
 
 from benchmarks.tables import memory
 from dummy.config import DummyForcingConfig
-from pipeline.config import InferenceConfig
-from pipeline.decoding import DecodingWay
-from pipeline.loading import generator_settings
-from pipeline.plan import RESERVE, Planner
+from pipeline.config.config import InferenceConfig
+from pipeline.planning.plan import RESERVE, Planner
+from pipeline.runtime.decoding import DecodeStrategy
+from pipeline.runtime.loading import generator_settings
 from wan.config import WAN_1_3B, ModelKwargs
-from wan.vae import VAE
+from wan.vae.vae import VAE
 
 CARDS = (8, 12, 16, 24, 40, 80)  # GB as they are sold, which are about GiB
 RESOLUTIONS = (480, 720, 1080)
@@ -35,7 +35,7 @@ class Row:
     peak_gib: float
     host_gib: float  # of the VAE's cache, if it lies there
     fits: bool
-    way: DecodingWay
+    strategy: DecodeStrategy
 
 
 def configuration(resolution: int) -> InferenceConfig:
@@ -49,13 +49,13 @@ def rows(planner: Planner, resolutions: Sequence[int] = RESOLUTIONS, cards: Sequ
     for resolution in resolutions:
         config = configuration(resolution)
         settings = generator_settings(config, planner.sizes)
-        plans = [(way, planner.memory(config, settings, way)) for way in planner.ways(config)]
+        plans = [(strategy, planner.memory(config, settings, strategy)) for strategy in planner.strategies(config)]
         for card in cards:
             room = card * 2**30 * (1 - RESERVE)
             fitting = [pair for pair in plans if pair[1].peak <= room]
-            way, plan = fitting[0] if fitting else min(plans, key=lambda pair: pair[1].peak)
+            strategy, plan = fitting[0] if fitting else min(plans, key=lambda pair: pair[1].peak)
             sizes = plan.peak / 2**30, plan.vae_cache_on_host / 2**30
-            made.append(Row(resolution, card, *sizes, bool(fitting), way))
+            made.append(Row(resolution, card, *sizes, bool(fitting), strategy))
     return made
 
 

@@ -21,8 +21,8 @@ from torch import Tensor
 from benchmarks.dit import BLOCK, LATENT_SIZES, model_config
 from benchmarks.machine import facts, seconds
 from benchmarks.steady import build_model
-from wan.layers import TransformerBlock
-from wan.model import CausalWanModel
+from wan.transformer.layers import TransformerBlock
+from wan.transformer.model import CausalWanModel
 
 LayerPass = Callable[[TransformerBlock, Tensor, Tensor, Tensor, Tensor, Tensor], tuple[Tensor, ...]]
 

@@ -23,7 +23,7 @@ from benchmarks.steady import POLICIES, SteadyBlock, build_model
 from utils.profiler import device_name
 from wan.config import ModelConfig
 from wan.geometry import LatentGeometry
-from wan.model import CausalWanModel
+from wan.transformer.model import CausalWanModel
 
 
 @dataclass(frozen=True)

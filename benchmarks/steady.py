@@ -10,16 +10,16 @@ from torch import Tensor
 from benchmarks.machine import elapsed
 from dummy.config import DummyForcingConfig
 from dummy.policy import ContextPolicy, policy_from_config
-from pipeline.cost import assumed_roles, block_operations
-from pipeline.generator import BlockGenerator, GeneratorSettings, Passes, Segment
-from pipeline.schedule import DenoisingSchedule
-from pipeline.speed import fill
+from pipeline.planning.cost import assumed_roles, block_operations
+from pipeline.runtime.generator import BlockGenerator, GeneratorSettings, Passes, Segment
+from pipeline.runtime.schedule import DenoisingSchedule
+from pipeline.runtime.speed import fill
 from utils.seed import NoiseStream
-from wan.attention import AttentionName
+from wan.attention.backends import AttentionName
+from wan.attention.head_group import UNBOUNDED
 from wan.config import ModelConfig, ModelKwargs
 from wan.geometry import LatentGeometry
-from wan.head_group import UNBOUNDED
-from wan.model import CausalWanModel
+from wan.transformer.model import CausalWanModel
 
 POLICIES = ("full", "window", "prune", "packed", "long")
 STEPS = (1000, 750, 500, 250)

@@ -143,9 +143,15 @@ def _way(row: Content) -> str:
     """How a video is decoded on a card, and the peak that this takes."""
     if not row["fits"]:
         return f"no ({row['peak_gib']:.1f} GiB)"
-    way = row["way"]
-    how = "fast" if way["aside"] else "small" if way["tile"] is None else f"tiles of {way['tile']}"
-    host = f" + {row['host_gib']:.1f} on the host" if way["on_host"] else ""
+    strategy = row["strategy"]
+    how = (
+        "fast"
+        if strategy["on_side_stream"]
+        else "small"
+        if strategy["tile"] is None
+        else f"tiles of {strategy['tile']}"
+    )
+    host = f" + {row['host_gib']:.1f} on the host" if strategy["on_host"] else ""
     return f"{row['peak_gib']:.1f} GiB{host}, {how}"
 
 

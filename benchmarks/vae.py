@@ -24,14 +24,14 @@ from torch import Tensor
 
 from benchmarks.dit import BLOCK, LATENT_SIZES
 from benchmarks.machine import ceilings, facts, seconds
-from pipeline.config import InferenceConfig
-from pipeline.decoding import fastest_way, start_decoder
-from pipeline.given import load_given
+from pipeline.config.config import InferenceConfig
+from pipeline.runtime.decoding import fastest_strategy, start_decoder
+from pipeline.runtime.prefix import load_prefix
 from utils.memory import PeakTracker, format_bytes
-from wan.preview import PreviewDecoder
-from wan.streaming import LatentDecoder
-from wan.vae import VAE
-from wan.vae_modules import VAEConfig, VAEModule
+from wan.vae.modules import VAEConfig, VAEModule
+from wan.vae.preview import PreviewDecoder
+from wan.vae.streaming import LatentDecoder
+from wan.vae.vae import VAE
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ def decode_whole(module: Any, vae: VAE, latents: Tensor) -> Tensor:
 
 def decode_streamed(vae: LatentDecoder, latents: Tensor, use: Callable[[Tensor], object]) -> None:
     """Block by block; `use` sees every block, and nothing is kept."""
-    decoder = vae.decoder(fastest_way(vae.device, BLOCK, overlap=False).frames)
+    decoder = vae.decoder(fastest_strategy(vae.device, BLOCK, overlap=False).frames)
     for block in torch.split(latents, BLOCK, dim=1):
         use(decoder.decode(block))
     decoder.close()
@@ -115,7 +115,7 @@ def decibel(a: Tensor, b: Tensor) -> float:
 
 
 def steady_block_seconds(vae: LatentDecoder, latents: Tensor, repeat: int) -> float:
-    decoder = vae.decoder(fastest_way(vae.device, BLOCK, overlap=False).frames)
+    decoder = vae.decoder(fastest_strategy(vae.device, BLOCK, overlap=False).frames)
     block = latents[:, :BLOCK]
     decoder.decode(block)
     decoder.decode(block)
@@ -140,7 +140,7 @@ def make_latents(arguments: argparse.Namespace, resolution: str, vae: VAE) -> Te
     size = height * vae.spatial_scale, width * vae.spatial_scale
     longest = BLOCK * 10**6
     config = InferenceConfig(resolution=size, num_output_frames=longest, num_frame_per_block=BLOCK, start_from_fit=True)
-    return load_given(arguments.video, config, vae)[:, : arguments.frames]
+    return load_prefix(arguments.video, config, vae)[:, : arguments.frames]
 
 
 def measure(arguments: argparse.Namespace, resolution: str, device: torch.device) -> Iterator[Row]:

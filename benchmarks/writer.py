@@ -22,7 +22,7 @@ from torch import Tensor
 
 from benchmarks.dit import BLOCK
 from benchmarks.machine import facts
-from pipeline.config import InferenceConfig
+from pipeline.config.config import InferenceConfig
 from utils.video import VideoWriter, to_uint8
 from wan.geometry import pixel_frames
 

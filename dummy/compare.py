@@ -1,6 +1,6 @@
 """How two roles files differ: python -m dummy.compare A B
 
-A file is one of `python -m dummy.atlas --roles` or the JSON that inference.py writes beside a video.
+A file is one of `python -m pipeline.atlas --roles` or the JSON that inference.py writes beside a video.
 """
 
 from __future__ import annotations

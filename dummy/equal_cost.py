@@ -1,8 +1,8 @@
 """Long context at the cost of a dense setting: what sink and dummy heads save goes to the neighbour heads' history.
 
 A block's operations are those of its own tokens plus, for every frame that a head keeps, the same amount once more
-(`wan.operations`). Two settings of one model cost the same if their heads keep equally many frames in all; so frames
-are counted here, and neither operations nor seconds.
+(`wan.transformer.operations`). Two settings of one model cost the same if their heads keep equally many frames in all;
+so frames are counted here, and neither operations nor seconds.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 
 from dummy.roles import Role
-from wan.head_group import UNBOUNDED, Retention
+from wan.attention.head_group import UNBOUNDED, Retention
 
 
 @dataclass(frozen=True)

@@ -17,10 +17,10 @@ from dummy.equal_cost import EqualCost
 from dummy.frame_attention import regions
 from dummy.roles import HeadRoles, Role
 from utils.errors import InputError
+from wan.attention.head_group import FULL_HISTORY, UNBOUNDED, Retention
 from wan.config import ModelKwargs
-from wan.head_group import FULL_HISTORY, UNBOUNDED, Retention
 
-HeadParts = list[tuple[int, Retention]]
+HeadSegments = list[tuple[int, Retention]]
 """Consecutive heads of a layer and what they keep."""
 
 
@@ -58,13 +58,13 @@ class HeadSplit:
         """What heads of each role keep, given how many there are."""
         return self.by_role if self.equal_cost is None else self.equal_cost.fit(self.by_role, roles.counts())
 
-    def layout(self, roles: HeadRoles) -> tuple[list[list[int]], list[HeadParts]]:
+    def layout(self, roles: HeadRoles) -> tuple[list[list[int]], list[HeadSegments]]:
         """Per layer the order of the heads, with heads that keep equally much together, and the parts in that order."""
         by_role = self.retentions(roles)
         ranked = sorted(Role, key=lambda role: (by_role[role].total, role))
         orders = [sorted(range(len(row)), key=lambda head: ranked.index(row[head])) for row in roles.table]
-        parts = [[(row.count(role), by_role[role]) for role in ranked if role in row] for row in roles.table]
-        return orders, parts
+        head_segments = [[(row.count(role), by_role[role]) for role in ranked if role in row] for row in roles.table]
+        return orders, head_segments
 
 
 @dataclass(frozen=True)

@@ -10,11 +10,13 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.config import InferenceConfig
-from pipeline.decoding import start_decoder
-from pipeline.engine import choose_engine, start_engine, use_compile_cache
-from pipeline.generator import BlockGenerator
-from pipeline.loading import (
+from pipeline.config.config import InferenceConfig, geometry_of
+from pipeline.planning.memory_advice import is_out_of_memory, out_of_memory
+from pipeline.planning.plan import choose_strategy
+from pipeline.runtime.decoding import start_decoder
+from pipeline.runtime.engine import choose_engine, start_engine, use_compile_cache
+from pipeline.runtime.generator import BlockGenerator
+from pipeline.runtime.loading import (
     check_before_loading,
     choose_dtype,
     choose_vae_device,
@@ -24,10 +26,8 @@ from pipeline.loading import (
     load_transformer,
     require_files,
 )
-from pipeline.plan import choose_way, geometry_of
-from pipeline.remedies import is_out_of_memory, out_of_memory
-from pipeline.speed import at_speed
-from pipeline.video_pipeline import VideoPipeline
+from pipeline.runtime.speed import at_speed
+from pipeline.runtime.video_pipeline import VideoPipeline
 
 logger = logging.getLogger(__name__)
 
@@ -57,10 +57,10 @@ def assemble(
     speed = config.dummy_forcing.equal_cost
     if config.dummy_forcing.enabled and isinstance(speed, float):
         generator.settings = at_speed(generator, geometry, speed)
-    way = choose_way(config, generator.settings, device)  # the settings now say how large the cache becomes
+    strategy = choose_strategy(config, generator.settings, device)  # the settings now say how large the cache becomes
     vae = load_decoder(config, choose_vae_device(config, device), dtype)
-    pipeline = VideoPipeline(generator, vae, config, way, load_encoder(config, vae))
-    if pipeline.way.aside and pipeline.way.tile is None:
+    pipeline = VideoPipeline(generator, vae, config, strategy, load_encoder(config, vae))
+    if pipeline.strategy.on_side_stream and pipeline.strategy.tile is None:
         latents = torch.zeros(batch, *geometry.block_shape, device=device)
         start_decoder(vae, choose_engine(config.engine, vae.device), config.engine != "auto", latents)
     return pipeline, embeds

@@ -12,8 +12,8 @@ from pathlib import Path
 
 from dummy.atlas.report import facts
 from dummy.atlas.table import Atlas
-from pipeline.atlas_recording import role_settings
-from pipeline.config import load_config
+from pipeline.atlas.recording import role_settings
+from pipeline.config.config import load_config
 from shapes.frontier_report import DENSE, MEASURES, ORIGINAL, Row
 
 ROOT = Path(__file__).parents[1]

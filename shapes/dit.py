@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from shapes.forward import TrainingForward, init_
 from shapes.tokenizer import MAX_TOKENS, build_tokenizer
 from wan.config import ModelConfig
-from wan.model import CausalWanModel
+from wan.transformer.model import CausalWanModel
 
 TEXT_SIZES: dict[str, Any] = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
 SIZES = ModelConfig(

@@ -23,9 +23,9 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from pipeline.config import InferenceConfig, load_config
-from pipeline.generator import BlockGenerator, Rollout, Segment
-from pipeline.loading import generator_settings, load_transformer, load_vae, model_sizes
+from pipeline.config.config import InferenceConfig, load_config
+from pipeline.runtime.generator import BlockGenerator, Rollout, Segment
+from pipeline.runtime.loading import generator_settings, load_transformer, load_vae, model_sizes
 from shapes.data import BLOCK, Clip, make_clip, pixel_frame
 from shapes.measure import psnr
 from shapes.report import Report, check_gate, table, write_report
@@ -33,11 +33,11 @@ from shapes.score import Score, score, score_later
 from shapes.world import Floats, as_floats
 from utils.profiler import device_name
 from utils.seed import NoiseStream, video_seed
-from wan.fp8 import to_fp8
 from wan.geometry import LatentGeometry
-from wan.model import CausalWanModel
 from wan.text import TextEncoder, pad
-from wan.vae import VAE
+from wan.transformer.fp8 import to_fp8
+from wan.transformer.model import CausalWanModel
+from wan.vae.vae import VAE
 
 logger = logging.getLogger(__name__)
 

@@ -4,7 +4,7 @@ Teacher forcing (Self Forcing, arXiv 2506.08009, section 3): a clip's clean toke
 blocks. A noisy block attends to the clean blocks before it and to itself, a clean block to the clean blocks before it
 and to itself, which is what the cached loop of `pipeline.generator` computes one by one. After a prompt switch the
 clean blocks before it see each other, as in the product's re-encoding pass. There are no masks: every block is a
-product of its own, which on a CPU is the cheaper way. The submodules and their weights are `wan.model`'s.
+product of its own, which on a CPU is the cheaper way. The submodules and their weights are `wan.transformer.model`'s.
 
 Letters as elsewhere, and K blocks, R rows: the clean blocks of a clip but the last, which nobody looks at, then its
 noisy blocks copy by copy.
@@ -16,9 +16,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from wan.layers import TransformerBlock
-from wan.model import CausalWanModel
-from wan.rope import RotaryEmbedding, Rotation, rotate
+from wan.attention.rope import RotaryEmbedding, Rotation, rotate
+from wan.transformer.layers import TransformerBlock
+from wan.transformer.model import CausalWanModel
 
 GRAPHS = 64  # of a layer: sizes of batches, switches, with gradients and without
 

@@ -23,8 +23,8 @@ from typing import Any
 import torch
 
 from dummy.presets import PRESETS
-from pipeline.config import InferenceConfig, load_config
-from pipeline.loading import require_files
+from pipeline.config.config import InferenceConfig, load_config
+from pipeline.runtime.loading import require_files
 from shapes import evaluate
 from shapes.data import BLOCK, make_clip, pixel_frame
 from shapes.frontier_plot import draw

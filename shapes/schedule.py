@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.schedule import DenoisingSchedule
+from pipeline.runtime.schedule import DenoisingSchedule
 
 SHIFT = 5.0
 HISTORY_NOISE = 0.15  # the most noise that the clean blocks carry in training

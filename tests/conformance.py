@@ -27,18 +27,18 @@ from torch import Tensor
 from dummy.config import DummyForcingConfig, RetentionConfig
 from dummy.policy import ContextPolicy, policy_from_config
 from dummy.roles import HeadRoles
-from pipeline.engine import WAYS, passes_of
-from pipeline.generator import BlockGenerator, FlowRecord, GeneratorSettings, Passes, Rollout, Segment
-from pipeline.schedule import DenoisingSchedule
+from pipeline.runtime.engine import WAYS, passes_of
+from pipeline.runtime.generator import BlockGenerator, FlowRecord, GeneratorSettings, Passes, Rollout, Segment
+from pipeline.runtime.schedule import DenoisingSchedule
 from utils.errors import InputError
-from wan.attention import AttentionName
-from wan.checkpoint import generator_state, load_into, read_tensors
+from wan.attention.backends import AttentionName
+from wan.checkpoints.files import generator_state, load_into, read_tensors
+from wan.checkpoints.lora import merge_lora
 from wan.config import ModelConfig, ModelKwargs
 from wan.geometry import LatentGeometry
-from wan.lora import merge_lora
-from wan.model import CausalWanModel
 from wan.text import embed, load_encoder
-from wan.vae import VAE
+from wan.transformer.model import CausalWanModel
+from wan.vae.vae import VAE
 
 TOLERANCE = 2e-4
 BF16_TOLERANCE = 0.02  # of the norm

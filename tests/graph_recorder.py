@@ -32,7 +32,7 @@ class _Operators(TorchDispatchMode):
 
 
 class OperatorRecorder:
-    """A `wan.graphs.Recorder`."""
+    """A `wan.transformer.graphs.Recorder`."""
 
     def __init__(self) -> None:
         self.replays = 0

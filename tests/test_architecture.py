@@ -1,9 +1,10 @@
-"""The rules of the house, read off the source: layers, top-level names, sizes of files and functions."""
+"""The rules of the house, read off the source: layers, floors, circles, sizes of files and functions."""
 
 from __future__ import annotations
 
 import ast
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from graphlib import TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -14,6 +15,14 @@ SCRIPTS = ["inference.py", "interactive_inference.py", "sample_vbench.py"]
 MAY_NOT_SEE = {"scripts": {"dummy", "wan"}, "utils": {"wan", "dummy", "pipeline"}, "wan": {"dummy", "pipeline"}}
 MAY_NOT_SEE |= {"dummy": {"pipeline"}, "pipeline": set()}
 LIBRARY = [path for layer in LAYERS[1:] for path in sorted((ROOT / layer).glob("**/*.py"))]
+# Within a layer, from the ground up: a file imports from its own room or from a lower floor.
+FLOORS = {
+    "wan": [{"geometry", "config", "cuda_graphs"}, {"attention", "checkpoints"}, {"text", "transformer", "vae"}],
+    "dummy": [{"budget", "presets"}, {"roles", "config", "frame_attention", "teacache"}],
+    "pipeline": [{"config"}, {"runtime"}, {"planning"}, {"assembly"}, {"atlas", "vbench"}],
+}
+FLOORS["dummy"] += [{"equal_cost", "compare"}, {"policy"}, {"atlas"}]
+ROOMED = [path for path in LIBRARY if path.relative_to(ROOT).parts[0] in FLOORS and path.name != "__init__.py"]
 SOURCES = [*LIBRARY, *(ROOT / name for name in SCRIPTS)]
 
 
@@ -28,12 +37,34 @@ def imported(path: Path) -> Iterator[str]:
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_imports_go_to_the_right(path: Path) -> None:
-    script = path.parent == ROOT or path.name == "__main__.py"  # `python -m dummy.atlas` may need the whole pipeline
-    layer = "scripts" if script else path.relative_to(ROOT).parts[0]
+    layer = "scripts" if path.parent == ROOT else path.relative_to(ROOT).parts[0]
     scripts = set() if layer == "scripts" else {name.removesuffix(".py") for name in SCRIPTS}
-    forbidden = MAY_NOT_SEE[layer] | {"tests", "benchmarks"} | scripts
+    forbidden = MAY_NOT_SEE[layer] | {"tests", "benchmarks", "shapes"} | scripts
     found = {name.split(".")[0] for name in imported(path)}
     assert not found & forbidden
+
+
+def floor(layer: str, module: Sequence[str]) -> int:
+    """The floor on which the room of pipeline.ROOM... (or the file pipeline.FILE) stands."""
+    room = module[0]
+    return next(number for number, rooms in enumerate(FLOORS[layer]) if room in rooms)
+
+
+@pytest.mark.parametrize("path", ROOMED, ids=lambda path: str(path.relative_to(ROOT)))
+def test_imports_go_to_the_own_room_or_down(path: Path) -> None:
+    layer, *own = path.relative_to(ROOT).with_suffix("").parts
+    for name in imported(path):
+        first, *module = name.split(".")
+        if first == layer and module and module[0] != own[0]:
+            assert floor(layer, module) < floor(layer, own), f"{path} imports {name}, which stands no lower"
+
+
+def test_no_import_goes_in_a_circle() -> None:
+    graph = {}
+    for path in LIBRARY:
+        module = ".".join(path.relative_to(ROOT).with_suffix("").parts).removesuffix(".__init__")
+        graph[module] = {name for name in imported(path) if name.split(".")[0] in LAYERS}
+    TopologicalSorter(graph).prepare()  # raises CycleError, which names the circle
 
 
 @pytest.mark.parametrize("path", SOURCES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -24,10 +24,10 @@ from dummy.atlas.table import Atlas
 from dummy.config import DummyForcingConfig
 from dummy.frame_attention import FrameAttention
 from dummy.roles import HeadRoles, Role
-from pipeline import atlas as command
-from pipeline import atlas_cost
-from pipeline.atlas_cost import scoring_bytes, video_bytes
-from pipeline.atlas_recording import (
+from pipeline.atlas import command
+from pipeline.atlas import cost as atlas_cost
+from pipeline.atlas.cost import scoring_bytes, video_bytes
+from pipeline.atlas.recording import (
     Recording,
     choose_passes,
     jobs_of,
@@ -35,9 +35,8 @@ from pipeline.atlas_recording import (
     watched_generator,
     watched_policy,
 )
-from pipeline.atlas_stored import load_stored
-from pipeline.config import load_config
-from pipeline.plan import geometry_of
+from pipeline.atlas.stored import load_stored
+from pipeline.config.config import geometry_of, load_config
 from tests.conftest import Program
 from utils.errors import InputError
 from utils.files import disk_full
@@ -293,12 +292,12 @@ class Weighed:
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("share", "piece"), [(1.0, 128 << 20), (0.25, 128 << 20), (1.0, 1 << 12), (1.0, 1)])
+@pytest.mark.parametrize(("share", "chunk"), [(1.0, 128 << 20), (0.25, 128 << 20), (1.0, 1 << 12), (1.0, 1)])
 def test_recording_allocates_at_most_what_is_said(
-    program: Program, precision: str, share: float, piece: int, monkeypatch: pytest.MonkeyPatch
+    program: Program, precision: str, share: float, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(atlas_cost, "PIECE_BYTES", piece)
-    monkeypatch.setattr(FrameAttention.__init__, "__defaults__", (1.0, piece, False, None))
+    monkeypatch.setattr(atlas_cost, "PIECE_BYTES", chunk)
+    monkeypatch.setattr(FrameAttention.__init__, "__defaults__", (1.0, chunk, False, None))
     given = program.arguments("num_output_frames=21", "resolution=[64,96]", f"precision={precision}")
     config = load_config(given[1], given[2:])
     recording = Recording(config, choose_passes(config, None, None), share, "dense", ("A fox.",))

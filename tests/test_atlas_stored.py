@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save
 from torch import Tensor
 
-from pipeline import atlas as command
+from pipeline.atlas import command
 from tests.test_atlas import made_up
 
 

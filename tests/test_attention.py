@@ -6,8 +6,8 @@ import pytest
 import torch
 
 from utils.errors import InputError
-from wan.attention import attention_backend, choose_backend, sdpa
-from wan.varlen import Sequences, flash, ragged_backend
+from wan.attention.backends import attention_backend, choose_backend, sdpa
+from wan.attention.varlen import RaggedKV, flash, ragged_backend
 
 CPU = torch.device("cpu")
 
@@ -48,12 +48,12 @@ def test_backends_agree_on_a_gpu(name: str) -> None:
     torch.testing.assert_close(out.float(), expected, atol=2e-2, rtol=2e-2)
 
 
-def sequences(device: torch.device | str, dtype: torch.dtype) -> tuple[torch.Tensor, Sequences]:
+def sequences(device: torch.device | str, dtype: torch.dtype) -> tuple[torch.Tensor, RaggedKV]:
     """Two videos of three heads that see 5, 9 and 2 of up to 9 rows; what they do not see is not a number."""
     generator = torch.Generator().manual_seed(0)
-    seen = Sequences.of(torch.empty(0, dtype=dtype, device=device), 2, [9, 9, 4], 64, 4)
+    seen = RaggedKV.of(torch.empty(0, dtype=dtype, device=device), 2, [9, 9, 4], 64, 4)
     for head, length in enumerate((5, 9, 2)):
-        seen.see(slice(head, head + 1), length)
+        seen.set_lengths(slice(head, head + 1), length)
     if seen.kv.device.type != "meta":
         seen.kv.copy_(torch.randn(seen.kv.shape, generator=generator))
         for unseen in (slice(5, 9), slice(20, 22)):
@@ -61,7 +61,7 @@ def sequences(device: torch.device | str, dtype: torch.dtype) -> tuple[torch.Ten
     return torch.randn(2, 4, 3, 64, generator=generator).to(device, dtype), seen
 
 
-def one_by_one(q: torch.Tensor, seen: Sequences) -> torch.Tensor:
+def one_by_one(q: torch.Tensor, seen: RaggedKV) -> torch.Tensor:
     out = torch.empty_like(q)
     for video in range(2):
         for head, rows in enumerate((slice(0, 5), slice(9, 18), slice(18, 20))):

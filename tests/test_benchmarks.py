@@ -18,7 +18,7 @@ from benchmarks.steady import POLICIES, STEPS, SteadyBlock, build_model
 from benchmarks.trace import CROSS, KINDS, SELF, breakdown
 from wan.config import WAN_1_3B, ModelConfig
 from wan.geometry import LatentGeometry
-from wan.operations import (
+from wan.transformer.operations import (
     clean_pass_operations,
     forward_operations,
     linear_operations,

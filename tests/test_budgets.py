@@ -12,9 +12,9 @@ from dummy.budget import DummyBudget
 from dummy.config import DummyForcingConfig
 from dummy.policy import split_of
 from dummy.roles import HeadRoles, Role, dummy_ranks
-from pipeline.config import check_against_model, load_config
-from pipeline.loading import generator_settings
-from pipeline.plan import planner_for
+from pipeline.config.config import check_against_model, load_config
+from pipeline.planning.plan import planner_for
+from pipeline.runtime.loading import generator_settings
 from tests.conftest import ROOT, Program
 from utils.errors import InputError
 from wan.config import WAN_1_3B

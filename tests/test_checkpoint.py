@@ -15,7 +15,8 @@ from torch import Tensor, nn
 
 from tests.small_checkpoints import MODEL_CONFIG, dit_shapes, lora_weights, random_weights
 from utils.errors import InputError
-from wan.checkpoint import (
+from wan.checkpoints.diffusers_layout import diffusers_to_wan, read_model_config, read_model_state
+from wan.checkpoints.files import (
     REPOSITORIES,
     download_hint,
     generator_state,
@@ -24,8 +25,7 @@ from wan.checkpoint import (
     read_tensors,
     strip_wrappers,
 )
-from wan.diffusers_layout import diffusers_to_wan, read_model_config, read_model_state
-from wan.lora import merge_lora
+from wan.checkpoints.lora import merge_lora
 
 HERE = Path("file.pt")
 TENSORS = {"a.weight": torch.arange(6.0).view(2, 3), "b": torch.ones(4)}

@@ -12,11 +12,11 @@ import pytest
 import torch
 
 from benchmarks import end_to_end, memory, tables, vae, writer
-from pipeline.plan import Planner
+from pipeline.planning.plan import Planner
 from tests.conftest import ROOT
 from utils.video import probe
 from wan.config import WAN_1_3B
-from wan.vae import VAE
+from wan.vae.vae import VAE
 
 SMALL = ["--device", "cpu", "--resolution", "tiny", "--width", "8", "--repeat", "1"]
 
@@ -88,7 +88,7 @@ def test_whole_clips_without_text_encoder_and_video_encoder() -> None:
 def test_what_fits_which_card() -> None:
     planner = Planner(WAN_1_3B, VAE.published(torch.bfloat16), torch.bfloat16)
     small, large = memory.rows(planner, [480], [4, 80])
-    assert not small.fits and large.fits and large.way.aside
+    assert not small.fits and large.fits and large.strategy.on_side_stream
     assert small.peak_gib < large.peak_gib
     header, _, body = memory.table([small, large]).splitlines()
     assert header == "| rows of pixels | 4 GB | 80 GB |"

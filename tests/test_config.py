@@ -12,9 +12,9 @@ import pytest
 import yaml
 
 from dummy.config import DummyForcingConfig
-from pipeline.config import InferenceConfig, as_dict, check_against_model, load_config
-from pipeline.paths import resolve_path
-from pipeline.published_keys import WITHOUT_USE
+from pipeline.config.config import InferenceConfig, as_dict, check_against_model, load_config
+from pipeline.config.paths import resolve_path
+from pipeline.config.published_keys import WITHOUT_USE
 from utils.errors import InputError
 from wan.config import WAN_1_3B, ModelKwargs
 

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import pytest
 
-from pipeline.config import InferenceConfig, check_against_model, load_config
+from pipeline.config.config import InferenceConfig, check_against_model, load_config
 from utils.errors import InputError
 from wan.config import WAN_1_3B, ModelConfig
 

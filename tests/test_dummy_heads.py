@@ -15,13 +15,13 @@ from dummy.frame_attention import FrameAttention, sampled
 from dummy.policy import policy_from_config
 from dummy.roles import HeadRoles, Role
 from dummy.teacache import computed_steps
-from pipeline.generator import BlockGenerator, GeneratorSettings
+from pipeline.runtime.generator import BlockGenerator, GeneratorSettings
 from tests.test_generator import SCHEDULE, start
 from tests.tiny import tiny_model
 from utils.errors import InputError
 from utils.memory import PeakTracker
+from wan.attention.head_group import FULL_HISTORY, Retention
 from wan.config import ModelKwargs
-from wan.head_group import FULL_HISTORY, Retention
 
 TOKENS = 4
 
@@ -177,9 +177,9 @@ def test_policies_are_those_of_the_table() -> None:
 def test_sink_and_dummy_heads_share_one_attention_call() -> None:
     split = policy_from_config(ModelKwargs(), DummyForcingConfig(), 3).split
     assert split is not None
-    orders, parts = split.layout(HeadRoles.from_codes([[1, 2, 0, 2, 1, 0]]))
+    orders, head_segments = split.layout(HeadRoles.from_codes([[1, 2, 0, 2, 1, 0]]))
     assert orders == [[2, 5, 1, 3, 0, 4]]
-    assert parts == [[(2, Retention(1, 0)), (2, Retention(0, 1)), (2, Retention(0, 3))]]
+    assert head_segments == [[(2, Retention(1, 0)), (2, Retention(0, 1)), (2, Retention(0, 3))]]
 
 
 def test_teacache_is_decided_from_the_modulations() -> None:

@@ -13,13 +13,13 @@ import pytest
 import torch
 
 import inference
-from pipeline import engine as engines
-from pipeline.engine import choose_engine, prepare, rehearse, start_engine, use_compile_cache
+from pipeline.runtime import engine as engines
+from pipeline.runtime.engine import choose_engine, prepare, start_engine, use_compile_cache, warmup
 from tests.graph_recorder import OperatorRecorder
 from tests.test_generator import GEOMETRY, ROLES, generator, latents, start
 from tests.tiny import tiny_model
 from utils.errors import InputError
-from wan.graphs import GraphedPasses
+from wan.transformer.graphs import GraphedPasses
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -79,7 +79,7 @@ def test_what_does_not_compile_gives_way_or_is_an_error(
     (record,) = [
         record
         for record in caplog.records
-        if record.levelno >= logging.WARNING and record.name == "pipeline.engine"  # the compiler has its own
+        if record.levelno >= logging.WARNING and record.name == "pipeline.runtime.engine"  # the compiler has its own
     ]
     assert record.message.startswith("engine: eager, since compiled does not run here (")
     assert torch.equal(latents(start(made, 1)), latents(start(generator(tiny_model(), "window"), 1)))
@@ -89,7 +89,7 @@ def test_what_does_not_compile_gives_way_or_is_an_error(
 def test_after_a_rehearsal_the_first_video_records_nothing(kind: str) -> None:
     made = generator(tiny_model(), kind, ROLES if kind in ("prune", "packed") else None)
     passes = made.passes = GraphedPasses(made.model, OperatorRecorder())
-    rehearse(made, GEOMETRY)
+    warmup(made, GEOMETRY)
     captures = passes.captures
     assert captures > 0
     expected = latents(start(generator(tiny_model(), kind, made.settings.policy.split and ROLES), 1))
@@ -101,14 +101,14 @@ def test_a_rehearsal_before_roles_are_observed_is_short() -> None:
     made = generator(tiny_model(), "packed")
     counted = []
     made.model.register_forward_hook(lambda *_: counted.append(1))
-    rehearse(made, GEOMETRY)
+    warmup(made, GEOMETRY)
     assert len(counted) == 8  # the steps of two blocks
 
 
 FIRST_BLOCK = """
 import sys, time, torch
 from pathlib import Path
-from pipeline.engine import start_engine, use_compile_cache
+from pipeline.runtime.engine import start_engine, use_compile_cache
 from tests.test_generator import GEOMETRY, generator
 from tests.tiny import tiny_model
 torch.set_num_threads(1)

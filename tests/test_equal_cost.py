@@ -13,21 +13,21 @@ from dummy.config import DummyForcingConfig
 from dummy.equal_cost import EqualCost, mean_frames
 from dummy.policy import policy_from_config
 from dummy.roles import HeadRoles, Role
-from pipeline import plan
 from pipeline.assembly import assemble
-from pipeline.config import check_against_model, load_config
-from pipeline.cost import block_operations, cost_lines, kept_frames
-from pipeline.generator import BlockGenerator, GeneratorSettings
-from pipeline.loading import generator_settings
-from pipeline.plan import planner_for
-from pipeline.speed import at_speed, block_seconds, frames_in_time
+from pipeline.config.config import check_against_model, load_config
+from pipeline.planning import plan
+from pipeline.planning.cost import block_operations, cost_lines, kept_frames
+from pipeline.planning.plan import planner_for
+from pipeline.runtime.generator import BlockGenerator, GeneratorSettings
+from pipeline.runtime.loading import generator_settings
+from pipeline.runtime.speed import at_speed, block_seconds, frames_in_time
 from tests.conftest import ROOT, Program
 from tests.test_generator import SCHEDULE, start
 from tests.tiny import tiny_model
 from utils.errors import InputError
+from wan.attention.head_group import UNBOUNDED, Retention
 from wan.config import WAN_1_3B, ModelKwargs
 from wan.geometry import LatentGeometry
-from wan.head_group import UNBOUNDED, Retention
 
 CPU = torch.device("cpu")
 LONG = ROOT / "configs" / "longlive_long_context.yaml"

@@ -8,10 +8,10 @@ from torch import Tensor
 
 from tests.tiny import CONFIG, random_embeds, tiny_model
 from utils.errors import InputError
-from wan.fp8 import LARGEST, Fp8Linear, check_fp8, product, quantise, to_fp8
+from wan.attention.head_group import FULL_HISTORY
 from wan.geometry import LatentGeometry
-from wan.head_group import FULL_HISTORY
-from wan.model import CausalWanModel
+from wan.transformer.fp8 import LARGEST, Fp8Linear, check_fp8, product, quantise, to_fp8
+from wan.transformer.model import CausalWanModel
 
 GEOMETRY = LatentGeometry(6, 8, 9, 3)
 

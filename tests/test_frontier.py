@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from dummy.presets import PRESETS
-from pipeline.config import load_config
+from pipeline.config.config import load_config
 from shapes import claims, frontier
 from shapes import frontier_report as report
 from shapes.evaluate import CONFIG

@@ -13,13 +13,13 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from dummy.config import DummyForcingConfig
 from dummy.policy import ContextPolicy, policy_from_config
 from dummy.roles import HeadRoles, Role
-from pipeline.generator import BlockGenerator, GeneratorSettings, Rollout
-from pipeline.schedule import DenoisingSchedule
+from pipeline.runtime.generator import BlockGenerator, GeneratorSettings, Rollout
+from pipeline.runtime.schedule import DenoisingSchedule
 from tests.tiny import segments, tiny_model
 from utils.seed import NoiseStream
 from wan.config import ModelKwargs
 from wan.geometry import LatentGeometry
-from wan.model import CausalWanModel
+from wan.transformer.model import CausalWanModel
 
 SCHEDULE = DenoisingSchedule.build([1000, 750, 500, 250], 5.0, warp=True)
 GEOMETRY = LatentGeometry(4, 6, 15, 3)
@@ -192,12 +192,12 @@ def test_given_blocks_are_passed_on_and_seen_by_what_follows() -> None:
     made = generator(tiny_model(), "packed")
     plain = latents(start(made, 7))
     given = plain[:, :6] + 0.1
-    rollout = made.start(GEOMETRY, segments(made.model), NoiseStream([7]), given=given)
+    rollout = made.start(GEOMETRY, segments(made.model), NoiseStream([7]), prefix_latents=given)
     going_on = latents(rollout)
     assert torch.equal(going_on[:, :6], given)
     assert going_on.shape == plain.shape
     assert rollout.forwards == 2 + 5 + 5 + 4  # two clean passes, then two whole blocks and the last
-    again = made.start(GEOMETRY, segments(made.model), NoiseStream([7]), given=plain[:, :6])
+    again = made.start(GEOMETRY, segments(made.model), NoiseStream([7]), prefix_latents=plain[:, :6])
     assert not torch.allclose(latents(again)[:, 6:], going_on[:, 6:], atol=1e-3)
 
 
@@ -211,5 +211,5 @@ def test_a_video_given_its_own_beginning_goes_on_as_it_did(kind: str, relative: 
     noise = NoiseStream([7])
     for _ in range(5 * len(SCHEDULE)):  # what the five given blocks would have drawn
         noise.normal(geometry.block_shape)
-    rollout = made.start(geometry, segments(made.model), noise, given=plain[:, :15])
+    rollout = made.start(geometry, segments(made.model), noise, prefix_latents=plain[:, :15])
     assert torch.equal(latents(rollout), plain)

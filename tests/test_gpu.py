@@ -12,13 +12,13 @@ from torch import Tensor
 
 from benchmarks.vae import random_vae
 from dummy.roles import HeadRoles
-from pipeline.engine import choose_engine, passes_of, start_engine
-from pipeline.generator import BlockGenerator
+from pipeline.runtime.engine import choose_engine, passes_of, start_engine
+from pipeline.runtime.generator import BlockGenerator
 from tests.test_generator import GEOMETRY, ROLES, generator, latents, start
 from tests.tiny import CONFIG, tiny_model
-from wan.graphs import GraphedPasses
-from wan.layers import FeedForward, gelu_product, has_gelu_product
-from wan.model import CausalWanModel
+from wan.transformer.graphs import GraphedPasses
+from wan.transformer.layers import FeedForward, gelu_product, has_gelu_product
+from wan.transformer.model import CausalWanModel
 
 pytestmark = [pytest.mark.gpu, pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")]
 

@@ -13,14 +13,14 @@ import torch
 from torch import Tensor
 
 from dummy.roles import HeadRoles
-from pipeline.generator import BlockGenerator, Passes
+from pipeline.runtime.generator import BlockGenerator, Passes
 from tests import conformance
 from tests.graph_recorder import OperatorRecorder
 from tests.test_generator import GEOMETRY, ROLES, NoHostReads, generator, latents, start
 from tests.tiny import segments, tiny_model
 from utils.seed import NoiseStream
-from wan.graphs import GraphedPasses, StaticInputs
-from wan.model import CausalWanModel, TextContext
+from wan.transformer.graphs import GraphedPasses, StaticInputs
+from wan.transformer.model import CausalWanModel, TextContext
 
 VECTORS = Path(__file__).parent / "data" / "vectors"
 CASES = sorted(path for path in VECTORS.glob("*.safetensors") if not path.name.endswith("_a.safetensors"))
@@ -85,7 +85,7 @@ def test_videos_are_those_of_the_model(
             texts = segments(made.model, starts, len(seeds))
             texts = [replace(part, text=_stirred(part.text, seeds[0])) for part in texts]
             given = torch.ones(1, 6, 16, 4, 6) if seeds == (5,) else None
-            videos.append(latents(made.start(geometry, texts, NoiseStream(seeds), len(seeds), given=given)))
+            videos.append(latents(made.start(geometry, texts, NoiseStream(seeds), len(seeds), prefix_latents=given)))
         same(videos[1], videos[0])
 
 
@@ -123,7 +123,7 @@ def test_recordings_are_few_and_none_more_for_a_second_video(
         assert passes.captures == expected
         latents(start(graphed, 2, geometry=geometry, starts=starts))
         assert passes.captures == expected + again
-        assert passes.recordings == min(expected, passes.captures)
+        assert passes.num_graphs == min(expected, passes.captures)
 
 
 @pytest.mark.parametrize(("kind", "roles", "again"), [("full", None, 0), ("window", None, 0), ("packed", None, 2)])
@@ -142,11 +142,11 @@ def test_with_lengths_as_data_two_recordings_do(kind: str, roles: HeadRoles | No
 def test_recordings_go_with_the_buffers_they_work_on() -> None:
     graphed, passes = recording(generator(tiny_model(), "window"))
     latents(start(graphed, 1))
-    assert passes.recordings == 6
+    assert passes.num_graphs == 6
     latents(start(graphed, 1, 2))
-    assert (passes.recordings, passes.captures) == (6, 12)
+    assert (passes.num_graphs, passes.captures) == (6, 12)
     graphed._spare = None
-    assert passes.recordings == 0
+    assert passes.num_graphs == 0
 
 
 def test_beyond_the_most_recordings_passes_run_without(caplog: pytest.LogCaptureFixture) -> None:
@@ -155,7 +155,7 @@ def test_beyond_the_most_recordings_passes_run_without(caplog: pytest.LogCapture
     with caplog.at_level(logging.INFO):
         for seed in (1, 2):
             same(latents(start(graphed, seed)), latents(start(eager, seed)))
-    assert passes.captures == passes.recordings == 3
+    assert passes.captures == passes.num_graphs == 3
     assert [record.message for record in caplog.records] == [
         "engine: 3 passes are recorded, the most at once; others run without"
     ]
@@ -209,7 +209,7 @@ def test_a_stale_input_would_be_seen(stale: str) -> None:
     latents(start(graphed, 1))
     expected = latents(start(eager, 2, starts=(0, 6)))
     rollout = start(graphed, 2, starts=(0, 6))
-    recorded = passes._recorded[rollout.cache.layout]
+    recorded = passes._captured[rollout.cache.buffer_epoch]
     if stale != "nothing":
         recorded.inputs = moved(recorded.inputs, stale)
     assert torch.allclose(latents(rollout), expected, atol=1e-4) == (stale == "nothing")

@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 
 import pytest
 
-from wan.checkpoint import REPOSITORIES
+from wan.checkpoints.files import REPOSITORIES
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"

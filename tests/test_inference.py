@@ -19,11 +19,11 @@ import torch
 
 import inference
 import interactive_inference
-from pipeline.config import InferenceConfig, load_config
-from pipeline.generator import BlockGenerator
-from pipeline.jobs import read_jobs
-from pipeline.loading import check_before_loading, choose_dtype, encode_prompts, load_transformer, load_vae
-from pipeline.video_pipeline import VideoPipeline
+from pipeline.config.config import InferenceConfig, load_config
+from pipeline.config.jobs import read_jobs
+from pipeline.runtime.generator import BlockGenerator
+from pipeline.runtime.loading import check_before_loading, choose_dtype, encode_prompts, load_transformer, load_vae
+from pipeline.runtime.video_pipeline import VideoPipeline
 from tests.conftest import PROMPTS, ROOT, Program
 from tests.small_checkpoints import SmallCheckpoints
 from utils.profiler import Profiler

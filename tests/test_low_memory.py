@@ -9,19 +9,19 @@ import pytest
 import torch
 
 from pipeline.assembly import assemble
-from pipeline.config import InferenceConfig, load_config
-from pipeline.decoding import DecodingWay
-from pipeline.jobs import VideoJob, read_jobs
-from pipeline.loading import generator_settings, text_encoder_place
-from pipeline.plan import RESERVE, Planner, planner_for
+from pipeline.config.config import InferenceConfig, load_config
+from pipeline.config.jobs import VideoJob, read_jobs
+from pipeline.planning.plan import RESERVE, Planner, planner_for
+from pipeline.runtime.decoding import DecodeStrategy
+from pipeline.runtime.loading import generator_settings, text_encoder_place
 from tests.conftest import ROOT, Program
 from utils.memory import PeakTracker
 from utils.video import probe
 from wan.config import WAN_1_3B
-from wan.vae import VAE
+from wan.vae.vae import VAE
 
 CPU, GPU = torch.device("cpu"), torch.device("cuda")
-FAST, SMALL = DecodingWay(3, aside=True), DecodingWay(1, piece=1)
+FAST, SMALL = DecodeStrategy(3, on_side_stream=True), DecodeStrategy(1, frame_chunk=1)
 GIB = 2**30
 
 
@@ -40,35 +40,42 @@ def published(*overrides: str) -> InferenceConfig:
         ((), [FAST, SMALL], True),
         (("low_memory=true",), [SMALL], True),
         (("low_memory=false",), [FAST], True),
-        (("overlap=false",), [DecodingWay(3), SMALL], True),
+        (("overlap=false",), [DecodeStrategy(3), SMALL], True),
         (("vae_tile=never",), [FAST, SMALL], False),
-        (("vae_tile=256",), [DecodingWay(3, 256, aside=True), DecodingWay(1, 256, piece=1)], False),
+        (
+            ("vae_tile=256",),
+            [DecodeStrategy(3, 256, on_side_stream=True), DecodeStrategy(1, 256, frame_chunk=1)],
+            False,
+        ),
     ],
 )
 def test_ways_from_the_fastest_to_the_smallest(
-    planner: Planner, overrides: tuple[str, ...], first: list[DecodingWay], tiles: bool
+    planner: Planner, overrides: tuple[str, ...], first: list[DecodeStrategy], tiles: bool
 ) -> None:
-    ways = list(planner.ways(published(*overrides)))
-    assert ways[: len(first)] == first
-    rest = ways[len(first) :]
-    plain, on_host = [way for way in rest if not way.on_host], [way for way in rest if way.on_host]
+    strategies = list(planner.strategies(published(*overrides)))
+    assert strategies[: len(first)] == first
+    rest = strategies[len(first) :]
+    plain, on_host = (
+        [strategy for strategy in rest if not strategy.on_host],
+        [strategy for strategy in rest if strategy.on_host],
+    )
     assert rest == [*plain, *on_host]
-    assert [way.tile for way in plain] == ([960, 640, 512, 384] if tiles else [])
+    assert [strategy.tile for strategy in plain] == ([960, 640, 512, 384] if tiles else [])
     assert bool(on_host) == ("low_memory=false" not in overrides)
-    for way in on_host:
-        assert way.tile in ([plain_way.tile for plain_way in plain] or [first[0].tile])
+    for strategy in on_host:
+        assert strategy.tile in ([plain_way.tile for plain_way in plain] or [first[0].tile])
 
 
 def test_on_a_cpu_the_host_has_no_other_memory() -> None:
     planner = Planner(WAN_1_3B, VAE.published(torch.bfloat16), torch.bfloat16, vae_device=CPU)
-    assert not any(way.on_host for way in planner.ways(published("low_memory=true", "device=cpu")))
+    assert not any(strategy.on_host for strategy in planner.strategies(published("low_memory=true", "device=cpu")))
 
 
 def test_1080p_within_16_gb_with_the_caches_on_the_host(planner: Planner) -> None:
     config = published("resolution=1080")
     settings = generator_settings(config, planner.sizes)
-    way = DecodingWay(1, 384, piece=2, on_host=True)  # the last that is tried
-    on_host, plain = (planner.memory(config, settings, one) for one in (way, replace(way, on_host=False)))
+    strategy = DecodeStrategy(1, 384, frame_chunk=2, on_host=True)  # the last that is tried
+    on_host, plain = (planner.memory(config, settings, one) for one in (strategy, replace(strategy, on_host=False)))
     assert on_host.vae_cache == plain.vae_cache_on_host == 0
     assert on_host.vae_cache_on_host == plain.vae_cache > 10 * GIB
     assert on_host.peak < 16 * GIB * (1 - RESERVE)
@@ -79,19 +86,23 @@ def test_1080p_within_16_gb_with_the_caches_on_the_host(planner: Planner) -> Non
 def test_less_memory_when_there_is_less(planner: Planner) -> None:
     config = published("resolution=1080")
     settings = generator_settings(config, planner.sizes)
-    peaks = [planner.memory(config, settings, way).peak for way in (FAST, SMALL)]
+    peaks = [planner.memory(config, settings, strategy).peak for strategy in (FAST, SMALL)]
     assert peaks[1] < 0.8 * peaks[0]
-    assert planner.way(config, settings, 80 * GIB) == FAST
-    assert planner.way(config, settings, int(peaks[1] / 0.9) + 1) == SMALL
-    assert planner.way(config, settings, GIB) == DecodingWay(1, 384, piece=2, on_host=True)  # nothing fits: the least
+    assert planner.strategy(config, settings, 80 * GIB) == FAST
+    assert planner.strategy(config, settings, int(peaks[1] / 0.9) + 1) == SMALL
+    assert planner.strategy(config, settings, GIB) == DecodeStrategy(
+        1, 384, frame_chunk=2, on_host=True
+    )  # nothing fits: the least
 
 
 def test_what_works_at_the_same_time_is_there_at_the_same_time(planner: Planner) -> None:
     config = published()
     settings = generator_settings(config, planner.sizes)
-    aside, after = (planner.memory(config, settings, DecodingWay(3, aside=both)) for both in (True, False))
-    less = min(aside.transformer_activations, aside.vae_activations)
-    assert aside.peak - after.peak == less > 0
+    on_side_stream, after = (
+        planner.memory(config, settings, DecodeStrategy(3, on_side_stream=both)) for both in (True, False)
+    )
+    less = min(on_side_stream.transformer_activations, on_side_stream.vae_activations)
+    assert on_side_stream.peak - after.peak == less > 0
 
 
 def test_another_device_for_the_vae_is_counted_apart(planner: Planner) -> None:
@@ -122,7 +133,7 @@ def check_the_plan(config: InferenceConfig) -> VideoJob:
     job = read_jobs(config)[0]
     pipeline, embeds = assemble(config, job.prompts, CPU)
     planner = planner_for(config, CPU)
-    plan = planner.memory(config, generator_settings(config, planner.sizes), pipeline.way)
+    plan = planner.memory(config, generator_settings(config, planner.sizes), pipeline.strategy)
     with PeakTracker() as tracker:
         pipeline.write([job], embeds, lambda _: None)
     assert plan.peak == pytest.approx(tracker.peak + plan.transformer + plan.vae, rel=0.1)

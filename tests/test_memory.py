@@ -8,8 +8,8 @@ import pytest
 import torch
 from torch import nn
 
-from utils.host_memory import PIECE, HostMemory
 from utils.memory import PeakTracker, format_bytes
+from utils.pinned_buffers import PIECE, PinnedBuffers
 
 KIB = 1024
 DEVICES = ["cpu", "meta"]
@@ -129,7 +129,7 @@ def test_format_bytes() -> None:
 
 
 def test_tensors_on_the_host_share_pieces_and_nothing_else() -> None:
-    host = HostMemory(page_locked=False)
+    host = PinnedBuffers(page_locked=False)
     small = [host.zeros((3, 5), dtype) for dtype in (torch.bfloat16, torch.float32, torch.float64)]
     assert [tensor.shape for tensor in small] == [(3, 5)] * 3
     assert len({tensor.untyped_storage().data_ptr() for tensor in small}) == 1

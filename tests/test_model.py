@@ -13,11 +13,11 @@ import torch
 from torch import Tensor
 
 from tests.tiny import CONFIG, random_embeds, tiny_model
+from wan.attention.head_group import FULL_HISTORY, Retention
 from wan.config import WAN_1_3B, WAN_14B, ModelConfig
 from wan.geometry import LatentGeometry
-from wan.head_group import FULL_HISTORY, Retention
-from wan.layers import gelu_product, has_gelu_product
-from wan.model import CausalWanModel
+from wan.transformer.layers import gelu_product, has_gelu_product
+from wan.transformer.model import CausalWanModel
 
 KEYS = json.loads((Path(__file__).parent / "data" / "checkpoint_keys.json").read_text())
 GEOMETRY = LatentGeometry(6, 8, 9, 3)

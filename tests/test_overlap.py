@@ -16,9 +16,9 @@ import torch
 import interactive_inference
 import sample_vbench
 from pipeline.assembly import assemble
-from pipeline.config import InferenceConfig, load_config
-from pipeline.jobs import VideoJob, read_jobs
-from pipeline.video_pipeline import VideoPipeline
+from pipeline.config.config import InferenceConfig, load_config
+from pipeline.config.jobs import VideoJob, read_jobs
+from pipeline.runtime.video_pipeline import VideoPipeline
 from tests.conftest import PROMPTS, ROOT, Program
 from tests.test_interruption import processes_that_mention, wait_for
 from utils.errors import InputError

@@ -12,13 +12,13 @@ import pytest
 import torch
 
 from dummy.roles import HeadRoles, Role
-from pipeline.config import InferenceConfig, load_config
-from pipeline.cost import assumed_roles
-from pipeline.loading import generator_settings
-from pipeline.plan import MemoryPlan, Planner
+from pipeline.config.config import InferenceConfig, load_config
+from pipeline.planning.cost import assumed_roles
+from pipeline.planning.plan import MemoryPlan, Planner
+from pipeline.runtime.loading import generator_settings
 from tests.conftest import ROOT, Program
 from wan.config import WAN_1_3B
-from wan.vae import VAE
+from wan.vae.vae import VAE
 
 GIB = 1 << 30
 

@@ -19,11 +19,11 @@ from dummy.config import DummyForcingConfig, RetentionConfig
 from dummy.policy import policy_from_config
 from dummy.presets import PRESETS, PresetName
 from dummy.roles import HeadRoles, Role
-from wan.attention import sdpa
-from wan.cache import KVCache
+from wan.attention.backends import sdpa
+from wan.attention.cache import KVCache
+from wan.attention.head_group import CacheShape, Retention
+from wan.attention.varlen import ragged_backend
 from wan.config import ModelKwargs
-from wan.head_group import CacheShape, Retention
-from wan.varlen import ragged_backend
 
 WIDTH = 6
 
@@ -177,13 +177,13 @@ def check_against_the_twin(case: Case) -> None:
         if index == case.blocks - 1:
             break
         if case.own:
-            layer.commit_own(range(start, stop))  # the clean pass was the last, so the block lies there
+            layer.append_current_block(range(start, stop))  # the clean pass was the last, so the block lies there
         else:
             layer.commit(turned_k[:, :, order], clean[2][:, :, order], range(start, stop))
         history_k, history_v = torch.cat((history_k, clean[1]), 1), torch.cat((history_v, clean[2]), 1)
         if policy.split is not None and index == case.ar_start:
-            orders, parts = policy.split.layout(HeadRoles((case.roles,)))
-            cache.split(orders, parts)
+            orders, head_segments = policy.split.layout(HeadRoles((case.roles,)))
+            cache.split(orders, head_segments)
             order = orders[0]
 
 

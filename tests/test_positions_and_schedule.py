@@ -9,8 +9,8 @@ import pytest
 import torch
 from torch._inductor.utils import run_and_get_code
 
-from pipeline.schedule import DenoisingSchedule
-from wan.rope import RotaryEmbedding, Rotation, rotate
+from pipeline.runtime.schedule import DenoisingSchedule
+from wan.attention.rope import RotaryEmbedding, Rotation, rotate
 
 CPU = torch.device("cpu")
 

@@ -17,10 +17,10 @@ from tests.small_checkpoints import preview_shapes, random_weights
 from tests.test_vae import Rewinding, decibel, in_pieces
 from utils.errors import InputError
 from utils.memory import PeakTracker
-from wan.preview import PreviewConfig, PreviewDecoder
-from wan.vae import VAE
-from wan.vae_layers import run
-from wan.vae_memory import decode_bytes
+from wan.vae.layers import run
+from wan.vae.memory import decode_bytes
+from wan.vae.preview import PreviewConfig, PreviewDecoder
+from wan.vae.vae import VAE
 
 WIDTHS = (12, 8, 6, 4)
 BLOCKS = ["3 4 5", "9 10 11", "15 16 17"]
@@ -89,19 +89,19 @@ def test_a_whole_videos_pixels(decoder: PreviewDecoder, weights: dict[str, Tenso
 
 
 @pytest.mark.parametrize("sizes", [[7], [3, 3, 1], [1, 1, 1, 1, 1, 1, 1], [2, 5], [1, 6]])
-@pytest.mark.parametrize(("frames_per_call", "piece"), [(1, 1), (1, 4), (3, 1), (3, 4), (3, 8), (7, 2)])
+@pytest.mark.parametrize(("frames_per_call", "frame_chunk"), [(1, 1), (1, 4), (3, 1), (3, 4), (3, 8), (7, 2)])
 def test_any_blocks_give_the_same_pixels(
     decoder: PreviewDecoder,
     weights: dict[str, Tensor],
     latents: Tensor,
     sizes: list[int],
     frames_per_call: int,
-    piece: int,
+    frame_chunk: int,
 ) -> None:
-    video = in_pieces(decoder.decoder(frames_per_call, piece=piece), latents, sizes)
+    video = in_pieces(decoder.decoder(frames_per_call, frame_chunk=frame_chunk), latents, sizes)
     torch.testing.assert_close(video, whole(weights, latents), rtol=0, atol=1e-5)
     if frames_per_call == 1:
-        assert torch.equal(video, decoder.decoder(1, piece=piece).decode(latents))
+        assert torch.equal(video, decoder.decoder(1, frame_chunk=frame_chunk).decode(latents))
 
 
 def test_two_videos_at_once_do_not_mix(decoder: PreviewDecoder, latents: Tensor) -> None:
@@ -190,15 +190,15 @@ def test_full_size_on_the_meta_device(tmp_path: Path, name: str) -> None:
     assert decode_bytes(decoder, 480, 832).total < 0.2 * decode_bytes(vae, 480, 832).total
 
 
-@pytest.mark.parametrize(("frames_per_call", "piece"), [(1, 1), (3, 4)])
+@pytest.mark.parametrize(("frames_per_call", "frame_chunk"), [(1, 1), (3, 4)])
 def test_memory_is_as_predicted(
-    tmp_path: Path, weights: dict[str, Tensor], decoder: PreviewDecoder, frames_per_call: int, piece: int
+    tmp_path: Path, weights: dict[str, Tensor], decoder: PreviewDecoder, frames_per_call: int, frame_chunk: int
 ) -> None:
     save_file(weights, tmp_path / "taew2_1.safetensors")
     meta = PreviewDecoder.load(tmp_path / "taew2_1.safetensors", torch.float32, "meta").lay_out_for(decoder.device)
-    expected = decode_bytes(meta, 128, 192, None, 3, frames_per_call, piece=piece)
+    expected = decode_bytes(meta, 128, 192, None, 3, frames_per_call, frame_chunk=frame_chunk)
     latents = torch.randn(1, 3, 16, 16, 24)
-    streaming = decoder.decoder(frames_per_call, piece=piece)
+    streaming = decoder.decoder(frames_per_call, frame_chunk=frame_chunk)
     with PeakTracker() as tracker:
         for _ in range(2):
             streaming.decode(latents)

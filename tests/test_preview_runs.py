@@ -14,11 +14,11 @@ from safetensors.torch import save_file
 import interactive_inference
 from benchmarks import vae as benchmark
 from pipeline.assembly import assemble
-from pipeline.config import InferenceConfig, as_dict, load_config
-from pipeline.generator import Rollout
-from pipeline.jobs import read_jobs
-from pipeline.loading import generator_settings, require_files
-from pipeline.plan import Planner, planner_for
+from pipeline.config.config import InferenceConfig, as_dict, load_config
+from pipeline.config.jobs import read_jobs
+from pipeline.planning.plan import Planner, planner_for
+from pipeline.runtime.generator import Rollout
+from pipeline.runtime.loading import generator_settings, require_files
 from tests.conftest import ROOT, Program
 from tests.small_checkpoints import SmallCheckpoints
 from tests.test_inference import SMALL
@@ -28,8 +28,8 @@ from utils.errors import InputError
 from utils.profiler import Profiler
 from utils.video import VideoWriter, probe, to_uint8
 from wan.config import WAN_1_3B
-from wan.preview import PreviewDecoder
-from wan.vae import VAE
+from wan.vae.preview import PreviewDecoder
+from wan.vae.vae import VAE
 
 CPU = torch.device("cpu")
 NAME = "000-a-red-fox-runs-0"
@@ -102,7 +102,7 @@ def test_a_video_starts_from_a_file_with_the_vaes_encoder(
     overrides = ("inference_iter=1", f"decoder=taehv:{preview}", f"start_from={given}", "dummy_forcing=off")
     assert program(*overrides) == 0
     made = json.loads((program.videos / f"{NAME}.json").read_text())
-    assert made["timings"]["given_blocks"] == 1 and probe(program.videos / f"{NAME}.mp4") == SMALL
+    assert made["timings"]["prefix_blocks"] == 1 and probe(program.videos / f"{NAME}.mp4") == SMALL
     config = configure(program, *overrides)
     planner = planner_for(config, CPU)
     small = sum(tensor.nbytes for tensor in preview_weights().values() if tensor.shape[0] != 64)
@@ -139,7 +139,7 @@ def test_memory_of_full_size() -> None:
     settings = generator_settings(config, WAN_1_3B)
     assert small.memory(config, settings).vae == 2 * 9_844_611
     assert large.memory(config, settings).peak - small.memory(config, settings).peak > 2 << 30
-    assert {way.tile for way in small.ways(config)} == {None}
+    assert {strategy.tile for strategy in small.strategies(config)} == {None}
 
 
 def test_a_plan_says_what_a_run_takes(program: Program, preview: Path) -> None:

@@ -138,7 +138,7 @@ def test_steady_rate_leaves_out_warm_up_and_the_last_block() -> None:
 
 def test_given_blocks_count_in_no_rate() -> None:
     """9 + 12 frames were given, and 3 blocks of 12 made, of which the third is the last."""
-    profile = _profile((30.0, 30.0, 250.0, 250.0, 200.0), given_blocks=2)
+    profile = _profile((30.0, 30.0, 250.0, 250.0, 200.0), prefix_blocks=2)
     assert profile.generated_frames == 36
     assert profile.diffusion_fps == pytest.approx(36 / 0.7)
     assert profile.end_to_end_fps == pytest.approx(18.0)

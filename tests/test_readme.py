@@ -17,7 +17,7 @@ import interactive_inference
 import sample_vbench
 from benchmarks import tables
 from dummy import compare
-from pipeline import atlas
+from pipeline.atlas import command as atlas
 from shapes import frontier
 from tests import conformance
 from tests.small_checkpoints import write_small_checkpoints
@@ -159,6 +159,7 @@ def test_no_command_is_left_out() -> None:
     known = ("python inference.py", "python interactive_inference.py", "bash hfd.sh", "make ", "python -m tests.")
     known += (
         "python -m dummy.",
+        "python -m pipeline.atlas",
         "python -m shapes.frontier",
         "python sample_vbench.py",
         "torchrun ",

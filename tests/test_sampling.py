@@ -1,4 +1,5 @@
-"""Sampling into a folder (sample_vbench.py, pipeline/sampling.py, pipeline/records.py): killed, resumed, refused."""
+"""Sampling into a folder (sample_vbench.py, pipeline/vbench/sampling.py, pipeline/vbench/records.py): killed, resumed,
+refused."""
 
 from __future__ import annotations
 
@@ -17,10 +18,10 @@ import pytest
 import torch
 
 import sample_vbench
-from pipeline.config import load_config
-from pipeline.records import Records
-from pipeline.sampling import Progress, batches, ignores_case, rank_device, require_names_apart, sample
-from pipeline.vbench import read_vbench_jobs
+from pipeline.config.config import load_config
+from pipeline.vbench.prompts import read_vbench_jobs
+from pipeline.vbench.records import Records
+from pipeline.vbench.sampling import Progress, batches, ignores_case, rank_device, require_names_apart, sample
 from tests.small_checkpoints import write_small_checkpoints
 from utils.distributed import World
 from utils.errors import InputError

@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.config import load_config
+from pipeline.config.config import load_config
 from shapes import evaluate
 from shapes.report import Report, check_gate, table, write_report
-from wan.fp8 import Fp8Linear
+from wan.transformer.fp8 import Fp8Linear
 
 ROOT = Path(__file__).parents[1]
 CHECKPOINT = ROOT / "checkpoints" / "shapes" / "Wan2.1-T2V-shapes"

@@ -7,10 +7,10 @@ import torch
 from torch import Tensor
 
 from shapes.forward import TrainingForward, init_
+from wan.attention.head_group import FULL_HISTORY
 from wan.config import ModelConfig
 from wan.geometry import LatentGeometry
-from wan.head_group import FULL_HISTORY
-from wan.model import CausalWanModel
+from wan.transformer.model import CausalWanModel
 
 CONFIG = ModelConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=3, freq_dim=16, text_dim=12, text_len=7)
 BATCH, BLOCKS, COPIES = 2, 4, 2

@@ -11,8 +11,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from pipeline.config import load_config
-from pipeline.loading import encode_prompts, load_transformer, load_vae, model_sizes
+from pipeline.config.config import load_config
+from pipeline.runtime.loading import encode_prompts, load_transformer, load_vae, model_sizes
 from shapes import train
 from shapes.batches import Batches, DiTRecipe, Phase
 from shapes.dit import Flow

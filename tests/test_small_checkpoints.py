@@ -18,11 +18,11 @@ from tests.small_checkpoints import (
     vae_shapes,
     write_small_checkpoints,
 )
-from wan.checkpoint import generator_state, read_tensors
-from wan.diffusers_layout import read_model_config, read_model_state
-from wan.lora import merge_lora
+from wan.checkpoints.diffusers_layout import read_model_config, read_model_state
+from wan.checkpoints.files import generator_state, read_tensors
+from wan.checkpoints.lora import merge_lora
 from wan.text import TextEncoder
-from wan.vae import VAE
+from wan.vae.vae import VAE
 
 FULL = json.loads(KEYS_FILE.read_text(encoding="utf-8"))
 

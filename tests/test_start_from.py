@@ -13,13 +13,14 @@ import pytest
 import torch
 
 import inference
-from pipeline.config import InferenceConfig, load_config
-from pipeline.given import given_files, load_given
-from pipeline.loading import load_vae
+from pipeline.config.config import InferenceConfig, load_config
+from pipeline.config.jobs import prefix_files
+from pipeline.runtime.loading import load_vae
+from pipeline.runtime.prefix import load_prefix
 from tests.small_checkpoints import write_small_checkpoints
 from utils.errors import InputError
 from utils.video import VideoWriter, read_frames
-from wan.vae import VAE
+from wan.vae.vae import VAE
 
 ROOT = Path(__file__).parents[1]
 
@@ -82,7 +83,7 @@ def test_a_video_goes_on(overrides: list[str], tmp_path: Path) -> None:
     frames = read_frames(made)
     assert len(frames) == 33
     timings = json.loads(made.with_suffix(".json").read_text())["timings"]
-    assert (timings["frames"], timings["generated_frames"], timings["given_blocks"]) == (33, 24, 1)
+    assert (timings["frames"], timings["generated_frames"], timings["prefix_blocks"]) == (33, 24, 1)
     assert timings["end_to_end_fps"] == pytest.approx(24 / timings["total_ms"] * 1000)
     config = small_config("self_forcing_inference", overrides)
     expected = roundtrip(load_vae(config, torch.device("cpu"), torch.float32), read_frames(source))
@@ -106,7 +107,7 @@ def test_extra_leading_frames_are_left_out(
     config = small_config("self_forcing_inference", overrides)
     vae = load_vae(config, torch.device("cpu"), torch.float32)
     source = smooth_video(tmp_path / "given.mp4", 12)
-    latents = load_given(source, config, vae)
+    latents = load_prefix(source, config, vae)
     assert latents.shape == (1, 3, 16, 4, 6)
     assert "the first 3 frames" in caplog.text
     shorter = torch.from_numpy(read_frames(source)[3:].copy()).permute(0, 3, 1, 2)[None].float() / 127.5 - 1
@@ -127,17 +128,17 @@ def test_what_does_not_fit_is_refused(
     config = small_config("self_forcing_inference", overrides, **changes)
     source = smooth_video(tmp_path / "given.mp4", frames, *size)
     with pytest.raises(InputError, match=f"start_from: .*{message}"):
-        load_given(source, config, load_vae(config, torch.device("cpu"), torch.float32))
+        load_prefix(source, config, load_vae(config, torch.device("cpu"), torch.float32))
 
 
 def test_another_size_is_fitted_on_request(overrides: list[str], tmp_path: Path) -> None:
     config = small_config("self_forcing_inference", overrides, start_from_fit=True)
     vae = load_vae(config, torch.device("cpu"), torch.float32)
-    assert load_given(smooth_video(tmp_path / "given.mp4", 9, 96, 64), config, vae).shape == (1, 3, 16, 4, 6)
+    assert load_prefix(smooth_video(tmp_path / "given.mp4", 9, 96, 64), config, vae).shape == (1, 3, 16, 4, 6)
 
 
 def test_1080_rows_are_padded_to_1088() -> None:
-    from pipeline.given import _padded
+    from pipeline.runtime.prefix import _padded
 
     video = torch.rand(1, 3, 1080, 32)
     padded = _padded(video, InferenceConfig(resolution=1080))
@@ -150,9 +151,9 @@ def test_files_that_cannot_be_used(overrides: list[str], tmp_path: Path) -> None
     broken.write_bytes(b"no video")
     config = small_config("self_forcing_inference", overrides)
     with pytest.raises(InputError, match=r"start_from: .*broken.mp4"):
-        load_given(broken, config, load_vae(config, torch.device("cpu"), torch.float32))
+        load_prefix(broken, config, load_vae(config, torch.device("cpu"), torch.float32))
     with pytest.raises(InputError, match=r"start_from: .*none.mp4 does not exist"):
-        given_files(replace(config, start_from=str(tmp_path / "none.mp4")), 1)
+        prefix_files(replace(config, start_from=str(tmp_path / "none.mp4")), 1)
 
 
 def test_one_file_a_prompt(overrides: list[str], tmp_path: Path) -> None:
@@ -160,9 +161,9 @@ def test_one_file_a_prompt(overrides: list[str], tmp_path: Path) -> None:
     listed = tmp_path / "list.json"
     config = small_config("self_forcing_inference", overrides, start_from=str(listed))
     listed.write_text(json.dumps([str(source), None]))
-    assert given_files(config, 2) == [source, None]
+    assert prefix_files(config, 2) == [source, None]
     with pytest.raises(InputError, match="names 2 files for 3 prompts"):
-        given_files(config, 3)
+        prefix_files(config, 3)
     listed.write_text("{}")
     with pytest.raises(InputError, match="is not a list"):
-        given_files(config, 1)
+        prefix_files(config, 1)

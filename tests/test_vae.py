@@ -16,12 +16,12 @@ from tests.conftest import ROOT
 from tests.graph_recorder import OperatorRecorder
 from tests.vae_twin import twin, whole
 from utils.errors import InputError
-from wan.streaming import StreamingDecoder
-from wan.vae import VAE
-from wan.vae_history import History
-from wan.vae_layers import run
-from wan.vae_modules import VAEConfig, VAEModule
-from wan.vae_names import to_diffusers
+from wan.checkpoints.vae_names import to_diffusers
+from wan.vae.feature_cache import FeatureCache
+from wan.vae.layers import run
+from wan.vae.modules import VAEConfig, VAEModule
+from wan.vae.streaming import StreamingDecoder
+from wan.vae.vae import VAE
 
 DATA = Path(__file__).parent / "data"
 
@@ -45,7 +45,7 @@ def vae(weights: dict[str, Tensor]) -> VAE:
 def exact(weights: dict[str, Tensor]) -> VAE:
     """As on a GPU: convolutions over time in one."""
     vae = VAE.from_state(weights, None, torch.float32, "cpu")
-    vae.module.lay_out(planes=False)
+    vae.module.lay_out(conv3d_as_conv2d=False)
     return vae
 
 
@@ -55,7 +55,7 @@ def decibel(a: Tensor, b: Tensor) -> float:
 
 
 def in_pieces(decoder: StreamingDecoder, latents: Tensor, sizes: list[int]) -> Tensor:
-    return torch.cat([decoder.decode(piece) for piece in latents.split(sizes, dim=1)], dim=1)
+    return torch.cat([decoder.decode(frame_chunk) for frame_chunk in latents.split(sizes, dim=1)], dim=1)
 
 
 def test_the_sizes_are_read_off_the_tensors(vae: VAE) -> None:
@@ -98,18 +98,18 @@ def test_any_blocks_give_the_bits_of_diffusers_whole_video(
     assert decibel(by_planes, whole(exact, latents)) > 120
 
 
-@pytest.mark.parametrize("piece", [1, 4])
-def test_what_is_kept_on_the_host_changes_no_bit(exact: VAE, vector: dict[str, Tensor], piece: int) -> None:
+@pytest.mark.parametrize("frame_chunk", [1, 4])
+def test_what_is_kept_on_the_host_changes_no_bit(exact: VAE, vector: dict[str, Tensor], frame_chunk: int) -> None:
     latents = vector["latents"].repeat(2, 1, 1, 1, 1)
-    here, away = exact.decoder(2, piece=piece), exact.decoder(2, piece=piece, on_host=True)
+    here, away = exact.decoder(2, frame_chunk=frame_chunk), exact.decoder(2, frame_chunk=frame_chunk, on_host=True)
     assert torch.equal(in_pieces(away, latents, [2, 3, 1]), in_pieces(here, latents, [2, 3, 1]))
     assert away.cache_bytes() == here.cache_bytes() > 0
 
 
-@pytest.mark.parametrize("piece", [1, 2, 4, 12])
-def test_pieces_of_the_last_levels_change_nothing(vae: VAE, vector: dict[str, Tensor], piece: int) -> None:
+@pytest.mark.parametrize("frame_chunk", [1, 2, 4, 12])
+def test_pieces_of_the_last_levels_change_nothing(vae: VAE, vector: dict[str, Tensor], frame_chunk: int) -> None:
     pieces = VAE(vae.module, vae.config)
-    pieces.piece = piece
+    pieces.frame_chunk = frame_chunk
     video = pieces.decoder(3).decode(vector["latents"])
     assert (video - whole(vae, vector["latents"])).abs().max() < 2e-5
 
@@ -124,7 +124,7 @@ def test_encoding_gives_what_diffusers_does(exact: VAE, vae: VAE, vector: dict[s
 
 def test_first_block_9_frames_later_ones_12(vae: VAE, vector: dict[str, Tensor]) -> None:
     decoder = vae.decoder()
-    assert [decoder.decode(piece).shape[1] for piece in vector["latents"].split(3, dim=1)] == [9, 12]
+    assert [decoder.decode(frame_chunk).shape[1] for frame_chunk in vector["latents"].split(3, dim=1)] == [9, 12]
 
 
 @pytest.mark.parametrize("frames_per_call", [2, 3, 8])
@@ -165,12 +165,12 @@ def test_the_steady_step_compiles_without_a_break(exact: VAE, vector: dict[str, 
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = VAE(exact.module, exact.config)
-    compiled.module.lay_out(planes=False)
+    compiled.module.lay_out(conv3d_as_conv2d=False)
     compiled.prepare(2, torch.compile(run, fullgraph=True, dynamic=False, backend=counter))
     latents = vector["latents"][:, :5]
     for _ in range(2):
         decoder = compiled.decoder(2)
-        video = torch.cat([decoder.decode(piece) for piece in latents.split([1, 2, 2], dim=1)], dim=1)
+        video = torch.cat([decoder.decode(frame_chunk) for frame_chunk in latents.split([1, 2, 2], dim=1)], dim=1)
         assert (video - whole(exact, latents)).abs().max() < 2e-5
     assert counter.frame_count == 3
 
@@ -190,7 +190,7 @@ class Rewinding(OperatorRecorder):
 def test_recorded_steps_give_the_same_in_every_video(exact: VAE, vector: dict[str, Tensor]) -> None:
     recorder = Rewinding()
     recorded = VAE(exact.module, exact.config)
-    recorded.module.lay_out(planes=False)
+    recorded.module.lay_out(conv3d_as_conv2d=False)
     recorded.prepare(1, run, recorder)
     for latents in (vector["latents"], vector["latents"].flip(1)):
         decoder = recorded.decoder()
@@ -203,7 +203,7 @@ def test_recorded_steps_give_the_same_in_every_video(exact: VAE, vector: dict[st
 
 
 def test_history_is_zero_again_when_cleared(exact: VAE) -> None:
-    layers, history = exact.module.decoder.layers()[:2], History()
+    layers, history = exact.module.decoder.layers()[:2], FeatureCache()
     x = torch.randn(1, 16, 1, 4, 6)
     with torch.no_grad():
         first = run(layers, x, history)
@@ -265,8 +265,8 @@ def test_bfloat16_of_trained_weights_is_lossless() -> None:
     exactly, half = (VAE.load(path, dtype, "cpu") for dtype in (torch.float32, torch.bfloat16))
     latents = exactly.encode(as_video(make_clip(0, 0, frames=9).video)[None])
     expected = exactly.decoder().decode(latents)
-    for planes in (True, False):  # as on a CPU, and as on a GPU
-        half.module.lay_out(planes=planes)
+    for conv3d_as_conv2d in (True, False):  # as on a CPU, and as on a GPU
+        half.module.lay_out(conv3d_as_conv2d=conv3d_as_conv2d)
         assert decibel(half.decoder().decode(latents), expected) > 55
 
 

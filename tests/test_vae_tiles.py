@@ -12,11 +12,11 @@ from torch import Tensor
 from utils.errors import InputError
 from utils.memory import PeakTracker
 from utils.video import to_uint8
-from wan.vae import VAE
-from wan.vae_history import History
-from wan.vae_layers import run
-from wan.vae_memory import decode_bytes
-from wan.vae_tiles import Stage, Tile, TiledFrames, split, tiling
+from wan.vae.feature_cache import FeatureCache
+from wan.vae.layers import run
+from wan.vae.memory import decode_bytes
+from wan.vae.tiles import Stage, Tile, TiledFrames, split, tiling
+from wan.vae.vae import VAE
 
 VECTOR = Path(__file__).parent / "data" / "vectors" / "vae.safetensors"
 GIB = 2**30
@@ -69,7 +69,9 @@ def test_any_blocks_give_the_same_bits(vae: VAE) -> None:
     whole = vae.decoder(tile=32).decode(latents)
     for sizes in ([3, 3], [1, 5], [2, 3, 1]):
         decoder = vae.decoder(tile=32)
-        assert torch.equal(torch.cat([decoder.decode(piece) for piece in latents.split(sizes, dim=1)], 1), whole)
+        assert torch.equal(
+            torch.cat([decoder.decode(frame_chunk) for frame_chunk in latents.split(sizes, dim=1)], 1), whole
+        )
     _rounding(vae, latents, whole)
 
 
@@ -79,18 +81,18 @@ def test_several_frames_a_call_and_several_videos(vae: VAE) -> None:
     assert (tiled - vae.decoder().decode(latents)).abs().max() < 2e-5
 
 
-@pytest.mark.parametrize("piece", [1, 4])
-def test_caches_on_the_host_change_no_bit(vae: VAE, piece: int) -> None:
+@pytest.mark.parametrize("frame_chunk", [1, 4])
+def test_caches_on_the_host_change_no_bit(vae: VAE, frame_chunk: int) -> None:
     latents = _latents(48, 64, frames=5)
-    here, away = (vae.decoder(2, 32, piece, on_host) for on_host in (False, True))
+    here, away = (vae.decoder(2, 32, frame_chunk, on_host) for on_host in (False, True))
     for part in latents.split([2, 3], dim=1):
         assert torch.equal(away.decode(part), here.decode(part))
 
 
-@pytest.mark.parametrize("piece", [2, 4, 12])
-def test_larger_pieces_differ_by_rounding_alone(vae: VAE, piece: int) -> None:
+@pytest.mark.parametrize("frame_chunk", [2, 4, 12])
+def test_larger_pieces_differ_by_rounding_alone(vae: VAE, frame_chunk: int) -> None:
     latents = _latents(48, 64, frames=5)
-    _rounding(vae, latents, vae.decoder(3, 32, piece).decode(latents))
+    _rounding(vae, latents, vae.decoder(3, 32, frame_chunk).decode(latents))
 
 
 def test_two_videos_at_once_do_not_mix(vae: VAE) -> None:
@@ -122,7 +124,7 @@ def _decode_around(stage: Stage, x: Tensor, inside: slice, margin: int) -> Tenso
     outer = slice(inside.start - margin, inside.stop + margin)
     spoilt = torch.full_like(x, torch.nan)
     spoilt[..., outer, outer] = x[..., outer, outer]
-    history = History()
+    history = FeatureCache()
     square = slice(inside.start * stage.scale, inside.stop * stage.scale)
     return torch.cat([run(stage.layers, spoilt, history)[..., square, square] for _ in range(2)], dim=2)
 
@@ -205,7 +207,7 @@ def test_the_prediction_holds(vae: VAE, weights: dict[str, Tensor], tile: int | 
     predicted = decode_bytes(planned, 64, 96, tile, block=2, frames_per_call=frames_per_call, batch=2)
     decoder, latents = vae.decoder(frames_per_call, tile), _latents(64, 96, frames=5, batch=2)
     with PeakTracker() as tracker:
-        for piece in latents.split([1, 2, 2], dim=1):
-            decoder.decode(piece)
+        for frame_chunk in latents.split([1, 2, 2], dim=1):
+            decoder.decode(frame_chunk)
     assert decoder.cache_bytes() == predicted.cache
     assert predicted.total == pytest.approx(tracker.peak, rel=0.02)

@@ -1,4 +1,4 @@
-"""VBench's lists, names and counts, the report on a folder, and fetching (pipeline/vbench.py)."""
+"""VBench's lists, names and counts, the report on a folder, and fetching (pipeline/vbench/prompts.py)."""
 
 from __future__ import annotations
 
@@ -14,8 +14,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from pipeline.config import InferenceConfig, load_config
-from pipeline.vbench import (
+from pipeline.config.config import InferenceConfig, load_config
+from pipeline.vbench.prompts import (
     FLICKERING_LIST,
     LISTS,
     STANDARD_LIST,

@@ -7,9 +7,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.generator import Segment
+from pipeline.runtime.generator import Segment
 from wan.config import ModelConfig
-from wan.model import CausalWanModel
+from wan.transformer.model import CausalWanModel
 
 CONFIG = ModelConfig(dim=48, ffn_dim=96, num_heads=4, num_layers=3, freq_dim=32, text_dim=24, text_len=8)
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from benchmarks.vae import decode_whole, twin
-from wan.vae import VAE
+from wan.vae.vae import VAE
 
 __all__ = ["twin", "whole"]
 

@@ -6,7 +6,7 @@ import subprocess
 from pathlib import Path
 
 from utils.ffmpeg import failure, file_url, quiet_ffmpeg
-from utils.files import whole_file
+from utils.files import atomic_write
 
 COLUMNS, ROWS = 4, 3
 MARGIN = 2  # pixels between frames
@@ -24,7 +24,7 @@ def write_contact_sheet(video: Path, frames: int) -> Path:
     columns = min(COLUMNS, len(chosen))
     path = video.with_suffix(".png")
     tiles = f"select={select},tile={columns}x{rows}:padding={MARGIN}:color=white"
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         target = ["-vf", tiles, "-frames:v", "1", "-f", "image2", file_url(partial)]
         command = [*quiet_ffmpeg(), "-i", file_url(video), *target]
         done = subprocess.run(command, stdin=subprocess.DEVNULL, capture_output=True, check=False)

@@ -13,7 +13,7 @@ from itertools import pairwise
 from pathlib import Path
 from typing import TYPE_CHECKING, Literal
 
-from utils.files import whole_file, write_atomic
+from utils.files import atomic_write, write_atomic
 
 if TYPE_CHECKING:
     from PIL.ImageDraw import ImageDraw
@@ -105,7 +105,7 @@ class Figure:
         written."""
         svg, png = folder / f"{name}.svg", folder / f"{name}.png"
         write_atomic(svg, self.svg())
-        with whole_file(png) as partial:
+        with atomic_write(png) as partial:
             self._write_png(partial, scale)
         return [svg, png]
 

@@ -91,7 +91,7 @@ def commit_partial(partial: Path, path: Path) -> None:
 
 
 @contextmanager
-def whole_file(path: Path) -> Iterator[Path]:
+def atomic_write(path: Path) -> Iterator[Path]:
     """A partial file to write to; it becomes `path` if the context ends without an exception, and else goes.
 
     Raises InputError if the file cannot be created or put in its place.
@@ -110,7 +110,7 @@ def write_atomic(path: Path, text: str) -> None:
 
     Raises InputError if the folder cannot be written or the disk is full; no partial file is left then.
     """
-    with whole_file(path) as partial:
+    with atomic_write(path) as partial:
         write_partial(partial, path, text)
 
 

@@ -15,7 +15,7 @@ from pathlib import Path
 
 from utils.errors import InputError
 from utils.ffmpeg import BITEXACT, failure, file_url, quiet_ffmpeg
-from utils.files import create_beside, whole_file, write_error
+from utils.files import atomic_write, create_beside, write_error
 
 logger = logging.getLogger(__name__)
 
@@ -129,7 +129,7 @@ def recover(growing: Path) -> Path:
 
 def _remux(source: Path, target: Path, length: int | None) -> None:
     """Copy the encoded frames of the first `length` bytes of `source` (None: all) to an ordinary mp4, index first."""
-    with whole_file(target) as partial:
+    with atomic_write(target) as partial:
         given = None if length is None else _head(source, length)
         origin = file_url(source) if given is None else "pipe:0"
         tidy = [*BITEXACT, "-movflags", "+faststart", "-f", "mp4", file_url(partial)]

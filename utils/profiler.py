@@ -144,7 +144,7 @@ class VideoProfile:
     `copy_ms` from the device, `write_ms` handing frames to the encoder and finishing the file. Parts may work at the
     same time. `total_ms` is the wall clock, `first_frame_ms` from the start to the first finished frame (None: not
     measured). `block_frames` are the pixel frames that each block gave, `peak_bytes` the peak of memory (None: not
-    known), `forwards` how often the model was called. The first `given_blocks` were not made but given to go on from.
+    known), `forwards` how often the model was called. The first `prefix_blocks` were not made but given to go on from.
     """
 
     init_ms: float
@@ -160,7 +160,7 @@ class VideoProfile:
     forwards: int
     skipped: int = 0  # forwards that did not run the layers (TeaCache)
     copy_ms: float = 0.0
-    given_blocks: int = 0
+    prefix_blocks: int = 0
 
     def __post_init__(self) -> None:
         if len(self.block_ms) != len(self.block_frames):
@@ -184,12 +184,12 @@ class VideoProfile:
     @property
     def generated_frames(self) -> int:
         """Pixel frames, without those of given blocks."""
-        return self.frames - sum(self.block_frames[: self.given_blocks])
+        return self.frames - sum(self.block_frames[: self.prefix_blocks])
 
     @property
     def diffusion_fps(self) -> float | None:
         """Generated pixel frames a second of their blocks' diffusion time, without text encoder, VAE and file."""
-        return _per_second(self.generated_frames, sum(self.block_ms[self.given_blocks :]))
+        return _per_second(self.generated_frames, sum(self.block_ms[self.prefix_blocks :]))
 
     @property
     def end_to_end_fps(self) -> float | None:
@@ -203,7 +203,7 @@ class VideoProfile:
         The first two generated blocks are left out (they warm up and have less context), and the last, which runs no
         clean pass. None if no block is left.
         """
-        steady = slice(self.given_blocks + _WARM_UP_BLOCKS, -1)
+        steady = slice(self.prefix_blocks + _WARM_UP_BLOCKS, -1)
         if not self.block_ms[steady]:
             return None
         return _per_second(statistics.median_low(self.block_frames[steady]), statistics.median(self.block_ms[steady]))
@@ -246,7 +246,7 @@ def format_profile(profile: VideoProfile) -> str:
     skipped = f", {profile.skipped} of them without the layers (TeaCache)" if profile.skipped else ""
     first = "n/a" if profile.first_frame_ms is None else f"{profile.first_frame_ms:.2f} ms"
     peak = "n/a" if profile.peak_bytes is None else format_bytes(profile.peak_bytes)
-    given = f", {profile.frames - profile.generated_frames} of them given" if profile.given_blocks else ""
+    given = f", {profile.frames - profile.generated_frames} of them given" if profile.prefix_blocks else ""
     return "\n".join(
         [
             "Profiling results:",

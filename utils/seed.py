@@ -39,7 +39,7 @@ def video_seed(seed: int, prompt_index: int, sample_index: int) -> int:
     return int.from_bytes(hashlib.blake2b(packed, digest_size=8).digest(), "little")
 
 
-class Silence:
+class ZeroNoise:
     """Zeros in place of a NoiseStream's numbers, for rehearsals and measurements."""
 
     def __init__(self, batch: int = 1) -> None:

@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import InputError
-from wan.checkpoint import (
+from wan.checkpoints.files import (
     INDEX_SUFFIX,
     download_hint,
     load_into,

@@ -1,4 +1,5 @@
-"""Watches whole videos being made and keeps what heads looked at in chosen passes (an observer, see wan.cache).
+"""Watches whole videos being made and keeps what heads looked at in chosen passes (an observer, see
+wan.attention.cache).
 
 Passes are told apart by counting them, since a video without prompt switches always makes the same ones: for every
 block the denoising steps, then the clean pass. Nothing is read from the device until a video is finished.

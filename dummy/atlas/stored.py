@@ -27,7 +27,7 @@ def read_about(path: Path) -> dict[str, Any]:
     with _readable(path), safe_open(path, framework="pt") as file:
         content = (file.metadata() or {}).get(KEY)
     if content is None:
-        raise InputError(f"{path}: is no head atlas; make one with python -m dummy.atlas --out FILE")
+        raise InputError(f"{path}: is no head atlas; make one with python -m pipeline.atlas --out FILE")
     try:
         about: object = json.loads(content)
     except (ValueError, RecursionError) as error:
@@ -107,4 +107,4 @@ def _is_list_of(value: object, kind: type) -> bool:
 
 
 def _broken(path: Path, what: str) -> InputError:
-    return InputError(f"{path}: is a broken atlas: {what}; record it again with python -m dummy.atlas --out FILE")
+    return InputError(f"{path}: is a broken atlas: {what}; record it again with python -m pipeline.atlas --out FILE")

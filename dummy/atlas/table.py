@@ -20,7 +20,7 @@ from dummy.config import DummyForcingConfig
 from dummy.frame_attention import regions
 from dummy.policy import HeadSplit, split_of
 from dummy.roles import HeadRoles, Role, dummy_ranks
-from utils.files import whole_file
+from utils.files import atomic_write
 
 CLEAN = "clean"  # the name of the clean pass; the others are numbers of denoising steps, from 0 on
 
@@ -98,7 +98,7 @@ class Atlas:
             "videos": list(self.videos),
             **self.about,
         }
-        with whole_file(path) as partial:
+        with atomic_write(path) as partial:
             partial.write_bytes(save(tensors, {KEY: json.dumps(content)}))
 
     @classmethod

@@ -1,0 +1,165 @@
+"""What is to be made: one job a video, with its prompts, its seed and the names of its files.
+
+Prompt files become jobs here; nothing is loaded or generated. A single prompt is a storyboard of one segment.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from pipeline.config.config import InferenceConfig, as_dict, check_switches
+from utils.errors import InputError
+from utils.prompts import Storyboard, output_stems, read_prompts, read_storyboards
+from utils.seed import video_seed
+
+logger = logging.getLogger(__name__)
+
+STORYBOARD_SUFFIX = ".jsonl"
+# Settings that say which videos are made, where, how fast and in what memory; all others decide what they look like.
+WHICH = ("data_path", "extended_prompt_path", "inference_iter", "num_samples", "num_flickering_samples")
+WHERE = ("output_folder", "save_with_index", "save_metadata", "contact_sheet", "overwrite", "model_root")
+HOW_FAST = ("device", "attention", "engine", "compile_cache", "stream_output", "overlap")
+WITH_WHAT_MEMORY = ("text_encoder_device", "vae_device", "vae_tile", "low_memory")
+NOT_OF_THE_VIDEO = {*WHICH, *WHERE, *HOW_FAST, *WITH_WHAT_MEMORY}
+
+
+@dataclass(frozen=True)
+class VideoJob:
+    """One video: `prompts[i]` takes effect at latent frame `starts[i]`, the first at 0."""
+
+    prompts: tuple[str, ...]
+    starts: tuple[int, ...]
+    prompt_index: int
+    sample_index: int
+    noise_seed: int
+    path: Path
+    start_from: Path | None = None
+
+    @property
+    def metadata_path(self) -> Path:
+        return self.path.with_suffix(".json")
+
+
+def read_jobs(config: InferenceConfig) -> list[VideoJob]:
+    """All jobs of a run, prompt by prompt, sample by sample.
+
+    `data_path` is a text file of prompts, or storyboards if it ends in .jsonl. Raises InputError for files that cannot
+    be used.
+    """
+    path = Path(config.data_path)
+    boards = read_storyboards(path) if path.suffix == STORYBOARD_SUFFIX else _single_prompts(config, path)
+    stems = output_stems([board.prompts[0] for board in boards], config.save_with_index)
+    chosen = list(zip(boards, stems, strict=True))
+    if config.inference_iter > len(chosen):
+        logger.warning("inference_iter: %d, but %s has only %d", config.inference_iter, path, len(chosen))
+    elif config.inference_iter != -1:
+        chosen = chosen[: config.inference_iter]
+    generated = _generated_from(config, boards)[: len(chosen)]
+    given = prefix_files(config, len(chosen))
+    return [
+        _job(config, board, index, sample, stem, start)
+        for index, (board, (_, stem), start) in enumerate(zip(generated, chosen, given, strict=True))
+        for sample in range(config.num_samples)
+    ]
+
+
+def _single_prompts(config: InferenceConfig, path: Path) -> list[Storyboard]:
+    if config.switch_frame_indices:
+        raise InputError(
+            f"switch_frame_indices: {list(config.switch_frame_indices)} need storyboards, but data_path {path} is a "
+            f"list of prompts; give a {STORYBOARD_SUFFIX} file or remove the key"
+        )
+    return [Storyboard((prompt,), None) for prompt in read_prompts(path)]
+
+
+def _generated_from(config: InferenceConfig, boards: Sequence[Storyboard]) -> Sequence[Storyboard]:
+    """The storyboards with the prompts of `extended_prompt_path` in place of those that name the files.
+
+    They go by the line, so that their numbers must agree.
+    """
+    if config.extended_prompt_path is None:
+        return boards
+    extended = read_prompts(Path(config.extended_prompt_path))
+    if any(len(board.prompts) > 1 for board in boards):
+        raise InputError(
+            f"extended_prompt_path: {config.extended_prompt_path} has one prompt a line, but data_path "
+            f"{config.data_path} holds storyboards; write the extended prompts into them and remove the key"
+        )
+    if len(extended) != len(boards):
+        raise InputError(
+            f"extended_prompt_path: {config.extended_prompt_path} has {len(extended)} prompts for the {len(boards)} of "
+            f"data_path {config.data_path}; give one line for each prompt, in the same order"
+        )
+    return [Storyboard((prompt,), None) for prompt in extended]
+
+
+def _job(
+    config: InferenceConfig, board: Storyboard, index: int, sample: int, stem: str, start_from: Path | None
+) -> VideoJob:
+    switches = config.switch_frame_indices if board.switch_frames is None else board.switch_frames
+    if len(board.prompts) != len(switches) + 1:
+        raise InputError(
+            f"data_path: storyboard {index + 1} of {config.data_path} has {len(board.prompts)} prompts for "
+            f"{len(switches)} switches {list(switches)}; it needs one prompt more than switch_frame_indices"
+        )
+    check_switches(switches, config, f"data_path: storyboard {index + 1} of {config.data_path}: switch_frame_indices")
+    return VideoJob(
+        prompts=board.prompts,
+        starts=(0, *switches),
+        prompt_index=index,
+        sample_index=sample,
+        noise_seed=video_seed(config.seed, index, sample),
+        path=Path(config.output_folder) / f"{stem}-{sample}.mp4",
+        start_from=start_from,
+    )
+
+
+def stale_reason(config: InferenceConfig, job: VideoJob) -> str:
+    """A remark on the job's existing file if its metadata shows that the job would make another video, else ""."""
+    now = {
+        **{key: value for key, value in as_dict(config).items() if key not in NOT_OF_THE_VIDEO},
+        "prompts": list(job.prompts),
+        "switch_frame_indices": list(job.starts[1:]),
+        "seed": job.noise_seed,
+    }
+    try:
+        made = json.loads(job.metadata_path.read_text(encoding="utf-8"))
+        switches, seed = made["starts"][1:], made["noise_seed"]
+        then = {**made["config"], "prompts": made["prompts"], "switch_frame_indices": switches, "seed": seed}
+    except (OSError, ValueError, KeyError, TypeError):
+        return ""  # no metadata, or not ours: nothing is known of the file
+    others = [key for key, value in now.items() if then.get(key, value) != value]
+    return f" although it was made with other {', '.join(others)}; overwrite=true makes it again" if others else ""
+
+
+def prefix_files(config: InferenceConfig, prompts: int) -> list[Path | None]:
+    """The file that each prompt starts from, None where it starts from noise.
+
+    `start_from` names one file for all prompts, or a JSON list of names (or nulls), one a prompt. Raises InputError for
+    files that are missing or lists that do not fit.
+    """
+    if config.start_from is None:
+        return [None] * prompts
+    source = Path(config.start_from)
+    names: list[object] = [config.start_from] * prompts
+    if source.suffix == ".json":
+        try:
+            content = json.loads(source.read_text(encoding="utf-8"))
+        except (OSError, ValueError) as error:
+            raise InputError(f"start_from: {source} cannot be read as JSON ({error}); give a list of files") from error
+        if not isinstance(content, list) or not all(name is None or isinstance(name, str) for name in content):
+            raise InputError(f"start_from: {source} is not a list of file names and nulls, one for each prompt")
+        if len(content) < prompts:
+            raise InputError(
+                f"start_from: {source} names {len(content)} files for {prompts} prompts; give one for each"
+            )
+        names = content[:prompts]
+    files = [None if name is None else Path(str(name)) for name in names]
+    for file in files:
+        if file is not None and not file.is_file():
+            raise InputError(f"start_from: {file} does not exist; give an image or a video file")
+    return files

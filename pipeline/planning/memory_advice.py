@@ -1,0 +1,83 @@
+"""What would fit when memory did not suffice: settings that need less, in the order in which they hurt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+from itertools import islice
+
+import torch
+
+from pipeline.config.config import InferenceConfig
+from pipeline.planning.plan import planner_for
+from pipeline.runtime.loading import generator_settings, text_encoder_place
+from utils.errors import InputError
+from utils.memory import format_bytes, memory_of
+
+SMALLER = (720, 480, (320, 576), (256, 448), (128, 208))
+WINDOW, SINKS = 12, 3  # latent frames; the setting with which the published checkpoints were trained
+SHOWN = 3
+
+
+@dataclass(frozen=True)
+class Remedy:
+    """Overrides, as they are typed, and the configuration with them."""
+
+    overrides: tuple[str, ...]
+    config: InferenceConfig
+
+    def then(self, override: str, config: InferenceConfig) -> Remedy:
+        return Remedy((*self.overrides, override), config)
+
+    def __str__(self) -> str:
+        return " ".join(self.overrides)
+
+
+def remedies(config: InferenceConfig, device: torch.device) -> Iterator[Remedy]:
+    """Settings that need less, each on top of those before it; resolutions instead of one another."""
+    step = Remedy((), config)
+    if device.type != "cpu" and text_encoder_place(config, device) == device:
+        step = step.then("text_encoder_device=cpu", replace(step.config, text_encoder_device="cpu"))
+        yield step
+    if config.precision == "fp32" or (config.precision == "auto" and device.type == "cpu"):
+        step = step.then("precision=bf16", replace(step.config, precision="bf16"))
+        yield step
+    if config.policy in ("full", "prune") and config.model_kwargs.local_attn_size == -1:
+        size = max(WINDOW, SINKS + config.num_frame_per_block)
+        window = replace(config.model_kwargs, local_attn_size=size, sink_size=SINKS)
+        override = f"model_kwargs.local_attn_size={size} model_kwargs.sink_size={SINKS}"
+        step = step.then(override, replace(step.config, model_kwargs=window))
+        yield step
+    for resolution in SMALLER:
+        smaller = replace(step.config, resolution=resolution)
+        if smaller.latent_size < config.latent_size:
+            yield step.then(f"resolution={str(resolution).translate({40: '[', 41: ']', 32: None})}", smaller)
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    """Whether PyTorch or Python means by it that memory did not suffice, on a GPU or on the CPU."""
+    said = str(error)
+    return isinstance(error, (torch.OutOfMemoryError, MemoryError)) or any(
+        words in said for words in ("can't allocate memory", "Cannot allocate memory", "not enough memory")
+    )
+
+
+def bytes_needed(config: InferenceConfig, device: torch.device) -> int:
+    """The most that a run holds on the device at once, as tensors."""
+    planner = planner_for(config, device)
+    settings = generator_settings(config, planner.sizes)
+    plan = planner.memory(config, settings, planner.strategy(config, settings, memory_of(device)))
+    return max(plan.peak, plan.text_encoder if text_encoder_place(config, device) == device else 0)
+
+
+def out_of_memory(config: InferenceConfig, device: torch.device) -> InputError:
+    """The error for a run that needed more memory than the device has; names overrides that need less."""
+    available, needed = memory_of(device), bytes_needed(config, device)
+    sized = ((remedy, bytes_needed(remedy.config, device)) for remedy in remedies(config, device))
+    fitting = (f"{remedy} ({format_bytes(size)})" for remedy, size in sized if size < min(available, needed))
+    advice = "; ".join(islice(fitting, SHOWN))
+    return InputError(
+        f"device: {device} ran out of memory. This run takes about {format_bytes(needed)} of tensors, "
+        f"{device} has {format_bytes(available)}, and programs and libraries hold some of it. "
+        + (f"Less is needed with: {advice}" if advice else "No smaller setting would fit.")
+    )

@@ -1,0 +1,137 @@
+"""From blocks of latents to frames on the host: decoded, as bytes, cropped, and copied without stopping the device.
+
+With `DecodeStrategy.aside`, on a CUDA device, this goes to a stream of its own, so that the next block is denoised
+meanwhile; the host only queues it and goes on. This file does not know how latents are made nor where the frames go.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from pipeline.runtime.engine import or_eager
+from utils.profiler import Profiler
+from utils.video import to_uint8
+from wan.cuda_graphs import CudaRecorder
+from wan.vae.layers import run
+from wan.vae.streaming import LatentDecoder
+from wan.vae.untiled import compiled_run
+
+
+@dataclass(frozen=True)
+class DecodeStrategy:
+    """How videos are decoded: `tile`, `frames` (a call), `piece` and `on_host` as in LatentDecoder.decoder, and whether
+    a block is decoded beside the denoising of the next, which takes the memory of both at once."""
+
+    frames: int = 1
+    tile: int | None = None
+    frame_chunk: int | None = None
+    on_side_stream: bool = False
+    on_host: bool = False
+
+    def __str__(self) -> str:
+        frames = "whole frames" if self.tile is None else f"in tiles of at most {self.tile} pixels a side"
+        cache = ", the cache in the host's memory" if self.on_host else ""
+        return frames + cache + (", beside the next block's denoising" if self.on_side_stream else "")
+
+
+@dataclass(frozen=True)
+class HostFrames:
+    """uint8 [B, frames, H, W, 3] on the host, complete once `wait` has returned."""
+
+    frames: Tensor
+    ready: torch.cuda.Event | None = None
+
+    def wait(self) -> Tensor:
+        if self.ready is not None:
+            self.ready.synchronize()
+        return self.frames
+
+
+class BlockDecoder:
+    """Decodes the blocks of one video, or of several at once, in order. Close it when the last is done."""
+
+    def __init__(
+        self,
+        vae: LatentDecoder,
+        pixel_size: tuple[int, int],
+        profiler: Profiler,
+        strategy: DecodeStrategy,
+    ) -> None:
+        """`pixel_size` (height, width) is what is kept of a frame."""
+        self._vae = vae
+        self._height, self._width = pixel_size
+        self._profiler = profiler
+        self._decoder = vae.decoder(strategy.frames, strategy.tile, strategy.frame_chunk, strategy.on_host)
+        self._stream: torch.cuda.Stream | None = None
+        if strategy.on_side_stream and vae.device.type == "cuda":
+            self._stream = vae.side_stream()
+
+    def decode(self, latents: Tensor) -> HostFrames:
+        """The next latents [B, F, C, h, w], of any device."""
+        with self._on_side_stream(latents):
+            with self._profiler.span("decode", self._vae.device):
+                video = self._decoder.decode(latents)[..., : self._height, : self._width]
+                frames = torch.stack([to_uint8(one) for one in video])
+            with self._profiler.span("copy", self._vae.device):
+                return self._to_host(frames)
+
+    def _to_host(self, frames: Tensor) -> HostFrames:
+        if frames.device.type != "cuda":
+            return HostFrames(frames.cpu())
+        host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
+        host.copy_(frames, non_blocking=True)
+        ready = torch.cuda.Event()  # type: ignore[no-untyped-call,unused-ignore]
+        ready.record(torch.cuda.current_stream(frames.device))
+        return HostFrames(host, ready)
+
+    @contextmanager
+    def _on_side_stream(self, latents: Tensor) -> Iterator[None]:
+        """Within the context work is queued on the stream aside, behind what made the latents."""
+        if self._stream is None:
+            yield
+            return
+        if latents.device.type == "cuda":
+            self._stream.wait_stream(torch.cuda.current_stream(latents.device))
+            latents.record_stream(self._stream)  # its memory is not to be used again before this stream is done
+        with torch.cuda.stream(self._stream):
+            yield
+
+    def close(self) -> None:
+        """Leave the decoder's memory to the next video."""
+        self._decoder.close()
+
+
+def fastest_strategy(device: torch.device, block: int, overlap: bool) -> DecodeStrategy:
+    """All latent frames of a block at once, but on a CPU, where it gains nothing, one."""
+    cpu = device.type == "cpu"
+    return DecodeStrategy(1 if cpu else block, on_side_stream=overlap and not cpu)
+
+
+def start_decoder(vae: LatentDecoder, engine: str, required: bool, latents: Tensor) -> None:
+    """Compile and record the decoder for blocks like `latents` [B, F, C, h, w], before the first video, for an engine
+    that is not eager. For CUDA devices: on a CPU nearly all of the time goes to convolutions, which stay as they are.
+
+    An engine that does not run here gives way to eager with a warning, or, if `required`, raises InputError.
+    """
+    if vae.device.type != "cuda" or engine == "eager":
+        return
+    frames = latents.shape[1]
+    compiled, recorded = engine != "recorded", engine != "compiled"
+    with or_eager("engine of the VAE", engine, required, lambda: vae.prepare(frames, run)):
+        vae.prepare(frames, compiled_run() if compiled else run, CudaRecorder(vae.device) if recorded else None)
+        warmup_decoder(vae, latents)
+
+
+def warmup_decoder(vae: LatentDecoder, latents: Tensor) -> None:
+    """Decode until calls repeat themselves: a beginning, a steady block, and that once more."""
+    size = [side * vae.spatial_scale for side in latents.shape[3:]]
+    strategy = DecodeStrategy(latents.shape[1], on_side_stream=True)
+    decoder = BlockDecoder(vae, (size[0], size[1]), Profiler(vae.device), strategy)
+    for _ in range(3):
+        decoder.decode(latents).wait()
+    decoder.close()

@@ -1,0 +1,139 @@
+"""How passes are run: as they are, compiled, or compiled and recorded; and getting ready for it when a model is loaded.
+
+eager     PyTorch's operators, one by one
+compiled  what lies between the attentions goes through torch.compile
+graphed   compiled, and whole passes are recorded as CUDA graphs
+auto      graphed on an NVIDIA GPU, eager elsewhere, where compiling a short run takes longer than it saves
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import logging
+import os
+import time
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
+from pathlib import Path
+from typing import Literal
+
+import torch
+
+from pipeline.runtime.generator import BlockGenerator, Passes, Segment
+from utils.errors import InputError
+from utils.files import write_error
+from utils.seed import ZeroNoise
+from wan.cuda_graphs import CudaRecorder
+from wan.geometry import LatentGeometry
+from wan.transformer.graphs import GraphedPasses
+from wan.transformer.model import CausalWanModel
+
+logger = logging.getLogger(__name__)
+
+EngineName = Literal["auto", "eager", "compiled", "graphed"]
+
+# Whether layers are compiled, and passes recorded; the last is there to tell the effects of both apart.
+WAYS = {"eager": (False, False), "compiled": (True, False), "graphed": (True, True), "recorded": (False, True)}
+WARMUP_BLOCKS = 8  # with full history; a video of 21 frames has 7. A bounded cache stops growing earlier
+
+
+def check_engine(name: EngineName, device: torch.device) -> None:
+    """Raises InputError if the device cannot have the engine."""
+    if name == "graphed" and device.type != "cuda":
+        raise InputError(f"engine: 'graphed' needs an NVIDIA GPU, this is {device.type}; use 'auto' or 'compiled'")
+
+
+def choose_engine(name: EngineName, device: torch.device) -> EngineName:
+    """The engine called `name`, "auto" being the fastest that can be expected to run. Raises as `check_engine`."""
+    check_engine(name, device)
+    if name != "auto":
+        return name
+    if device.type != "cuda":
+        return "eager"
+    if importlib.util.find_spec("triton") is None:
+        logger.warning("engine: eager, since the package triton, which compiling needs, is not installed")
+        return "eager"
+    return "graphed"
+
+
+def use_compile_cache(folder: Path | None) -> None:
+    """Keep what torch.compile makes in `folder`, from which later processes take it. Raises InputError."""
+    if folder is None:
+        return
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise write_error(folder, error) from error
+    os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.absolute())  # Triton's cache goes there too
+
+
+def passes_of(model: CausalWanModel, engine: str, required: bool = True) -> Passes:
+    """What runs the model's passes with an engine of `WAYS`.
+
+    `required`: what cannot be recorded is an error and not a warning.
+    """
+    compiled, recorded = WAYS[engine]
+    model.compile_layers(compiled)
+    return GraphedPasses(model, CudaRecorder(model.device), required=required) if recorded else model
+
+
+def start_engine(generator: BlockGenerator, name: EngineName, geometry: LatentGeometry, batch: int = 1) -> None:
+    """Compile and record for videos of this geometry before the first is made.
+
+    An engine that "auto" has chosen and that does not run here gives way to eager, with a warning that says why. Raises
+    InputError if the engine was asked for by name.
+    """
+    engine = choose_engine(name, generator.model.device)
+    if engine != "eager":
+        prepare(generator, engine, geometry, batch, required=name != "auto")
+
+
+def prepare(
+    generator: BlockGenerator, engine: EngineName, geometry: LatentGeometry, batch: int, required: bool
+) -> None:
+    """`start_engine` for an engine that is not eager; `required`: it was asked for by name."""
+    logger.info("engine: getting %s ready, which takes a minute or two where nothing is cached", engine)
+    begin = time.perf_counter()
+
+    def go_back() -> None:
+        generator.model.compile_layers(False)
+        generator.passes = generator.model
+
+    with or_eager("engine", engine, required, go_back):
+        generator.passes = passes_of(generator.model, engine, required)
+        warmup(generator, geometry, batch)
+        if generator.model.device.type == "cuda":
+            torch.cuda.empty_cache()  # what passes took that from now on are replayed, in memory of their own
+        logger.info("engine: %s is ready after %.1f s", engine, time.perf_counter() - begin)
+
+
+@contextmanager
+def or_eager(part: str, engine: str, required: bool, go_back: Callable[[], None]) -> Iterator[None]:
+    """What is done within the context makes an engine ready; if it does not run here, `go_back` is called, with a
+    warning that says why, or, if the engine is `required`, InputError is raised."""
+    try:
+        yield
+    except torch.OutOfMemoryError:
+        raise
+    except RuntimeError as error:
+        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+        if required:
+            raise InputError(f"{part}: {engine!r} does not run here ({reason}); use engine=eager") from error
+        logger.warning("%s: eager, since %s does not run here (%s)", part, engine, reason)
+        go_back()
+
+
+def warmup(generator: BlockGenerator, geometry: LatentGeometry, batch: int = 1) -> None:
+    """Make the beginning of a video that nobody sees, until what passes are made of repeats itself."""
+    config = generator.model.config
+    with torch.inference_mode():
+        text = generator.model.encode_text(torch.zeros(batch, config.text_len, config.text_dim))
+    rollout = generator.start(geometry, [Segment(0, text)], ZeroNoise(batch), batch)
+    # Roles that zeros give are of no use; until they are observed, all blocks go through the same compiled parts.
+    blocks = 1 if rollout.roles_pending else WARMUP_BLOCKS
+    seen = set()
+    with closing(rollout.blocks()) as made:
+        for block in made:
+            if rollout.cache.state in seen or block.index == blocks:
+                break
+            seen.add(rollout.cache.state)

@@ -1,0 +1,258 @@
+"""From files to the parts of a pipeline, each loaded on its own so that no two large ones need be there together."""
+
+from __future__ import annotations
+
+import gc
+import logging
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+from torch.utils._pytree import tree_map_only
+
+from dummy.policy import policy_from_config
+from dummy.roles import HeadRoles
+from pipeline.config.config import InferenceConfig, check_against_model
+from pipeline.runtime.engine import check_engine
+from pipeline.runtime.generator import GeneratorSettings
+from pipeline.runtime.schedule import DenoisingSchedule
+from utils.errors import InputError
+from utils.ffmpeg import check_codec
+from wan.attention.backends import attention_backend
+from wan.attention.varlen import ragged_backend
+from wan.checkpoints.diffusers_layout import read_model_config, read_model_state
+from wan.checkpoints.files import download_hint, generator_state, load_into, read_tensors
+from wan.checkpoints.lora import merge_lora
+from wan.config import ModelConfig
+from wan.text import TextEncoder
+from wan.transformer.fp8 import check_fp8, to_fp8
+from wan.transformer.model import CausalWanModel
+from wan.vae.preview import SOURCE_HINT, PreviewDecoder
+from wan.vae.streaming import LatentDecoder
+from wan.vae.vae import VAE
+
+logger = logging.getLogger(__name__)
+
+T = TypeVar("T")
+
+META = torch.device("meta")
+TEXT_ENCODER_HEADROOM = 12 << 30  # bytes free on the device from which on the 10.6 GiB text encoder goes there
+
+
+def choose_device(config: InferenceConfig) -> torch.device:
+    """The device that `device` names; "auto" is the first GPU if there is one. Raises InputError if it is not there."""
+    if config.device == "auto":
+        return torch.device("cuda", 0) if torch.cuda.is_available() else torch.device("cpu")
+    return _require_device("device", config.device)
+
+
+def choose_vae_device(config: InferenceConfig, device: torch.device) -> torch.device:
+    """The device that `vae_device` names; "auto" is that of the run. Raises InputError if it is not there."""
+    return device if config.vae_device == "auto" else _require_device("vae_device", config.vae_device)
+
+
+def _require_device(key: str, name: str) -> torch.device:
+    device = torch.device(name)
+    counts = {
+        "cpu": 1,
+        "cuda": torch.cuda.device_count(),
+        "mps": int(torch.backends.mps.is_available()),
+        "xpu": torch.xpu.device_count(),
+    }
+    count = counts[device.type]
+    if (device.index or 0) >= count:
+        raise InputError(
+            f"{key}: {name!r} asked for, but PyTorch finds {count} {device.type} devices here; "
+            f"use {key}=auto or {key}=cpu"
+        )
+    return device
+
+
+def choose_dtype(config: InferenceConfig, device: torch.device) -> torch.dtype:
+    """Of weights and activations; with FP8 it is that of everything but the transformer's products."""
+    if config.precision == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    return torch.float32 if config.precision == "fp32" else torch.bfloat16
+
+
+def model_config_file(config: InferenceConfig) -> Path:
+    """The file with the transformer's sizes, of Wan's layout or of Diffusers'."""
+    native, diffusers = (config.model_folder / part / "config.json" for part in (".", "transformer"))
+    return diffusers if diffusers.exists() and not native.exists() else native
+
+
+def needed_files(config: InferenceConfig) -> list[Path]:
+    """Every file (or folder of shards) that the run will open, whether it is there or not."""
+    paths = [
+        model_config_file(config),
+        config.generator_path,
+        config.lora_path,
+        config.vae_path if needs_vae(config) else None,
+        config.preview_path,
+        config.text_encoder_path,
+        config.tokenizer_path / "tokenizer.json",
+        _roles_path(config),
+    ]
+    return [path for path in paths if path is not None]
+
+
+def needs_vae(config: InferenceConfig) -> bool:
+    """Whether the run opens the VAE: to decode, or to encode what it starts from, which a preview decoder cannot."""
+    return config.preview_path is None or config.start_from is not None
+
+
+def _roles_path(config: InferenceConfig) -> Path | None:
+    forcing = config.dummy_forcing
+    return Path(forcing.roles) if forcing.enabled and forcing.roles is not None else None
+
+
+def require_files(config: InferenceConfig) -> None:
+    """Raises InputError that names every missing file and how to get it."""
+    by_hint: dict[str, list[str]] = {}
+    own_hints = {
+        _roles_path(config): "dummy_forcing.roles: give a roles file or remove the key.",
+        config.preview_path: f"decoder: {SOURCE_HINT} decoder=wan does without.",
+    }
+    for path in needed_files(config):
+        if not path.exists():
+            hint = own_hints.get(path) or download_hint(path)
+            by_hint.setdefault(hint, []).append(f"{path} does not exist.")
+    if by_hint:
+        raise InputError("\n".join(line for hint, lines in by_hint.items() for line in (*lines, hint)))
+
+
+def check_before_loading(config: InferenceConfig, device: torch.device) -> tuple[ModelConfig, GeneratorSettings]:
+    """The model's sizes and the loop's settings, once all is found to go together.
+
+    Transformer, decoder and encoder are assembled from names and shapes alone, so that a file that does not fit is
+    found in seconds, not after the minutes that the text encoder takes. Raises InputError.
+    """
+    sizes = model_sizes(config)
+    settings = generator_settings(config, sizes)
+    dtype = choose_dtype(config, device)
+    attention_backend(config.attention, device, dtype)
+    ragged_backend(config.attention, device, dtype)
+    check_engine(config.engine, device)
+    choose_vae_device(config, device)
+    if config.video_codec != "libx264":
+        check_codec(config.video_codec)
+    if config.precision == "fp8":
+        check_fp8(device)
+    _assemble(config, sizes, META, dtype)
+    load_encoder(config, load_decoder(config, META, dtype))
+    return sizes, settings
+
+
+def encode_prompts(
+    config: InferenceConfig, prompts: Sequence[str], max_length: int, device: torch.device
+) -> dict[str, Tensor]:
+    """Embeddings [length, text_dim] of every different prompt, on the CPU; the text encoder is gone afterwards.
+
+    Prompts are cut to `max_length` tokens, what the transformer takes.
+    """
+    place = text_encoder_place(config, device)
+    dtype = choose_dtype(config, device)  # of the run, wherever the encoder is: float32 would take 22.7 GB
+    encoder = TextEncoder.load(config.text_encoder_path, config.tokenizer_path, dtype, place, max_length)
+    unique = list(dict.fromkeys(prompts))
+    embeds = {prompt: encoder.encode([prompt])[0].cpu() for prompt in unique}
+    del encoder
+    gc.collect()
+    if place.type == "cuda":
+        torch.cuda.empty_cache()
+    return embeds
+
+
+def text_encoder_place(config: InferenceConfig, device: torch.device) -> torch.device:
+    """Where the text encoder runs: "auto" is the run's device unless that is a GPU with too little free memory, or
+    memory is to be saved."""
+    if config.text_encoder_device != "auto":
+        return device if config.text_encoder_device == "device" else torch.device("cpu")
+    if config.low_memory is True:
+        return torch.device("cpu")
+    if device.type == "cuda" and torch.cuda.mem_get_info(device)[0] < TEXT_ENCODER_HEADROOM:
+        logger.info("text encoder: on the CPU, since %s has less than 12 GiB free", device)
+        return torch.device("cpu")
+    return device
+
+
+def model_sizes(config: InferenceConfig) -> ModelConfig:
+    """The transformer's sizes, from the `config.json` of the model folder; what depends on them is checked."""
+    sizes = ModelConfig.from_mapping(read_model_config(config.model_folder), f"{config.model_folder}/config.json")
+    check_against_model(config, sizes)
+    return sizes
+
+
+def load_transformer(
+    config: InferenceConfig, sizes: ModelConfig, device: torch.device, dtype: torch.dtype
+) -> CausalWanModel:
+    """The causal transformer with its LoRA merged."""
+    model = _assemble(config, sizes, device, dtype)
+    model.use_attention(config.attention)
+    if config.precision == "fp8":
+        to_fp8(model)
+    return model
+
+
+def _assemble(config: InferenceConfig, sizes: ModelConfig, device: torch.device, dtype: torch.dtype) -> CausalWanModel:
+    """On the meta device nothing of the files is read but names and shapes, and those are checked all the same."""
+
+    def placed(content: Mapping[str, T]) -> dict[str, T]:
+        if device == META:
+            content = tree_map_only(Tensor, lambda tensor: tensor.to(device), content)
+        return dict(content)
+
+    source = config.generator_path
+    if source.is_dir():
+        state = placed(read_model_state(source))
+    else:
+        state = generator_state(placed(read_tensors(source)), config.use_ema, source)
+    if config.lora_path is not None:
+        adapter = config.adapter
+        rank, alpha = (adapter.rank, adapter.alpha) if adapter is not None else (None, None)
+        merged = merge_lora(state, placed(read_tensors(config.lora_path)), rank, alpha, config.lora_path)
+        logger.info("LoRA: merged into %d layers", merged)
+    with torch.device("meta"):
+        model = CausalWanModel(sizes)
+    load_into(model, state, source, dtype, device, consume=True)
+    return model.eval()
+
+
+def load_vae(config: InferenceConfig, device: torch.device, dtype: torch.dtype) -> VAE:
+    return VAE.load(config.vae_path, dtype, device)
+
+
+def load_decoder(config: InferenceConfig, device: torch.device, dtype: torch.dtype) -> LatentDecoder:
+    """What decodes the videos: the VAE, or the preview decoder that the configuration names."""
+    if config.preview_path is None:
+        return load_vae(config, device, dtype)
+    return PreviewDecoder.load(config.preview_path, dtype, device)
+
+
+def load_encoder(config: InferenceConfig, decoder: LatentDecoder) -> VAE | None:
+    """What encodes that from which videos start: the decoder if it is the VAE. None where nothing is to be encoded."""
+    if isinstance(decoder, VAE):
+        return decoder
+    return load_vae(config, decoder.device, decoder.dtype) if needs_vae(config) else None
+
+
+def generator_settings(config: InferenceConfig, sizes: ModelConfig) -> GeneratorSettings:
+    """The loop's settings; reads the roles file if there is one."""
+    forcing = config.dummy_forcing
+    roles = None
+    if forcing.enabled and forcing.roles is not None:
+        roles = HeadRoles.load(Path(forcing.roles), sizes.num_layers, sizes.num_heads)
+    window = config.model_kwargs.local_attn_size
+    return GeneratorSettings(
+        schedule=DenoisingSchedule.build(
+            config.denoising_step_list, config.model_kwargs.timestep_shift, config.warp_denoising_step
+        ),
+        policy=policy_from_config(config.model_kwargs, forcing, config.num_frame_per_block, roles),
+        context_noise=float(config.context_noise),
+        window=None if window == -1 else window,
+        relative_rope=config.rope == "relative",
+        global_sink=config.global_sink,
+        reclassify_on_switch=forcing.enabled and forcing.reclassify_on_switch,
+        teacache_threshold=forcing.teacache_threshold if forcing.enabled and forcing.teacache_enabled else None,
+    )

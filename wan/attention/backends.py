@@ -1,0 +1,93 @@
+"""One attention for every place that needs one: self- and cross-attention, any head count, on any device.
+
+The backend is chosen once, from what the device can do (its compute capability, never its name) and what is installed.
+There are no masks: what a head may see is what it is given.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable
+from typing import Literal, cast
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+from torch.nn.attention import SDPBackend, sdpa_kernel
+
+from utils.errors import InputError
+
+AttentionName = Literal["auto", "sdpa", "cudnn", "fa2", "fa3", "varlen"]
+"""varlen: self-attention as in wan.attention.varlen, the rest as auto."""
+
+AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
+"""(q [B, L, H, D], k [B, S, H, D], v [B, S, H, D]) -> [B, L, H, D]; softmax(q k^T / sqrt(D)) v."""
+
+HOPPER = (9, 0)
+AMPERE = (8, 0)
+_MODULES = {"fa2": "flash_attn", "fa3": "flash_attn_interface"}
+
+
+def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """PyTorch's scaled_dot_product_attention; works everywhere and is what the other backends are compared with."""
+    return F.scaled_dot_product_attention(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2)).transpose(1, 2)
+
+
+def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """SDPA with cuDNN's kernel first; PyTorch's own order has it behind FlashAttention 2, which is slower on Hopper."""
+    order = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
+    with sdpa_kernel(order, set_priority=True):
+        return sdpa(q, k, v)
+
+
+def _flash(name: Literal["fa2", "fa3"]) -> AttentionFn:
+    function = importlib.import_module(_MODULES[name]).flash_attn_func
+
+    def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        out = function(q, k, v)
+        return cast(Tensor, out[0] if isinstance(out, tuple) else out)  # some FA3 releases return (out, lse)
+
+    return flash
+
+
+def installed(name: str) -> bool:
+    """Whether the package of "fa2" or "fa3" is."""
+    return importlib.util.find_spec(_MODULES[name]) is not None
+
+
+def choose_backend(device: torch.device, dtype: torch.dtype) -> AttentionName:
+    """The fastest backend that this device, this dtype and this installation have."""
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        return "sdpa"
+    capability = torch.cuda.get_device_capability(device)
+    if capability[0] == HOPPER[0] and installed("fa3"):
+        return "fa3"
+    if capability >= HOPPER and torch.version.hip is None:
+        return "cudnn"
+    if capability >= AMPERE and installed("fa2"):
+        return "fa2"
+    return "sdpa"
+
+
+def attention_backend(name: AttentionName, device: torch.device, dtype: torch.dtype) -> AttentionFn:
+    """The attention function called `name` ("auto" chooses; for "varlen" what is used beside it).
+
+    Raises InputError if it was asked for by name and cannot run here.
+    """
+    chosen = choose_backend(device, dtype) if name in ("auto", "varlen") else name
+    if chosen == "sdpa":
+        return sdpa
+    if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
+        raise InputError(
+            f"attention: {chosen!r} needs an NVIDIA GPU and bf16, not {device.type} and {dtype}; use 'auto'"
+        )
+    if chosen == "cudnn":
+        return cudnn
+    if not installed(chosen):
+        raise InputError(
+            f"attention: {chosen!r} needs the package {_MODULES[chosen]}, which is not installed; use 'auto'"
+        )
+    if chosen == "fa3" and torch.cuda.get_device_capability(device)[0] != HOPPER[0]:
+        raise InputError(f"attention: 'fa3' runs on compute capability 9.x only, this is {device}; use 'auto'")
+    return _flash(cast(Literal["fa2", "fa3"], chosen))

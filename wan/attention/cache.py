@@ -1,0 +1,319 @@
+"""Keys and values of earlier frames: which are kept, where they lie, and how a block attends to them.
+
+A head keeps what its `Retention` says: the first `sink` and the last `recent` frames. Heads of a layer that keep
+equally much share one buffer, allocated once, and one attention call; wan.attention.head_group says what lies where in
+it. With a ragged attention (wan.attention.varlen) one call does for all heads. The block is written in place before it
+attends. Nothing here reads a value from the device, and nothing is concatenated in a block's passes. What a pass does
+to the device follows from `KVCache.buffer_epoch` and `KVCache.state` alone, so that it can be recorded once and
+replayed (wan/graphs.py). The file knows no head roles and no prompts; a policy is a retention per head.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import groupby
+
+import torch
+from torch import Tensor
+
+from wan.attention.backends import AttentionFn
+from wan.attention.head_group import CacheBytes, CacheShape, HeadGroup, Retention
+from wan.attention.rope import RotaryEmbedding, Rotation
+from wan.attention.varlen import RaggedFn, RaggedKV
+
+Observer = Callable[[int, Tensor, Tensor, Sequence[int]], None]
+"""(layer, q [B, L, H, D], keys [B, S, H, D], the frame number of every T keys), called before a layer attends."""
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """Neighbouring groups with a common buffer and equally many frames: one attention call."""
+
+    heads: slice
+    kv: Tensor  # [2, B, (n + slots) * T, heads, D]
+    visible: int  # tokens, the block's own included
+
+
+CacheState = tuple[tuple[tuple[int, int, int], ...], ...]
+"""Per layer and attention call: first head, last head + 1, visible tokens."""
+
+
+class BufferEpoch:
+    """Stands for a cache's buffers: what was made for them, and has this as its key, is of no use once it is gone."""
+
+
+class LayerCache:
+    """The cache of one layer. Heads are in the order of the layer's weights."""
+
+    def __init__(
+        self,
+        index: int,
+        shape: CacheShape,
+        attention: AttentionFn,
+        like: Tensor,
+        relative: bool,
+        ragged: RaggedFn | None = None,
+    ) -> None:
+        self._index = index
+        self._shape = shape
+        self._attention = attention
+        self._ragged = ragged
+        self._ragged_kv: RaggedKV | None = None
+        self._like = like
+        self._relative = relative
+        self._parts: list[tuple[int, Retention]] = []
+        self._buffers: list[tuple[Tensor, list[HeadGroup]]] = []
+        self._calls: list[AttentionCall] = []
+        self.observer: Observer | None = None
+
+    def allocate(self, head_segments: Sequence[tuple[int, Retention]]) -> bool:
+        """Start empty with `head_segments`: (number of heads, what they keep) in head order. True if the buffers are
+        new ones; those at hand serve again if they were made for the same parts."""
+        if list(head_segments) == self._parts:
+            self.forget(0)
+            return False
+        self._build(head_segments)
+        return True
+
+    def _build(self, head_segments: Sequence[tuple[int, Retention]]) -> None:
+        assert sum(heads for heads, _ in head_segments) == self._shape.num_heads
+        self._parts = list(head_segments)
+        self._buffers, self._calls = [], []
+        first = 0
+        alike = groupby((part for part in head_segments if part[0]), key=lambda part: self._shape.slots(part[1]))
+        shared = [(slots, list(members)) for slots, members in alike]
+        widths = [sum(heads for heads, _ in members) for _, members in shared]
+        tokens = [(self._shape.frames_per_block + slots) * self._shape.tokens_per_frame for slots, _ in shared]
+        buffers = self._allocate(tokens, widths)
+        for buffer, width, (_, members) in zip(buffers, widths, shared, strict=True):
+            groups: list[HeadGroup] = []
+            for heads, retention in members:
+                start = sum(group.heads.stop - group.heads.start for group in groups)
+                place = slice(first + start, first + start + heads)
+                part = buffer[:, :, :, start : start + heads]
+                groups.append(HeadGroup(place, retention, part, self._shape, self._relative))
+            self._buffers.append((buffer, groups))
+            first += width
+        self._refresh()
+
+    def _allocate(self, tokens: Sequence[int], widths: Sequence[int]) -> list[Tensor]:
+        """Buffers [2, B, tokens, heads, D], laid out as the attention wants them."""
+        batch, dim = self._shape.batch, self._shape.head_dim
+        if self._ragged is None:
+            return [self._like.new_empty(2, batch, *size, dim) for size in zip(tokens, widths, strict=True)]
+        capacities = [size for size, heads in zip(tokens, widths, strict=True) for _ in range(heads)]
+        self._ragged_kv = RaggedKV.of(self._like, batch, capacities, dim, self._shape.block_tokens)
+        sizes = list(zip(widths, tokens, strict=True))
+        head_segments = torch.split(self._ragged_kv.kv, [heads * size for heads, size in sizes], dim=2)
+        return [torch.unflatten(part, 2, size).transpose(2, 3) for part, size in zip(head_segments, sizes, strict=True)]
+
+    @property
+    def groups(self) -> list[HeadGroup]:
+        return [group for _, groups in self._buffers for group in groups]
+
+    def split(self, order: Sequence[int], head_segments: Sequence[tuple[int, Retention]]) -> None:
+        """Go over from one group to `head_segments`; head i is from now on what head order[i] was."""
+        (old,) = self.groups
+        self._build(head_segments)
+        for group in self.groups:
+            group.copy_from(old, torch.tensor(order[group.heads], device=self._like.device))
+        self._refresh()
+
+    def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+        """Attention of a pass's queries to the pass itself and to what is kept; all [B, L, H, D], rotated.
+
+        A block is written to its own slots. A longer pass (re-encoding) is joined with what is kept for this once.
+        """
+        own = self._shape.block_tokens
+        if self._ragged is not None and self._ragged_kv is not None and q.shape[1] == own and self.observer is None:
+            self.write(k, v)
+            return self._ragged(q, self._ragged_kv)
+        out = torch.empty_like(q) if len(self._calls) > 1 else None
+        for call in self._calls:
+            heads = call.heads
+            if q.shape[1] == own:
+                call.kv[0, :, :own] = k[:, :, heads]
+                call.kv[1, :, :own] = v[:, :, heads]
+                keys, values = call.kv[0, :, : call.visible], call.kv[1, :, : call.visible]
+            else:
+                keys = torch.cat((k[:, :, heads], call.kv[0, :, own : call.visible]), dim=1)
+                values = torch.cat((v[:, :, heads], call.kv[1, :, own : call.visible]), dim=1)
+            if self.observer is not None:
+                self._observe(q, keys)
+            result = self._attention(q[:, :, heads], keys, values)
+            if out is None:
+                return result
+            out[:, :, heads] = result
+        assert out is not None
+        return out
+
+    def write(self, k: Tensor, v: Tensor) -> None:
+        """Put a block's keys and values into its own slots."""
+        for call in self._calls:
+            call.kv[0, :, : self._shape.block_tokens] = k[:, :, call.heads]
+            call.kv[1, :, : self._shape.block_tokens] = v[:, :, call.heads]
+
+    def _observe(self, q: Tensor, keys: Tensor) -> None:
+        assert self.observer is not None and len(self.groups) == 1
+        self.observer(self._index, q, keys, self.groups[0].frames)
+
+    def commit(self, k: Tensor, v: Tensor, frames: range) -> None:
+        """Keep what the retentions keep of `frames`; k, v [B, len(frames) * T, H, D]."""
+        for group in self.groups:
+            group.commit(k[:, :, group.heads], v[:, :, group.heads], frames)
+        self._refresh()
+
+    def append_current_block(self, frames: range) -> None:
+        """As `commit`, of the block whose keys and values the last pass has left in the own slots."""
+        for group in self.groups:
+            group.append_current_block(frames)
+        self._refresh()
+
+    def forget(self, keep_sinks_before: int) -> None:
+        for group in self.groups:
+            group.forget(keep_sinks_before)
+        self._refresh()
+
+    @property
+    def state(self) -> tuple[tuple[int, int, int], ...]:
+        if self._ragged_kv is not None:
+            return ()  # what heads see is data
+        return self._visible()
+
+    def _visible(self) -> tuple[tuple[int, int, int], ...]:
+        return tuple((call.heads.start, call.heads.stop, call.visible) for call in self._calls)
+
+    def _refresh(self) -> None:
+        """Recompute the attention calls after the number of kept frames may have changed."""
+        before = self._visible()
+        self._calls = []
+        for buffer, groups in self._buffers:
+            first = groups[0].heads.start
+            for count, same in groupby(groups, key=lambda group: len(group.frames)):
+                members = list(same)
+                heads = slice(members[0].heads.start, members[-1].heads.stop)
+                visible = (self._shape.frames_per_block + count) * self._shape.tokens_per_frame
+                self._calls.append(
+                    AttentionCall(heads, buffer[:, :, :, heads.start - first : heads.stop - first], visible)
+                )
+        if self._ragged_kv is not None and self._visible() != before:
+            for call in self._calls:
+                self._ragged_kv.set_lengths(call.heads, call.visible)
+
+
+class KVCache:
+    """The caches of all layers of one video (or batch of videos that share head roles)."""
+
+    def __init__(
+        self,
+        num_layers: int,
+        shape: CacheShape,
+        retention: Retention,
+        attention: AttentionFn,
+        like: Tensor,
+        relative_window: int | None = None,
+        head_segments: Sequence[Sequence[tuple[int, Retention]]] | None = None,
+        ragged: RaggedFn | None = None,
+    ) -> None:
+        """All heads keep `retention`, unless `head_segments` says for each layer which keep what. `like` gives dtype
+        and device; `relative_window` (frames) turns on relative positions for the sinks; with `ragged` it runs all
+        heads of a block's layer at once, and `attention` what is longer."""
+        self._shape = shape
+        self._window = relative_window
+        self.device = like.device
+        self.buffer_epoch = BufferEpoch()
+        self._rotary = RotaryEmbedding(shape.head_dim)
+        self.layers = [
+            LayerCache(index, shape, attention, like, relative_window is not None, ragged)
+            for index in range(num_layers)
+        ]
+        if head_segments is None:
+            self.reset(retention)
+        else:
+            self.allocate(head_segments)
+
+    def reset(self, retention: Retention) -> None:
+        """Forget everything; all heads of all layers keep `retention` from now on."""
+        self.allocate([[(self._shape.num_heads, retention)]] * len(self.layers))
+
+    def allocate(self, head_segments: Sequence[Sequence[tuple[int, Retention]]]) -> None:
+        """Forget everything; layer l starts with head_segments[l]."""
+        renewed = [
+            layer.allocate(layer_segments) for layer, layer_segments in zip(self.layers, head_segments, strict=True)
+        ]
+        if any(renewed):
+            self.buffer_epoch = BufferEpoch()
+
+    def split(self, orders: Sequence[Sequence[int]], head_segments: Sequence[Sequence[tuple[int, Retention]]]) -> None:
+        """Give every layer its head order and groups; layer by layer, so that only one is ever held twice."""
+        self.buffer_epoch = BufferEpoch()
+        for layer, order, layer_segments in zip(self.layers, orders, head_segments, strict=True):
+            layer.split(order, layer_segments)
+
+    @property
+    def block_tokens(self) -> int:
+        """Tokens of a pass over one block; what is longer re-encodes earlier frames."""
+        return self._shape.block_tokens
+
+    @property
+    def frames_per_block(self) -> int:
+        return self._shape.frames_per_block
+
+    @property
+    def state(self) -> CacheState:
+        return tuple(layer.state for layer in self.layers)
+
+    def append_current_block(self, frames: range) -> None:
+        """Let the block join the cache whose keys and values the last pass has left in the own slots of all layers."""
+        for layer in self.layers:
+            layer.append_current_block(frames)
+
+    def begin_pass(self, start_frame: int, frames: int) -> None:
+        """Prepare for passes over the given frames: with relative positions, turn the sinks to their new place."""
+        if self._window is None:
+            return
+        window_start = start_frame + frames - self._window
+        turns: dict[int, Rotation] = {}
+        for group in (group for layer in self.layers for group in layer.groups):
+            by = group.sink_shift(window_start)
+            if by not in turns:
+                turns[by] = self._rotary.frame_shift(by, self.device)
+            group.rotate_sinks(turns[by])
+
+    def forget(self, keep_sinks_before: int = 0) -> None:
+        """Drop what is kept, except sinks that are earlier than the given frame; groups and buffers stay."""
+        for layer in self.layers:
+            layer.forget(keep_sinks_before)
+
+    @contextmanager
+    def observed(self, observer: Observer) -> Iterator[None]:
+        """Within the context `observer` sees every layer's queries and keys before they attend."""
+        for layer in self.layers:
+            layer.observer = observer
+        try:
+            yield
+        finally:
+            for layer in self.layers:
+                layer.observer = None
+
+    @property
+    def observing(self) -> bool:
+        return self.layers[0].observer is not None
+
+    @property
+    def frames_per_head(self) -> float:
+        """Earlier frames that a head sees now, as a mean over all heads."""
+        groups = [group for layer in self.layers for group in layer.groups]
+        seen: int = sum(len(group.frames) * (group.heads.stop - group.heads.start) for group in groups)
+        return seen / (len(self.layers) * self._shape.num_heads)
+
+    def bytes(self) -> CacheBytes:
+        """Bytes that are allocated now, by purpose."""
+        head_segments = [group.bytes for layer in self.layers for group in layer.groups]
+        return CacheBytes(
+            sum(p.kept for p in head_segments),
+            sum(p.own for p in head_segments),
+            sum(p.unrotated_sink_keys for p in head_segments),
+        )

@@ -1,0 +1,185 @@
+"""What the heads of a layer that keep equally much hold: earlier frames' keys and values in slots of a buffer.
+
+    [ the block's own n frames | kept slot 0 | kept slot 1 | ... ]   each slot one latent frame of T tokens
+
+Kept slots fill in order, so that what is visible is always a prefix, and a frame that leaves gives its slot to one that
+comes: softmax does not care about the order of keys. Which frame lies in which slot is known on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+
+from torch import Tensor
+
+from wan.attention.rope import Rotation, rotate
+
+UNBOUNDED = 1 << 40  # a number of frames that no video reaches
+
+
+@dataclass(frozen=True)
+class Retention:
+    """The earlier frames that a head keeps: the first `sink` and the last `recent`; one that is both counts once."""
+
+    sink: int
+    recent: int
+
+    @property
+    def total(self) -> int:
+        return self.sink + self.recent
+
+    def keep(self, frames: Sequence[int]) -> Sequence[int]:
+        """The frames to keep out of `frames`, which are in ascending order."""
+        if len(frames) <= self.total:
+            return frames
+        return [*frames[: self.sink], *frames[len(frames) - self.recent :]]
+
+
+FULL_HISTORY = Retention(0, UNBOUNDED)
+
+
+@dataclass(frozen=True)
+class CacheShape:
+    """Sizes that all layers of a cache share."""
+
+    batch: int
+    num_heads: int
+    head_dim: int
+    tokens_per_frame: int
+    frames_per_block: int
+    max_past: int  # no block has more earlier frames than this; bounds what full history allocates
+
+    @property
+    def block_tokens(self) -> int:
+        return self.frames_per_block * self.tokens_per_frame
+
+    def slots(self, retention: Retention) -> int:
+        return min(retention.total, self.max_past)
+
+
+@dataclass(frozen=True)
+class CacheBytes:
+    """kept: earlier frames; own: the slots of the block at work; turning: the sinks' unturned keys (relative RoPE)."""
+
+    kept: int
+    own: int
+    unrotated_sink_keys: int
+
+    @property
+    def total(self) -> int:
+        return self.kept + self.own + self.unrotated_sink_keys
+
+
+class HeadGroup:
+    """Consecutive heads of a layer with one retention.
+
+    `kv` [2, B, (n + slots) * T, heads, D] is this group's part of a buffer that it may share with other groups;
+    `frames[i]` is the latent frame in kept slot i. The sinks are always the first slots.
+    """
+
+    def __init__(self, heads: slice, retention: Retention, kv: Tensor, shape: CacheShape, relative: bool) -> None:
+        self.heads = heads
+        self.retention = retention
+        self.kv = kv
+        self.frames: list[int] = []
+        self._shape = shape
+        sinks = min(retention.sink, shape.slots(retention)) if relative else 0
+        # With relative positions the sinks' keys turn with every block; turning the original avoids piling up rounding.
+        self._unrotated_sinks = (
+            kv.new_empty(kv.shape[1], sinks * shape.tokens_per_frame, *kv.shape[3:]) if sinks else None
+        )
+
+    def _slots(self, first: int, count: int) -> slice:
+        tokens = self._shape.tokens_per_frame
+        begin = (self._shape.frames_per_block + first) * tokens
+        return slice(begin, begin + count * tokens)
+
+    def commit(self, k: Tensor, v: Tensor, frames: range) -> None:
+        """Take over what the retention keeps of `frames`, whose keys and values are k, v [B, len(frames) * T, heads, D]
+        of this group's heads."""
+        copies = self._place(frames)
+        for target, source in copies:
+            self.kv[0, :, target] = k[:, source]
+            self.kv[1, :, target] = v[:, source]
+        self._remember_sinks(copies)
+
+    def append_current_block(self, frames: range) -> None:
+        """As `commit`, of a block whose keys and values lie in the own slots."""
+        copies = self._place(frames)
+        for target, source in copies:
+            self.kv[:, :, target] = self.kv[:, :, source]
+        self._remember_sinks(copies)
+
+    def _place(self, frames: range) -> list[tuple[slice, slice]]:
+        """Give slots to what is kept of `frames`; the copies to do: tokens of the buffer, tokens of `frames`."""
+        keep = set(self.retention.keep([*sorted(self.frames), *frames]))
+        fresh = [frame for frame in frames if frame in keep]
+        free = [slot for slot, frame in enumerate(self.frames) if frame not in keep]
+        free += range(len(self.frames), len(self.frames) + len(fresh) - len(free))
+        tokens = self._shape.tokens_per_frame
+        copies = []
+        for slot, frame, count in _runs(free, fresh):
+            first = (frame - frames.start) * tokens
+            copies.append((self._slots(slot, count), slice(first, first + count * tokens)))
+            self.frames[slot : slot + count] = range(frame, frame + count)
+        return copies
+
+    def _remember_sinks(self, copies: Sequence[tuple[slice, slice]]) -> None:
+        """Keep the keys of new sinks as they came; those of older sinks may have been turned since."""
+        if self._unrotated_sinks is None:
+            return
+        sinks = self._slots(0, self.retention.sink)
+        for target, _ in copies:
+            stop = min(target.stop, sinks.stop)
+            if target.start < stop:
+                self._unrotated_sinks[:, target.start - sinks.start : stop - sinks.start] = self.kv[
+                    0, :, target.start : stop
+                ]
+
+    def _keys(self, slot: int) -> Tensor:
+        """[B, T, heads, D], as they came."""
+        if self._unrotated_sinks is None or slot >= self.retention.sink:
+            return self.kv[0, :, self._slots(slot, 1)]
+        tokens = self._shape.tokens_per_frame
+        return self._unrotated_sinks[:, slot * tokens : (slot + 1) * tokens]
+
+    def sink_shift(self, window_start: int) -> int:
+        """Positions by which the sinks move if they stand at `window_start` once that is later than their own place."""
+        return max(0, window_start - self.frames[0]) if self.frames else 0
+
+    def rotate_sinks(self, shift: Rotation) -> None:
+        if self._unrotated_sinks is not None and self.frames:
+            count = min(self.retention.sink, len(self.frames))
+            sinks = self._unrotated_sinks[:, : count * self._shape.tokens_per_frame]
+            self.kv[0, :, self._slots(0, count)] = rotate(sinks, shift)
+
+    @property
+    def bytes(self) -> CacheBytes:
+        own = self.kv[:, :, : self._shape.block_tokens].nelement()
+        unrotated_sink_keys = 0 if self._unrotated_sinks is None else self._unrotated_sinks.nelement()
+        size = self.kv.element_size()
+        return CacheBytes((self.kv.nelement() - own) * size, own * size, unrotated_sink_keys * size)
+
+    def forget(self, keep_sinks_before: int) -> None:
+        self.frames = [frame for frame in self.frames[: self.retention.sink] if frame < keep_sinks_before]
+
+    def copy_from(self, source: HeadGroup, heads: Tensor) -> None:
+        """Fill an empty group with what its retention keeps of `source`, taking the source's heads by index [heads]."""
+        frames = self.retention.keep(sorted(source.frames))
+        for slot, frame in enumerate(frames):
+            old, new = source.frames.index(frame), self._slots(slot, 1)
+            self.kv[0, :, new] = source._keys(old).index_select(2, heads)
+            self.kv[1, :, new] = source.kv[1, :, source._slots(old, 1)].index_select(2, heads)
+        self.frames = list(frames)
+        count = min(self.retention.sink, len(frames))
+        if self._unrotated_sinks is not None and count:
+            self._unrotated_sinks[:, : count * self._shape.tokens_per_frame] = self.kv[0, :, self._slots(0, count)]
+
+
+def _runs(slots: Sequence[int], frames: Sequence[int]) -> Iterator[tuple[int, int, int]]:
+    """Pair slots with frames and join neighbours: (first slot, first frame, count) of every contiguous run."""
+    pairs = list(zip(slots, frames, strict=False))
+    starts = [0, *(i + 1 for i, (a, b) in enumerate(pairwise(pairs)) if b != (a[0] + 1, a[1] + 1)), len(pairs)]
+    return ((*pairs[a], b - a) for a, b in pairwise(starts) if b > a)

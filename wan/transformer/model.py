@@ -1,0 +1,307 @@
+"""The causal Wan 2.1 diffusion transformer (arXiv 2503.20314), inference only, any size.
+
+Parameter names are those of the published checkpoints. A pass takes the frames of one block, or more when earlier
+frames are re-encoded, and attends through a `KVCache`; the model knows neither policies nor head roles, only that the
+heads of its layers can be put in another order. Whatever depends on the prompt alone is in a `TextContext`, whatever
+depends on the timestep alone in a `TimeContext`; both are computed once and never change.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from wan.attention.backends import AttentionFn, AttentionName, attention_backend, sdpa
+from wan.attention.cache import KVCache
+from wan.attention.head_group import CacheShape, Retention
+from wan.attention.rope import RotaryEmbedding, Rotation
+from wan.attention.varlen import RaggedFn, ragged_backend
+from wan.config import ModelConfig
+from wan.geometry import LatentGeometry
+from wan.transformer.layers import OutputHead, TransformerBlock
+
+
+@dataclass(frozen=True)
+class TimeContext:
+    """What the model needs of one timestep (in thousandths of the noise schedule, 0 to 1000).
+
+    `layers` [layers, 6, dim]: shift, 1 + scale, gate of self-attention, then of the FFN; `head` [2, dim]: shift and
+    1 + scale of the output head; `modulation` [6 * dim] float32: the projected embedding that all layers share.
+    """
+
+    timestep: float
+    layers: Tensor
+    head: Tensor
+    modulation: Tensor
+
+
+@dataclass(frozen=True)
+class TextContext:
+    """A prompt's cross-attention keys and values, one [B, text_len, H, D] each per layer."""
+
+    keys: tuple[Tensor, ...]
+    values: tuple[Tensor, ...]
+
+
+@dataclass
+class TeaCacheResidual:
+    """Output minus input of all layers in the last pass that ran them (TeaCache, arXiv 2411.19108)."""
+
+    value: Tensor | None = None
+
+
+class _LayerParts(NamedTuple):
+    """What a layer does before, between and after its attentions, as it stands or compiled."""
+
+    before: Callable[..., tuple[Tensor, Tensor, Tensor]]
+    between: Callable[..., tuple[Tensor, Tensor]]
+    after: Callable[..., Tensor]
+
+
+_EAGER = _LayerParts(
+    TransformerBlock.before_attention, TransformerBlock.between_attentions, TransformerBlock.after_attention
+)
+
+
+class CausalWanModel(nn.Module):
+    """The transformer; build it on the meta device and load weights into it, or initialise it with `random_`."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        assert config.patch_size[0] == 1
+        self.config = config
+        self.attention: AttentionFn = sdpa
+        self.ragged: RaggedFn | None = None
+        self.patch_embedding = nn.Conv3d(config.in_dim, config.dim, config.patch_size, stride=config.patch_size)
+        self.text_embedding = nn.Sequential(
+            nn.Linear(config.text_dim, config.dim), nn.GELU(approximate="tanh"), nn.Linear(config.dim, config.dim)
+        )
+        self.time_embedding = nn.Sequential(
+            nn.Linear(config.freq_dim, config.dim), nn.SiLU(), nn.Linear(config.dim, config.dim)
+        )
+        self.time_projection = nn.Sequential(nn.SiLU(), nn.Linear(config.dim, 6 * config.dim))
+        self.blocks = nn.ModuleList(TransformerBlock(config) for _ in range(config.num_layers))
+        self.head = OutputHead(config)
+        self._parts = _EAGER
+        self._rotary = RotaryEmbedding(config.head_dim)
+        self._head_order: list[list[int]] | None = None
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.patch_embedding.weight.dtype
+
+    @property
+    def device(self) -> torch.device:
+        return self.patch_embedding.weight.device
+
+    def layers(self) -> list[TransformerBlock]:
+        return [block for block in self.blocks if isinstance(block, TransformerBlock)]
+
+    def random_(self, seed: int = 0) -> CausalWanModel:
+        """Fill the weights with small random numbers; speed and memory do not depend on their values."""
+        generator = torch.Generator(self.device).manual_seed(seed)
+        for name, parameter in self.named_parameters():
+            with torch.no_grad():
+                if ".norm" in name and name.endswith("weight"):
+                    parameter.fill_(1.0)
+                else:
+                    parameter.normal_(0.0, 0.02, generator=generator)
+        return self.requires_grad_(False)
+
+    def use_attention(self, name: AttentionName) -> None:
+        """Attend by the backend called `name`. Raises InputError if it cannot run here; caches keep what they have."""
+        self.attention = attention_backend(name, self.device, self.dtype)
+        self.ragged = ragged_backend(name, self.device, self.dtype)
+
+    def compile_layers(self, on: bool = True) -> None:
+        """Compile what lies between the attentions, once for all layers, without graph breaks; or go back from it.
+
+        Attention and the cache stay outside: their shapes follow from what is kept, those of the compiled parts from
+        the size of a block alone, so that a growing cache, new head roles or another prompt compile nothing anew.
+        Passes that re-encode earlier frames have other sizes; they run as they are.
+        """
+        # torch.compile has graphs of its own, which know nothing of those in wan/transformer/graphs.py.
+        whole = partial(torch.compile, fullgraph=True, dynamic=False, options={"triton.cudagraphs": False})
+        self._parts = _LayerParts(*map(whole, _EAGER)) if on else _EAGER
+
+    def encode_time(self, timestep: float) -> TimeContext:
+        """The modulations of one timestep, computed in float32 whatever the model's dtype is."""
+        half = self.config.freq_dim // 2
+        angles = timestep * 10000.0 ** -(torch.arange(half, dtype=torch.float64, device="cpu") / half)
+        sinusoid = torch.cat((angles.cos(), angles.sin())).float().to(self.device)
+        embedding = _float_sequential(self.time_embedding, sinusoid)
+        modulation = _float_sequential(self.time_projection, embedding)
+        learned = torch.cat([block.modulation for block in self.layers()]).float()
+        layers = learned + modulation.view(1, 6, -1)
+        layers[:, [1, 4]] += 1
+        head = self.head.modulation.float()[0] + embedding
+        head[1] += 1
+        return TimeContext(timestep, layers.to(self.dtype), head.to(self.dtype), modulation)
+
+    def encode_text(self, embeds: Tensor) -> TextContext:
+        """The keys and values of a prompt; `embeds` [B, text_len, text_dim], zero past the prompt."""
+        text = self.text_embedding(embeds.to(self.device, self.dtype))
+        pairs = [block.cross_attn.keys_and_values(text) for block in self.layers()]
+        return TextContext(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
+
+    def new_cache(
+        self,
+        geometry: LatentGeometry,
+        batch: int,
+        retention: Retention,
+        relative_window: int | None = None,
+        parts: Sequence[Sequence[tuple[int, Retention]]] | None = None,
+    ) -> KVCache:
+        """An empty cache for `batch` videos of this geometry in which all heads keep `retention`, or `parts` says which
+        heads of each layer keep what (`KVCache.allocate`)."""
+        shape = CacheShape(
+            batch,
+            self.config.num_heads,
+            self.config.head_dim,
+            geometry.tokens_per_frame,
+            geometry.frames_per_block,
+            geometry.num_frames - geometry.frames_per_block,
+        )
+        like = self.patch_embedding.weight
+        return KVCache(
+            self.config.num_layers, shape, retention, self.attention, like, relative_window, parts, self.ragged
+        )
+
+    def set_head_order(self, order: Sequence[Sequence[int]] | None) -> None:
+        """Put the self-attention heads of every layer in the given order; None restores that of the checkpoint.
+
+        The function that the model computes is the same in any order, as long as the cache is in that order too.
+        """
+        identity = list(range(self.config.num_heads))
+        new = [list(row) for row in order] if order is not None else [identity] * self.config.num_layers
+        old = self._head_order or [identity] * self.config.num_layers
+        with torch.no_grad():
+            for block, old_row, new_row in zip(self.layers(), old, new, strict=True):
+                if old_row != new_row:
+                    moves = torch.tensor([old_row.index(head) for head in new_row], device=self.device)
+                    block.self_attn.permute_heads(moves)
+        self._head_order = None if order is None else new
+
+    def forward(
+        self,
+        latents: Tensor,
+        time: TimeContext,
+        text: TextContext,
+        cache: KVCache,
+        start_frame: int,
+        commit: bool = False,
+        residual: TeaCacheResidual | None = None,
+    ) -> Tensor:
+        """The flow v = noise - x0 of latents [B, F, C, h, w] whose first frame is number `start_frame` of the video.
+
+        With `commit` the pass's keys and values join the cache. `residual` receives what `skip_layers` needs.
+        """
+        frames = range(start_frame, start_frame + latents.shape[1]) if commit else None
+        return self.flow(latents, time, text, cache, self.rotation(latents, start_frame), frames, residual)
+
+    def commit(self, latents: Tensor, time: TimeContext, text: TextContext, cache: KVCache, start_frame: int) -> None:
+        """A clean pass: like `forward` with `commit`, without what nobody uses (the head, most of the last layer)."""
+        frames = range(start_frame, start_frame + latents.shape[1])
+        self.encode(latents, time, text, cache, self.rotation(latents, start_frame), frames)
+
+    def flow(
+        self,
+        latents: Tensor,
+        time: TimeContext,
+        text: TextContext,
+        cache: KVCache,
+        rotation: Rotation,
+        commit: range | None = None,
+        residual: TeaCacheResidual | None = None,
+    ) -> Tensor:
+        """`forward` with its positions given as tensors; the pass joins the cache as the frames `commit`, if any."""
+        y = self._patchify(latents)
+        x = y if residual is not None else None
+        for layer, block in enumerate(self.layers()):
+            y = self._run(block, layer, y, time, text, cache, rotation, commit)
+        if residual is not None and x is not None:
+            residual.value = y - x
+        return self._unpatchify(self.head(y, time.head), latents)
+
+    def encode(
+        self,
+        latents: Tensor,
+        time: TimeContext,
+        text: TextContext,
+        cache: KVCache,
+        rotation: Rotation,
+        commit: range | None = None,
+    ) -> None:
+        """`commit` with its positions given as tensors; without frames to commit, a block's keys and values are left
+        in the own slots of all layers, for `KVCache.append_current_block`."""
+        x = self._patchify(latents)
+        last = self.config.num_layers - 1
+        for layer, block in enumerate(self.layers()):
+            if layer < last or cache.observing:
+                x = self._run(block, layer, x, time, text, cache, rotation, commit)
+        if cache.observing:
+            return
+        k, v = self.layers()[last].commit_only(x, time.layers[last], rotation)
+        if commit is None:
+            cache.layers[last].write(k, v)
+        else:
+            cache.layers[last].commit(k, v, commit)
+
+    def rotation(self, latents: Tensor, start_frame: int) -> Rotation:
+        """The rotary positions of a pass over latents [B, F, C, h, w] from frame `start_frame` on."""
+        grid = latents.shape[3] // self.config.patch_size[1], latents.shape[4] // self.config.patch_size[2]
+        return self._rotary.table(start_frame, latents.shape[1], grid, self.device)
+
+    def skip_layers(self, latents: Tensor, time: TimeContext, residual: TeaCacheResidual) -> Tensor:
+        """The flow if the layers add what they added in the pass that filled `residual`."""
+        assert residual.value is not None
+        return self._unpatchify(self.head(self._patchify(latents) + residual.value, time.head), latents)
+
+    def _run(
+        self,
+        block: TransformerBlock,
+        layer: int,
+        x: Tensor,
+        time: TimeContext,
+        text: TextContext,
+        cache: KVCache,
+        rotation: Rotation,
+        commit: range | None,
+    ) -> Tensor:
+        modulation = time.layers[layer]
+        parts = self._parts if x.shape[1] == cache.block_tokens else _EAGER
+        q, k, v = parts.before(block, x, modulation, rotation.cos, rotation.sin)
+        attended = cache.layers[layer].attend(q, k, v)
+        if commit is not None:
+            cache.layers[layer].commit(k, v, commit)
+        x, q = parts.between(block, x, attended, modulation)
+        del k, v, attended  # a fifth of what a pass takes at its worst moment, which is yet to come
+        return parts.after(block, x, self.attention(q, text.keys[layer], text.values[layer]), modulation)
+
+    def _patchify(self, latents: Tensor) -> Tensor:
+        """[B, F, C, h, w] -> tokens [B, L, dim]; a convolution with stride = kernel is a product over patches."""
+        _, rows, columns = self.config.patch_size
+        batch, frames, channels, height, width = latents.shape
+        patches = latents.to(self.dtype).view(batch, frames, channels, height // rows, rows, width // columns, columns)
+        patches = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)  # [B, L, C * rows * columns]
+        return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
+
+    def _unpatchify(self, x: Tensor, latents: Tensor) -> Tensor:
+        """[B, L, rows * columns * C] -> float32 [B, F, C, h, w] in the sizes of `latents`."""
+        _, rows, columns = self.config.patch_size
+        frames, height, width = latents.shape[1], latents.shape[3] // rows, latents.shape[4] // columns
+        x = x.float().view(x.shape[0], frames, height, width, rows, columns, self.config.out_dim)
+        return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5).flatten(3, 4)
+
+
+def _float_sequential(layers: nn.Sequential, x: Tensor) -> Tensor:
+    """Run linear layers and activations in float32 whatever dtype their weights are stored in."""
+    for layer in layers:
+        x = F.linear(x, layer.weight.float(), layer.bias.float()) if isinstance(layer, nn.Linear) else layer(x)
+    return x

@@ -1,0 +1,79 @@
+"""What decoding a video takes in memory, found out on the meta device: nothing is computed or loaded.
+
+It counts tensors; what the allocator rounds up and cuDNN's workspaces come on top.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+from torch.overrides import TorchFunctionMode
+
+from utils.memory import PeakTracker
+from wan.vae.streaming import LatentDecoder
+
+
+@dataclass(frozen=True)
+class DecodeBytes:
+    """Bytes of a decoder: the feature cache between calls, wherever it lies, and what comes on top of it at the worst
+    moment of one."""
+
+    cache: int
+    activations: int
+
+    @property
+    def total(self) -> int:
+        """Most bytes at once in all places, without the weights."""
+        return self.cache + self.activations
+
+
+def decode_bytes(
+    vae: LatentDecoder,
+    height: int,
+    width: int,
+    tile: int | None = None,
+    block: int = 3,
+    frames_per_call: int = 1,
+    batch: int = 1,
+    frame_chunk: int | None = None,
+    on_host: bool = False,
+) -> DecodeBytes:
+    """What `vae`, on the meta device, takes to decode blocks of `block` latent frames of height x width pixels,
+    `batch` videos at once.
+
+    `tile`, `frames_per_call`, `frame_chunk` and `on_host` as in LatentDecoder.decoder. The block's video counts, as the
+    activations do; weights do not.
+    """
+    assert vae.device.type == "meta", "memory is predicted with `published`, or with weights that are loaded to meta"
+    decoder = vae.decoder(frames_per_call, tile, frame_chunk, on_host)
+    shape = (batch, block, vae.z_dim, height // vae.spatial_scale, width // vae.spatial_scale)
+    latents = torch.empty(shape, device="meta")
+    with PeakTracker() as tracker, _FusedAttention():
+        # The first two frames of a video fill the cache, the next ones are the steady case. All inside: a cache that
+        # was filled outside would not count when it is dropped, and so the one that takes its place would twice.
+        decoder.decode(latents[:, :1])
+        decoder.decode(latents[:, :1])
+        decoder.decode(latents)
+    cache = decoder.cache_bytes()
+    return DecodeBytes(cache=cache, activations=tracker.peak - cache)
+
+
+class _FusedAttention(TorchFunctionMode):
+    """Attention as fused kernels do it: nothing but the result is allocated. On meta PyTorch would make the scores."""
+
+    def __torch_function__(
+        self,
+        func: Callable[..., object],
+        types: Sequence[type],
+        args: tuple[object, ...] = (),
+        kwargs: Mapping[str, object] | None = None,
+    ) -> object:
+        if func is scaled_dot_product_attention:
+            query = args[0]
+            assert isinstance(query, Tensor)
+            return torch.empty_like(query)
+        return func(*args, **(kwargs or {}))

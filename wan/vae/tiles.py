@@ -1,0 +1,186 @@
+"""The Wan VAE's decoder for a few latent frames in spatial tiles, which need less memory than whole frames.
+
+What takes memory are the last levels. The middle of the decoder attends over the whole frame, so no tile of the latents
+decodes to the tile of the pixels; but that part works on few pixels, and the levels after it are convolutions alone.
+`TiledFrames` runs the decoder up to its first enlargement on the whole frame, then the rest in two stages tile by tile,
+each tile with the margin (halo) of input that its pixels depend on. So tiles and whole frames differ by float rounding
+alone. The halo is computed from the layers; at the frame's border there is none, and the convolutions pad as they
+always do. For Wan 2.1 it is 7 pixels of the first stage's input and 10 of the second's: 28 and 20 pixels of the video.
+What the tiles save is activations: together their caches are as large as the whole frame's, and the halos on top.
+Caches can lie in the host's memory (`FeatureCache`): then small tiles that work on several frames at once take least,
+for every piece of frames brings the cache there and back. This file does not know normalised latents, nor how frames
+follow each other in a video.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor, nn
+
+from utils.errors import InputError
+from utils.pinned_buffers import PinnedBuffers
+from wan.vae.feature_cache import FeatureCache
+from wan.vae.layers import Upsample, run
+from wan.vae.modules import Decoder
+
+TILE_MULTIPLE = 16  # output pixels: a tile's border must fall between the pixels of every level
+
+
+@dataclass(frozen=True)
+class Stage:
+    """Consecutive layers: an input pixel becomes `scale` x `scale` pixels; `halo` counts input pixels, see halo()."""
+
+    layers: tuple[nn.Module, ...]
+    scale: int
+    halo: int
+
+
+@dataclass(frozen=True)
+class Tile:
+    """A rectangle in output pixels: rows top to bottom, columns left to right, the ends excluded."""
+
+    top: int
+    bottom: int
+    left: int
+    right: int
+
+
+class TiledFrames:
+    """A FrameDecoder that runs the last levels tile by tile; no tile's side exceeds `tile` output pixels.
+
+    Every tile keeps a feature cache of its own, halo included. Raises InputError unless `tile` is a positive multiple
+    of 16.
+    """
+
+    def __init__(self, decoder: Decoder, tile: int, frame_chunk: int = 1, host: PinnedBuffers | None = None) -> None:
+        """`frame_chunk`: pixel frames that the last stage works on at once, the one before on half as many. `host`: as
+        in History."""
+        check_tile(tile)
+        self._tile = tile
+        self._frame_chunk = frame_chunk
+        self._whole, self._stages = split(decoder)
+        self._host = host
+        self._history = FeatureCache(host)
+        self._histories: dict[tuple[int, Tile], FeatureCache] = {}
+
+    def decode(self, z: Tensor, video: Tensor) -> None:
+        height, width = video.shape[-2:]
+        tiles = list(tiling(height, width, self._tile))
+        done = 0
+        for frame_chunk in torch.split(
+            run(self._whole.layers, z, self._history), max(self._frame_chunk // 2, 1), dim=2
+        ):
+            x = self._assemble(frame_chunk, tiles, height)
+            self._finish(x, tiles, video[:, done : done + x.shape[2]])
+            done += x.shape[2]
+
+    def _finish(self, x: Tensor, tiles: Sequence[Tile], video: Tensor) -> None:
+        """The last stage, [B, C, F, h, w] into `video` [B, F, 3, H, W]."""
+        for tile in tiles:
+            part = video[..., tile.top : tile.bottom, tile.left : tile.right]
+            for i, frame_chunk in enumerate(torch.split(x, self._frame_chunk, dim=2)):
+                pixels = self._run_tile(1, frame_chunk, tile, video.shape[-2]).transpose(1, 2)
+                torch.clamp(
+                    pixels, -1.0, 1.0, out=part[:, i * self._frame_chunk : i * self._frame_chunk + pixels.shape[1]]
+                )
+
+    def _assemble(self, x: Tensor, tiles: Sequence[Tile], height: int) -> Tensor:
+        """The stage before the last of the whole frame, [B, C, F, h, w] to [B, C', F', h', w']."""
+        scale = self._stages[0].scale
+        per_pixel = height // (x.shape[-2] * scale)  # pixels of the video a pixel that comes out
+        whole = None
+        for tile in tiles:
+            frame_chunk = self._run_tile(0, x, tile, height)
+            if whole is None:
+                whole = frame_chunk.new_empty(*frame_chunk.shape[:3], x.shape[-2] * scale, x.shape[-1] * scale)
+            rows, columns = (slice(a // per_pixel, b // per_pixel) for a, b in _sides(tile))
+            whole[..., rows, columns] = frame_chunk
+        assert whole is not None
+        return whole
+
+    def _run_tile(self, index: int, x: Tensor, tile: Tile, height: int) -> Tensor:
+        """The tile's part of what a stage makes of `x`, without the halo."""
+        stage = self._stages[index]
+        per_pixel = height // x.shape[-2]
+        history = self._histories.setdefault((index, tile), FeatureCache(self._host))
+        inputs, outputs = [], []
+        for (start, stop), size in zip(_sides(tile), x.shape[-2:], strict=True):
+            low, high = start // per_pixel, stop // per_pixel
+            first = max(low - stage.halo, 0)
+            inputs.append(slice(first, min(high + stage.halo, size)))
+            outputs.append(slice((low - first) * stage.scale, (high - first) * stage.scale))
+        return run(stage.layers, x[..., inputs[0], inputs[1]], history)[..., outputs[0], outputs[1]]
+
+    def cache_bytes(self) -> int:
+        return sum(history.nbytes() for history in (self._history, *self._histories.values()))
+
+    def clear(self) -> None:
+        for history in (self._history, *self._histories.values()):
+            history.clear()
+
+
+def check_tile(tile: int) -> None:
+    """Raises InputError unless the side is one that tiles can have."""
+    if tile < TILE_MULTIPLE or tile % TILE_MULTIPLE:
+        raise InputError(f"vae_tile: {tile} pixels is no positive multiple of {TILE_MULTIPLE}.")
+
+
+def _sides(tile: Tile) -> tuple[tuple[int, int], tuple[int, int]]:
+    return (tile.top, tile.bottom), (tile.left, tile.right)
+
+
+def tiling(height: int, width: int, tile: int) -> Iterator[Tile]:
+    """Tiles of about equal size, no side above `tile`, that cover height x width output pixels, row by row."""
+    for (top, bottom), (left, right) in product(_spans(height, tile), _spans(width, tile)):
+        yield Tile(top, bottom, left, right)
+
+
+def _spans(size: int, tile: int) -> list[tuple[int, int]]:
+    count = -(-size // tile)
+    step = -(-size // (count * TILE_MULTIPLE)) * TILE_MULTIPLE
+    return [(start, min(start + step, size)) for start in range(0, size, step)]
+
+
+def split(decoder: Decoder) -> tuple[Stage, tuple[Stage, Stage]]:
+    """The decoder's layers in order: those that run on whole frames, and the stages that run in tiles.
+
+    The cuts are where the whole frame that lies between two stages is small beside what a stage has inside: after the
+    first and the second of three enlargements. Fewer cuts would need wider halos, so larger caches and more work; more
+    cuts, whole frames of the last level's features.
+    """
+    layers = decoder.layers()
+    first, second, *_ = (i + 1 for i, layer in enumerate(layers) if isinstance(layer, Upsample))
+    return _stage(layers[:first]), (_stage(layers[first:second]), _stage(layers[second:]))
+
+
+def _stage(layers: Sequence[nn.Module]) -> Stage:
+    return Stage(tuple(layers), enlargement(layers), halo(layers))
+
+
+def _parts(layers: Sequence[nn.Module]) -> list[nn.Module]:
+    """All layers within `layers`, in the order in which they run (which is that of their registration)."""
+    return [part for layer in layers for part in layer.modules()]
+
+
+def enlargement(layers: Sequence[nn.Module]) -> int:
+    """How many output pixels a side become of one input pixel: 2 for each enlargement."""
+    return int(2 ** sum(isinstance(part, nn.Upsample) for part in _parts(layers)))
+
+
+def halo(layers: Sequence[nn.Module]) -> int:
+    """How many input pixels around a rectangle the output of that rectangle depends on.
+
+    Counted from the output back: a convolution of width k adds (k - 1) / 2, an enlargement by 2 halves, rounded up.
+    Layers that attend over the whole frame are not counted.
+    """
+    margin = 0
+    for part in reversed(_parts(layers)):
+        if isinstance(part, (nn.Conv2d, nn.Conv3d)):
+            margin += part.kernel_size[-1] // 2
+        elif isinstance(part, nn.Upsample):
+            margin = -(-margin // 2)
+    return margin
