@@ -25,7 +25,7 @@ from benchmarks.steady import POLICIES, SteadyBlock, build_model
 from benchmarks.tables import compared, predicted
 from benchmarks.trace import CROSS, KINDS, SELF, Breakdown, labelled, traced
 from pipeline.runtime.engine import WAYS, passes_of
-from pipeline.runtime.generator import Passes
+from pipeline.runtime.inputs import Passes
 from utils.errors import InputError
 from wan.attention.backends import AttentionName, choose_backend
 from wan.config import WAN_1_3B, ModelConfig

@@ -30,7 +30,8 @@ from benchmarks.vae import random_vae
 from pipeline.config.config import InferenceConfig
 from pipeline.runtime.decoding import DecodeStrategy, fastest_strategy, start_decoder
 from pipeline.runtime.engine import passes_of, warmup
-from pipeline.runtime.generator import BlockGenerator, GeneratorSettings
+from pipeline.runtime.generator import BlockGenerator
+from pipeline.runtime.inputs import GeneratorSettings
 from pipeline.runtime.schedule import DenoisingSchedule
 from pipeline.runtime.video_pipeline import FrameWriter, VideoPipeline
 from utils.profiler import Profiler, VideoProfile, format_profile

@@ -11,7 +11,8 @@ from benchmarks.machine import elapsed
 from dummy.config import DummyForcingConfig
 from dummy.policy import ContextPolicy, policy_from_config
 from pipeline.planning.cost import assumed_roles, block_operations
-from pipeline.runtime.generator import BlockGenerator, GeneratorSettings, Passes, Segment
+from pipeline.runtime.generator import BlockGenerator
+from pipeline.runtime.inputs import GeneratorSettings, Passes, Segment
 from pipeline.runtime.schedule import DenoisingSchedule
 from pipeline.runtime.speed import fill
 from utils.seed import NoiseStream

@@ -17,11 +17,8 @@ from dummy.equal_cost import EqualCost
 from dummy.frame_attention import regions
 from dummy.roles import HeadRoles, Role
 from utils.errors import InputError
-from wan.attention.head_group import FULL_HISTORY, UNBOUNDED, Retention
+from wan.attention.head_group import FULL_HISTORY, UNBOUNDED, HeadLayout, Retention
 from wan.config import ModelKwargs
-
-HeadSegments = list[tuple[int, Retention]]
-"""Consecutive heads of a layer and what they keep."""
 
 
 @dataclass(frozen=True)
@@ -58,13 +55,13 @@ class HeadSplit:
         """What heads of each role keep, given how many there are."""
         return self.by_role if self.equal_cost is None else self.equal_cost.fit(self.by_role, roles.counts())
 
-    def layout(self, roles: HeadRoles) -> tuple[list[list[int]], list[HeadSegments]]:
-        """Per layer the order of the heads, with heads that keep equally much together, and the parts in that order."""
+    def layout(self, roles: HeadRoles) -> HeadLayout:
+        """What every head keeps, with heads of a layer that keep equally much together."""
         by_role = self.retentions(roles)
         ranked = sorted(Role, key=lambda role: (by_role[role].total, role))
         orders = [sorted(range(len(row)), key=lambda head: ranked.index(row[head])) for row in roles.table]
-        head_segments = [[(row.count(role), by_role[role]) for role in ranked if role in row] for row in roles.table]
-        return orders, head_segments
+        segments = [[(row.count(role), by_role[role]) for role in ranked if role in row] for row in roles.table]
+        return HeadLayout(orders, segments)
 
 
 @dataclass(frozen=True)

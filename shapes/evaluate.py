@@ -24,7 +24,8 @@ import torch
 from torch import Tensor
 
 from pipeline.config.config import InferenceConfig, load_config
-from pipeline.runtime.generator import BlockGenerator, Rollout, Segment
+from pipeline.runtime.generator import BlockGenerator, Rollout
+from pipeline.runtime.inputs import Segment
 from pipeline.runtime.loading import generator_settings, load_transformer, load_vae, model_sizes
 from shapes.data import BLOCK, Clip, make_clip, pixel_frame
 from shapes.measure import psnr

@@ -28,7 +28,8 @@ from dummy.config import DummyForcingConfig, RetentionConfig
 from dummy.policy import ContextPolicy, policy_from_config
 from dummy.roles import HeadRoles
 from pipeline.runtime.engine import WAYS, passes_of
-from pipeline.runtime.generator import BlockGenerator, FlowRecord, GeneratorSettings, Passes, Rollout, Segment
+from pipeline.runtime.generator import BlockGenerator, FlowRecord, Rollout
+from pipeline.runtime.inputs import GeneratorSettings, Passes, Segment
 from pipeline.runtime.schedule import DenoisingSchedule
 from utils.errors import InputError
 from wan.attention.backends import AttentionName

@@ -15,7 +15,8 @@ from dummy.frame_attention import FrameAttention, sampled
 from dummy.policy import policy_from_config
 from dummy.roles import HeadRoles, Role
 from dummy.teacache import computed_steps
-from pipeline.runtime.generator import BlockGenerator, GeneratorSettings
+from pipeline.runtime.generator import BlockGenerator
+from pipeline.runtime.inputs import GeneratorSettings
 from tests.test_generator import SCHEDULE, start
 from tests.tiny import tiny_model
 from utils.errors import InputError

@@ -18,7 +18,8 @@ from pipeline.config.config import check_against_model, load_config
 from pipeline.planning import plan
 from pipeline.planning.cost import block_operations, cost_lines, kept_frames
 from pipeline.planning.plan import planner_for
-from pipeline.runtime.generator import BlockGenerator, GeneratorSettings
+from pipeline.runtime.generator import BlockGenerator
+from pipeline.runtime.inputs import GeneratorSettings
 from pipeline.runtime.loading import generator_settings
 from pipeline.runtime.speed import at_speed, block_seconds, frames_in_time
 from tests.conftest import ROOT, Program
@@ -167,8 +168,8 @@ def test_decoding_is_planned_for_the_cache_that_a_speed_allows(
     pipeline, _ = assemble(config, ["A fox."], CPU)
     fitted = planner.memory(config, pipeline.generator.settings)
     assert fitted.cache.total > plain.cache.total and fitted.peak > plain.peak
-    assert planner.way(config, generator_settings(config, planner.sizes), plan.memory_of(CPU)) != pipeline.way
-    assert pipeline.way == planner.way(config, pipeline.generator.settings, plan.memory_of(CPU))
+    assert planner.strategy(config, generator_settings(config, planner.sizes), plan.memory_of(CPU)) != pipeline.strategy
+    assert pipeline.strategy == planner.strategy(config, pipeline.generator.settings, plan.memory_of(CPU))
 
 
 def test_given_roles_set_the_frames_from_the_first_block_on() -> None:

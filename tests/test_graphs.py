@@ -13,7 +13,8 @@ import torch
 from torch import Tensor
 
 from dummy.roles import HeadRoles
-from pipeline.runtime.generator import BlockGenerator, Passes
+from pipeline.runtime.generator import BlockGenerator
+from pipeline.runtime.inputs import Passes
 from tests import conformance
 from tests.graph_recorder import OperatorRecorder
 from tests.test_generator import GEOMETRY, ROLES, NoHostReads, generator, latents, start

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from tests.tiny import CONFIG, random_embeds, tiny_model
-from wan.attention.head_group import FULL_HISTORY, Retention
+from wan.attention.head_group import FULL_HISTORY, HeadLayout, Retention
 from wan.config import WAN_1_3B, WAN_14B, ModelConfig
 from wan.geometry import LatentGeometry
 from wan.transformer.layers import gelu_product, has_gelu_product
@@ -108,20 +108,24 @@ def test_a_clean_pass_leaves_the_cache_that_a_whole_forward_leaves() -> None:
         torch.testing.assert_close(one.groups[0].kv[:, :, own:], other.groups[0].kv[:, :, own:])
 
 
+def ordered(rows: list[list[int]]) -> HeadLayout:
+    return HeadLayout(rows, [[(len(row), FULL_HISTORY)] for row in rows])
+
+
 @torch.inference_mode()
-def test_head_order_changes_nothing_and_is_undone() -> None:
+@pytest.mark.parametrize("rows", [[[3, 1, 0, 2]] * 3, [[0, 1, 2, 3], [1, 2, 3, 0], [2, 0, 3, 1]]])
+def test_the_order_of_heads_is_the_caches_and_changes_no_bit(rows: list[list[int]]) -> None:
     model = tiny_model()
-    before = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     time, text = model.encode_time(500.0), model.encode_text(random_embeds())
-    latents = torch.randn(1, 3, 16, 6, 8, generator=torch.Generator().manual_seed(0))
-    flow = model(latents, time, text, model.new_cache(GEOMETRY, 1, FULL_HISTORY), 0)
-    for order in ([[3, 1, 0, 2]] * 3, [[0, 1, 2, 3], [1, 2, 3, 0], [2, 0, 3, 1]]):
-        model.set_head_order(order)
-        assert not torch.equal(model.state_dict()["blocks.1.self_attn.q.weight"], before["blocks.1.self_attn.q.weight"])
-        permuted = model(latents, time, text, model.new_cache(GEOMETRY, 1, FULL_HISTORY), 0)
-        torch.testing.assert_close(permuted, flow, atol=1e-5, rtol=1e-5)
-    model.set_head_order(None)
-    assert all(torch.equal(tensor, before[name]) for name, tensor in model.state_dict().items())
+    plain, other = (model.new_cache(GEOMETRY, 1, FULL_HISTORY, layout=layout) for layout in (None, ordered(rows)))
+    for start in (0, 3):
+        latents = torch.randn(1, 3, 16, 6, 8, generator=torch.Generator().manual_seed(start))
+        flows = [model(latents, time, text, cache, start) for cache in (plain, other)]
+        assert torch.equal(*flows)
+        for cache in (plain, other):
+            model.commit(latents, time, text, cache, start)
+    for one, two, row in zip(plain.layers, other.layers, rows, strict=True):
+        assert torch.equal(one.groups[0].kv[:, :, :, row], two.groups[0].kv)
 
 
 @torch.inference_mode()
@@ -172,19 +176,19 @@ def test_compiled_layers_are_the_eager_ones_compiled_once() -> None:
     compiled.compile_layers()
     graphs = []
     torch._dynamo.utils.counters.clear()
-    for step, (frames, roles) in enumerate([(3, None), (3, None), (3, [[1, 0, 2, 3]] * 3)]):
-        latents = torch.randn(1, frames, 16, 6, 8, generator=torch.Generator().manual_seed(step))
+    orders = [None, None, [[1, 0, 2, 3]] * 3, [[3, 2, 0, 1]] * 3]
+    for step, rows in enumerate(orders):
+        latents = torch.randn(1, 3, 16, 6, 8, generator=torch.Generator().manual_seed(step))
         outputs = []
         for made in (model, compiled):
-            made.set_head_order(roles)
             time, text = made.encode_time(937.5), made.encode_text(random_embeds(seed=step))
-            cache = made.new_cache(GEOMETRY, 1, FULL_HISTORY)
+            cache = made.new_cache(GEOMETRY, 1, FULL_HISTORY, layout=rows and ordered(rows))
             for start in (0, 3):
                 outputs.append(made(latents, time, text, cache, start, commit=True))
         torch.testing.assert_close(outputs[2], outputs[0], atol=1e-5, rtol=1e-5)
         torch.testing.assert_close(outputs[3], outputs[1], atol=1e-5, rtol=1e-5)
         graphs.append(torch._dynamo.utils.counters["stats"]["unique_graphs"])
-    assert graphs == [3, 3, 3]
+    assert graphs == [3, 3, 5, 5]  # heads in an order of their own: other functions before and after attention
     assert not torch._dynamo.utils.counters["graph_break"]
 
 

@@ -182,9 +182,9 @@ def check_against_the_twin(case: Case) -> None:
             layer.commit(turned_k[:, :, order], clean[2][:, :, order], range(start, stop))
         history_k, history_v = torch.cat((history_k, clean[1]), 1), torch.cat((history_v, clean[2]), 1)
         if policy.split is not None and index == case.ar_start:
-            orders, head_segments = policy.split.layout(HeadRoles((case.roles,)))
-            cache.split(orders, head_segments)
-            order = orders[0]
+            layout = policy.split.layout(HeadRoles((case.roles,)))
+            cache.split(layout)
+            order = list(layout.orders[0])
 
 
 def test_sinks_that_stay_when_others_are_encoded_anew_are_turned_once() -> None:

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from pipeline.runtime.generator import Segment
+from pipeline.runtime.inputs import Segment
 from wan.config import ModelConfig
 from wan.transformer.model import CausalWanModel
 

@@ -22,7 +22,8 @@ from dummy.config import DummyForcingConfig
 from dummy.policy import ContextPolicy, policy_from_config
 from pipeline.config.config import InferenceConfig, geometry_of
 from pipeline.config.jobs import VideoJob, read_jobs
-from pipeline.runtime.generator import BlockGenerator, GeneratorSettings, Segment
+from pipeline.runtime.generator import BlockGenerator
+from pipeline.runtime.inputs import GeneratorSettings, Segment
 from pipeline.runtime.loading import (
     check_before_loading,
     choose_dtype,

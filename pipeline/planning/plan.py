@@ -16,7 +16,7 @@ from dummy.roles import Role
 from pipeline.config.config import InferenceConfig, check_against_model, geometry_of
 from pipeline.planning.cost import assumed_roles, cost_lines, possible_roles
 from pipeline.runtime.decoding import DecodeStrategy, fastest_strategy
-from pipeline.runtime.generator import GeneratorSettings
+from pipeline.runtime.inputs import GeneratorSettings
 from pipeline.runtime.loading import META, choose_dtype, choose_vae_device, model_config_file, model_sizes, needs_vae
 from utils.memory import PeakTracker, format_bytes, memory_of
 from wan.attention.cache import KVCache
@@ -141,7 +141,7 @@ class Planner:
         if split is not None:
             before = None if split.from_start else cache.bytes()
             roles = assumed_roles(self.sizes, split, geometry.num_frames - geometry.frames_per_block)
-            cache.allocate(split.layout(roles)[1])
+            cache.allocate(split.layout(roles))
         scale = self.vae.spatial_scale
         sides = geometry.height * scale, geometry.width * scale
         block = geometry.frames_per_block

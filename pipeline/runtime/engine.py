@@ -19,7 +19,8 @@ from typing import Literal
 
 import torch
 
-from pipeline.runtime.generator import BlockGenerator, Passes, Segment
+from pipeline.runtime.generator import BlockGenerator
+from pipeline.runtime.inputs import Passes, Segment
 from utils.errors import InputError
 from utils.files import write_error
 from utils.seed import ZeroNoise

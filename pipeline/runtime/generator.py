@@ -12,35 +12,20 @@ from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, field
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from dummy.frame_attention import FrameAttention
-from dummy.policy import ContextPolicy, HeadSegments, HeadSplit
+from dummy.policy import HeadSplit
 from dummy.teacache import computed_steps
-from pipeline.runtime.schedule import DenoisingSchedule
+from pipeline.runtime.inputs import GeneratorSettings, NoiseSource, Passes, Segment
 from utils.profiler import Profiler
 from utils.transfer import to_device
 from wan.attention.cache import KVCache
+from wan.attention.head_group import HeadLayout
 from wan.geometry import LatentGeometry
-from wan.transformer.model import CausalWanModel, TeaCacheResidual, TextContext, TimeContext
-
-
-class NoiseSource(Protocol):
-    """Standard normal noise for a batch of videos, in the order in which the loop asks for it."""
-
-    def normal(self, shape: Sequence[int]) -> Tensor:
-        """shape [n, C, h, w] of one video -> float32 [B, n, C, h, w]."""
-
-
-@dataclass(frozen=True)
-class Segment:
-    """A prompt and the latent frame at or after which it takes effect (with the next block that begins)."""
-
-    start_frame: int
-    text: TextContext
+from wan.transformer.model import CausalWanModel, TeaCacheResidual, TextContext
 
 
 @dataclass(frozen=True)
@@ -50,39 +35,6 @@ class CleanBlock:
     index: int
     start_frame: int
     latents: Tensor
-
-
-@dataclass(frozen=True)
-class GeneratorSettings:
-    """What stays the same for all videos of a run."""
-
-    schedule: DenoisingSchedule
-    policy: ContextPolicy
-    context_noise: float = 0.0
-    window: int | None = None  # W, latent frames: the most that a switch re-encodes; what relative RoPE spans
-    relative_rope: bool = False
-    global_sink: bool = False
-    reclassify_on_switch: bool = False
-    teacache_threshold: float | None = None
-
-
-class Passes(Protocol):
-    """What the loop asks of a model; `CausalWanModel` describes it. `GraphedPasses` does it from recordings."""
-
-    def __call__(
-        self,
-        latents: Tensor,
-        time: TimeContext,
-        text: TextContext,
-        cache: KVCache,
-        start_frame: int,
-        commit: bool = False,
-        residual: TeaCacheResidual | None = None,
-    ) -> Tensor: ...
-
-    def commit(
-        self, latents: Tensor, time: TimeContext, text: TextContext, cache: KVCache, start_frame: int
-    ) -> None: ...
 
 
 class BlockGenerator:
@@ -110,39 +62,43 @@ class BlockGenerator:
         batch: int = 1,
         profiler: Profiler | None = None,
         prefix_latents: Tensor | None = None,
+        live: bool = False,
     ) -> Rollout:
         """A video, or `batch` of them with common head roles, made with one prompt a segment.
+
+        `live` videos take prompts while they are made (`Rollout.prompt`); they may begin without segments.
 
         `prefix_latents` [B, F, C, h, w] are finished latents of whole blocks that the video begins with.
         `profiler` receives a span "denoise" per block, in which a prompt switch is done too, and a span "clean".
         """
         profiler = profiler or Profiler(self.model.device)
-        return Rollout(self, geometry, tuple(segments), noise, batch, profiler, prefix_latents)
+        return Rollout(self, geometry, tuple(segments), noise, batch, profiler, prefix_latents, live)
 
-    def acquire_cache(
-        self, geometry: LatentGeometry, batch: int, head_segments: Sequence[HeadSegments] | None
-    ) -> KVCache:
-        """An empty cache in which the heads of layer l keep head_segments[l], or all of them what the policy begins
-        with.
+    def acquire_cache(self, geometry: LatentGeometry, batch: int, layout: HeadLayout | None) -> KVCache:
+        """An empty cache in which heads keep what the layout says, or all of them what the policy begins with.
 
-        Nobody else has it until it is given back.
+        Nobody else has it until it is released.
         """
         if self._spare is not None and self._spare[:2] != (geometry, batch):
             self._spare = None
         initial = self.settings.policy.initial
         if self._spare is None:
             relative_window = self.settings.window if self.settings.relative_rope else None
-            return self.model.new_cache(geometry, batch, initial, relative_window, head_segments)
+            return self.model.new_cache(geometry, batch, initial, relative_window, layout)
         cache, self._spare = self._spare[2], None
-        if head_segments is None:
+        if layout is None:
             cache.reset(initial)
         else:
-            cache.allocate(head_segments)
+            cache.allocate(layout)
         return cache
 
     def release_cache(self, cache: KVCache, geometry: LatentGeometry, batch: int) -> None:
         """Let the next video have the cache."""
         self._spare = geometry, batch, cache
+
+    def drop_spare_cache(self) -> None:
+        """Free the cache that waits for the next video, and with it what was captured over it."""
+        self._spare = None
 
 
 @dataclass
@@ -177,46 +133,51 @@ class Rollout:
         batch: int,
         profiler: Profiler,
         prefix_latents: Tensor | None = None,
+        live: bool = False,
     ) -> None:
-        assert segments and segments[0].start_frame == 0
+        assert live or (segments and segments[0].start_frame == 0)
         self._generator = generator
         self._model = generator.model
         self._settings = settings = generator.settings
         self._geometry = geometry
-        self._segments = segments
+        self._text: TextContext | None = None  # what the block at work is made with
+        self._pending = deque(segments)
+        self._prompted: TextContext | None = None
+        self._live = live
         self._noise = noise
         self._profiler = profiler
-        self._prefix_latents = (
-            deque() if prefix_latents is None else deque(torch.split(prefix_latents, geometry.frames_per_block, dim=1))
-        )
+        whole = geometry.frames_per_block
+        self._prefix_latents = deque() if prefix_latents is None else deque(torch.split(prefix_latents, whole, dim=1))
         self._past: deque[Tensor] = deque(maxlen=settings.window)  # clean frames [B, C, h, w], for prompt switches
-        self._order: list[list[int]] | None = None  # of the model's heads
         self._observed_block = self._split.ar_start if self._split else None
         self.roles = self._split.roles if self._split else None
         self.frame_attention: Tensor | None = None
         self.record = FlowRecord(0)
         self.forwards = 0  # all of them, of which `skipped` did not run the layers
         self.skipped = 0
-        head_segments = None
+        layout = None
         if self._split is not None and self._split.from_start and self.roles is not None:
             self._observed_block = None
-            self._order, head_segments = self._split.layout(self.roles)
+            layout = self._split.layout(self.roles)
+        self.roles_pending = self._split is not None and layout is None
+        """Whether head roles are yet to be observed, after which the cache is laid out anew."""
         self._batch = batch
-        self.cache = generator.acquire_cache(geometry, batch, head_segments)
+        self.cache = generator.acquire_cache(geometry, batch, layout)
 
     @property
     def _split(self) -> HeadSplit | None:
         return self._settings.policy.split
 
     @property
-    def roles_pending(self) -> bool:
-        """Whether head roles are yet to be observed, after which the cache is laid out anew."""
-        return self._split is not None and self._order is None
-
-    @property
     def _passes(self) -> Passes:
-        """Recordings over a layout that goes after a block or two would cost more than they save."""
+        """Graphs captured over a layout that goes after a block or two would cost more than they save."""
         return self._model if self.roles_pending else self._generator.passes
+
+    def prompt(self, text: TextContext) -> None:
+        """Let a prompt take effect with the next block that begins, as a segment that starts there would. For videos
+        that were started `live`; may be called while a block is made, from another thread too."""
+        assert self._live
+        self._prompted = text
 
     @torch.inference_mode()
     def blocks(self) -> Generator[CleanBlock, None, None]:
@@ -227,22 +188,32 @@ class Rollout:
             self._generator.release_cache(self.cache, self._geometry, self._batch)
 
     def _blocks(self) -> Iterator[CleanBlock]:
-        text = self._segments[0].text
-        pending = deque(self._segments[1:])
         starts = self._geometry.block_starts()
         for index, start in enumerate(starts):
             with self._profiler.span("denoise"):
-                if pending and pending[0].start_frame <= start:
-                    while pending and pending[0].start_frame <= start:
-                        text = pending.popleft().text
-                    self._switch(text, start, index)
+                if self._take_prompt(start) and index:
+                    self._switch(start, index)
                 self.cache.begin_pass(start, self._geometry.frames_per_block)
-                x0 = self._prefix_latents.popleft() if self._prefix_latents else self.denoise(text, start)
+                x0 = self._prefix_latents.popleft() if self._prefix_latents else self.denoise(self.text, start)
             yield CleanBlock(index, start, x0)
             if start != starts[-1] or self.record.limit:
-                self.clean_pass(x0, text, start, index)
-                if pending:
+                self.clean_pass(x0, self.text, start, index)
+                if self._pending or self._live:
                     self._past.extend(x0.unbind(1))
+
+    @property
+    def text(self) -> TextContext:
+        """The prompt of the block at work."""
+        assert self._text is not None, "a video begins with a prompt"
+        return self._text
+
+    def _take_prompt(self, start: int) -> bool:
+        """Go over to the prompt that is due at frame `start`; whether there is one."""
+        due, self._prompted = self._prompted, None
+        while self._pending and self._pending[0].start_frame <= start:
+            due = self._pending.popleft().text
+        self._text = due or self._text
+        return due is not None
 
     def _draw(self) -> Tensor:
         return to_device(self._noise.normal(self._geometry.block_shape), self._model.device)
@@ -251,7 +222,6 @@ class Rollout:
         """The schedule's steps for the block that begins at frame `start`; returns x0 [B, n, C, h, w]."""
         schedule, steps = self._settings.schedule, self._generator.steps
         residual = None if all(self._generator.computed) else TeaCacheResidual()
-        self._model.set_head_order(self._order)
         x = self._draw()
         for step, (time, compute) in enumerate(zip(steps, self._generator.computed, strict=True)):
             if compute:
@@ -271,7 +241,6 @@ class Rollout:
         The first step of the next block could share this pass, at the price of a loop that knows two blocks at once;
         `python -m benchmarks.merged` measures the most that it could save.
         """
-        self._model.set_head_order(self._order)
         due = self._split is not None and index == self._observed_block
         observer = self._observer() if due and self.roles is None else None
         with self._profiler.span("clean"), self.cache.observed(observer) if observer else nullcontext():
@@ -284,10 +253,10 @@ class Rollout:
     def _apply_roles(self) -> None:
         """From here on every head keeps what its role keeps."""
         assert self._split is not None and self.roles is not None
-        self._order, head_segments = self._split.layout(self.roles)
-        self.cache.split(self._order, head_segments)
+        self.cache.split(self._split.layout(self.roles))
+        self.roles_pending = False
 
-    def _switch(self, text: TextContext, start: int, index: int) -> None:
+    def _switch(self, start: int, index: int) -> None:
         """Re-encode the last clean frames under a new prompt, in one pass in which they all see each other.
 
         The pass is at `context_noise`, as those are that it stands for. Roles that are to be observed again take the
@@ -297,7 +266,7 @@ class Rollout:
         if observe_again:
             self._observed_block = index
             self.roles = None
-            self._order = None
+            self.roles_pending = True
             self.cache.reset(self._settings.policy.initial)
         window = self._settings.window or start
         keep_sinks = self._settings.global_sink and window < start and not observe_again
@@ -308,10 +277,9 @@ class Rollout:
         self.cache.forget(keep_sinks_before=first if keep_sinks else 0)
         if not count:
             return
-        self._model.set_head_order(self._order)
         self.cache.begin_pass(first, count)
         frames = torch.stack(list(self._past)[-count:], dim=1)
-        self._encode(frames, text, first)
+        self._encode(frames, self.text, first)
 
     def _encode(self, latents: Tensor, text: TextContext, start: int) -> None:
         """Let the keys and values of clean frames from `start` on join the cache, which has no room for the last."""

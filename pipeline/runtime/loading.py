@@ -16,7 +16,7 @@ from dummy.policy import policy_from_config
 from dummy.roles import HeadRoles
 from pipeline.config.config import InferenceConfig, check_against_model
 from pipeline.runtime.engine import check_engine
-from pipeline.runtime.generator import GeneratorSettings
+from pipeline.runtime.inputs import GeneratorSettings
 from pipeline.runtime.schedule import DenoisingSchedule
 from utils.errors import InputError
 from utils.ffmpeg import check_codec

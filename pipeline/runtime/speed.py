@@ -14,7 +14,8 @@ from dataclasses import replace
 import torch
 
 from dummy.policy import ContextPolicy, with_equal_cost
-from pipeline.runtime.generator import BlockGenerator, GeneratorSettings, Rollout, Segment
+from pipeline.runtime.generator import BlockGenerator, Rollout
+from pipeline.runtime.inputs import GeneratorSettings, Segment
 from utils.errors import InputError
 from utils.seed import ZeroNoise
 from wan.attention.head_group import UNBOUNDED, Retention

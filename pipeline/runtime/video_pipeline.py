@@ -19,7 +19,8 @@ from torch import Tensor
 from pipeline.config.config import InferenceConfig, as_dict
 from pipeline.config.jobs import VideoJob
 from pipeline.runtime.decoding import BlockDecoder, DecodeStrategy, HostFrames, fastest_strategy
-from pipeline.runtime.generator import BlockGenerator, Rollout, Segment
+from pipeline.runtime.generator import BlockGenerator, Rollout
+from pipeline.runtime.inputs import Segment
 from pipeline.runtime.prefix import load_prefix
 from utils.background import Background
 from utils.contact_sheet import write_contact_sheet

@@ -18,8 +18,9 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
+from utils.transfer import to_device
 from wan.attention.backends import AttentionFn
-from wan.attention.head_group import CacheBytes, CacheShape, HeadGroup, Retention
+from wan.attention.head_group import CacheBytes, CacheShape, HeadGroup, HeadLayout, HeadOrder, Retention
 from wan.attention.rope import RotaryEmbedding, Rotation
 from wan.attention.varlen import RaggedFn, RaggedKV
 
@@ -45,7 +46,8 @@ class BufferEpoch:
 
 
 class LayerCache:
-    """The cache of one layer. Heads are in the order of the layer's weights."""
+    """The cache of one layer. Its heads are in the order of `head_order`, or of the layer's weights where that is None;
+    so are those of all queries, keys and values here."""
 
     def __init__(
         self,
@@ -63,15 +65,16 @@ class LayerCache:
         self._ragged_kv: RaggedKV | None = None
         self._like = like
         self._relative = relative
-        self._parts: list[tuple[int, Retention]] = []
+        self._segments: list[tuple[int, Retention]] = []
+        self.head_order: HeadOrder | None = None
         self._buffers: list[tuple[Tensor, list[HeadGroup]]] = []
         self._calls: list[AttentionCall] = []
         self.observer: Observer | None = None
 
     def allocate(self, head_segments: Sequence[tuple[int, Retention]]) -> bool:
         """Start empty with `head_segments`: (number of heads, what they keep) in head order. True if the buffers are
-        new ones; those at hand serve again if they were made for the same parts."""
-        if list(head_segments) == self._parts:
+        new ones; those at hand serve again if they were made for the same segments."""
+        if list(head_segments) == self._segments:
             self.forget(0)
             return False
         self._build(head_segments)
@@ -79,7 +82,7 @@ class LayerCache:
 
     def _build(self, head_segments: Sequence[tuple[int, Retention]]) -> None:
         assert sum(heads for heads, _ in head_segments) == self._shape.num_heads
-        self._parts = list(head_segments)
+        self._segments = list(head_segments)
         self._buffers, self._calls = [], []
         first = 0
         alike = groupby((part for part in head_segments if part[0]), key=lambda part: self._shape.slots(part[1]))
@@ -113,12 +116,14 @@ class LayerCache:
     def groups(self) -> list[HeadGroup]:
         return [group for _, groups in self._buffers for group in groups]
 
-    def split(self, order: Sequence[int], head_segments: Sequence[tuple[int, Retention]]) -> None:
-        """Go over from one group to `head_segments`; head i is from now on what head order[i] was."""
+    def split(self, order: HeadOrder, head_segments: Sequence[tuple[int, Retention]]) -> None:
+        """Go over from one group, its heads in the order of the weights, to `head_segments` of heads in `order`."""
         (old,) = self.groups
+        assert self.head_order is None
+        self.head_order = order
         self._build(head_segments)
         for group in self.groups:
-            group.copy_from(old, torch.tensor(order[group.heads], device=self._like.device))
+            group.copy_from(old, order.order[group.heads])
         self._refresh()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -214,43 +219,60 @@ class KVCache:
         attention: AttentionFn,
         like: Tensor,
         relative_window: int | None = None,
-        head_segments: Sequence[Sequence[tuple[int, Retention]]] | None = None,
+        layout: HeadLayout | None = None,
         ragged: RaggedFn | None = None,
     ) -> None:
-        """All heads keep `retention`, unless `head_segments` says for each layer which keep what. `like` gives dtype
-        and device; `relative_window` (frames) turns on relative positions for the sinks; with `ragged` it runs all
-        heads of a block's layer at once, and `attention` what is longer."""
+        """All heads keep `retention`, unless `layout` says what each keeps. `like` gives dtype and device;
+        `relative_window` (frames) turns on relative positions for the sinks; with `ragged` it runs all heads of a
+        block's layer at once, and `attention` what is longer."""
         self._shape = shape
         self._window = relative_window
         self.device = like.device
         self.buffer_epoch = BufferEpoch()
+        self._orders: Tensor | None = None  # [2, layers, H], of which layers have their part
         self._rotary = RotaryEmbedding(shape.head_dim)
         self.layers = [
             LayerCache(index, shape, attention, like, relative_window is not None, ragged)
             for index in range(num_layers)
         ]
-        if head_segments is None:
+        if layout is None:
             self.reset(retention)
         else:
-            self.allocate(head_segments)
+            self.allocate(layout)
 
     def reset(self, retention: Retention) -> None:
-        """Forget everything; all heads of all layers keep `retention` from now on."""
-        self.allocate([[(self._shape.num_heads, retention)]] * len(self.layers))
-
-    def allocate(self, head_segments: Sequence[Sequence[tuple[int, Retention]]]) -> None:
-        """Forget everything; layer l starts with head_segments[l]."""
-        renewed = [
-            layer.allocate(layer_segments) for layer, layer_segments in zip(self.layers, head_segments, strict=True)
-        ]
-        if any(renewed):
+        """Forget everything; all heads of all layers, in the order of the weights, keep `retention` from now on."""
+        renewed = [layer.allocate([(self._shape.num_heads, retention)]) for layer in self.layers]
+        if any(renewed) or self._orders is not None:
             self.buffer_epoch = BufferEpoch()
+        self._orders = None
+        for layer in self.layers:
+            layer.head_order = None
 
-    def split(self, orders: Sequence[Sequence[int]], head_segments: Sequence[Sequence[tuple[int, Retention]]]) -> None:
-        """Give every layer its head order and groups; layer by layer, so that only one is ever held twice."""
+    def allocate(self, layout: HeadLayout) -> None:
+        """Forget everything; heads are and keep what the layout says. Buffers at hand serve again if they suit it."""
+        renewed = [layer.allocate(segments) for layer, segments in zip(self.layers, layout.segments, strict=True)]
+        if any(renewed) or self._orders is None:
+            self.buffer_epoch = BufferEpoch()
+            self._orders = None
+        for layer, order in zip(self.layers, self._head_orders(layout), strict=True):
+            layer.head_order = order
+
+    def split(self, layout: HeadLayout) -> None:
+        """Let heads that all kept the same go over to the layout, with what each keeps of what is there; layer by
+        layer, so that only one is ever held twice."""
         self.buffer_epoch = BufferEpoch()
-        for layer, order, layer_segments in zip(self.layers, orders, head_segments, strict=True):
-            layer.split(order, layer_segments)
+        assert self._orders is None
+        orders = self._head_orders(layout)
+        for layer, order, segments in zip(self.layers, orders, layout.segments, strict=True):
+            layer.split(order, segments)
+
+    def _head_orders(self, layout: HeadLayout) -> list[HeadOrder]:
+        """The layout's orders on the device, for every layer; one copy for all, to where earlier ones lie if any do."""
+        orders = torch.tensor(layout.orders)
+        both = to_device(torch.stack((orders, orders.argsort(dim=1))), self.device)
+        self._orders = both if self._orders is None else self._orders.copy_(both)
+        return [HeadOrder(*pair) for pair in self._orders.unbind(1)]
 
     @property
     def block_tokens(self) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
+from typing import NamedTuple
 
 from torch import Tensor
 
@@ -38,6 +39,22 @@ class Retention:
 
 
 FULL_HISTORY = Retention(0, UNBOUNDED)
+
+
+class HeadLayout(NamedTuple):
+    """What every head of a model keeps: the first segments[l][0][0] of the heads orders[l] of layer l keep
+    segments[l][0][1] (a `Retention`), the next segments[l][1][0] heads segments[l][1][1], and so on."""
+
+    orders: Sequence[Sequence[int]]
+    segments: Sequence[Sequence[tuple[int, Retention]]]
+
+
+class HeadOrder(NamedTuple):
+    """Head i of a layer's cache is head order[i] of the layer, and head i of the layer is head inverse[i] of the cache;
+    both int64 [H] on the device, at the same address as long as the cache's buffers are the same."""
+
+    order: Tensor
+    inverse: Tensor
 
 
 @dataclass(frozen=True)

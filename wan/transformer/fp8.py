@@ -82,18 +82,6 @@ class Fp8SelfAttention(SelfAttention):
     def output(self, attended: Tensor) -> Tensor:
         return self.out(attended)  # type: ignore[no-any-return]
 
-    def permute_heads(self, order: Tensor) -> None:
-        rows = self.rows(order)
-        count = len(rows)
-        for part in range(3):
-            place = slice(part * count, (part + 1) * count)
-            for tensor in (self.qkv.weight.view(torch.uint8), self.qkv.scales, self.qkv.bias):
-                tensor[place] = tensor[place][rows]
-        for norm in (self.norm_q, self.norm_k):
-            norm.weight.copy_(norm.weight[rows])
-        out = self.out.weight.view(torch.uint8)
-        out.copy_(out[:, rows])
-
 
 def to_fp8(model: CausalWanModel) -> None:
     """Turn the linear layers of all blocks into FP8, in place, layer by layer."""

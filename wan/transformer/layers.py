@@ -92,21 +92,6 @@ class SelfAttention(AttentionLayer):
         k, v = self.inputs(x, first=x.shape[-1]).chunk(2, dim=-1)
         return self.keys(k, rotation), self.heads(v)
 
-    def rows(self, order: Tensor) -> Tensor:
-        """The channels of the heads in the given order."""
-        width = torch.arange(self.head_dim, device=order.device)
-        return (order[:, None] * self.head_dim + width).flatten()
-
-    def permute_heads(self, order: Tensor) -> None:
-        """Head i becomes what head order[i] was; in place, so that tensors keep their addresses."""
-        rows = self.rows(order)
-        for linear in (self.q, self.k, self.v):
-            linear.weight.copy_(linear.weight[rows])
-            linear.bias.copy_(linear.bias[rows])
-        for norm in (self.norm_q, self.norm_k):
-            norm.weight.copy_(norm.weight[rows])
-        self.o.weight.copy_(self.o.weight[:, rows])
-
 
 def _fuse(module: nn.Module, incompatible: object) -> None:
     assert isinstance(module, SelfAttention)
@@ -166,13 +151,22 @@ class TransformerBlock(nn.Module):
         self.ffn = FeedForward(config)
         self.modulation = nn.Parameter(torch.empty(1, 6, config.dim))
 
-    def before_attention(self, x: Tensor, time: Tensor, cos: Tensor, sin: Tensor) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, L, dim], time [6, dim], position tables -> queries, keys, values [B, L, H, D]."""
-        return self.self_attn.project(torch.addcmul(time[0], self.norm1(x), time[1]), Rotation(cos, sin))
+    def before_attention(
+        self, x: Tensor, time: Tensor, cos: Tensor, sin: Tensor, order: Tensor | None = None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """x [B, L, dim], time [6, dim], position tables -> queries, keys, values [B, L, H, D], their heads in the given
+        order [H] (int64) or in that of the weights."""
+        q, k, v = self.self_attn.project(torch.addcmul(time[0], self.norm1(x), time[1]), Rotation(cos, sin))
+        return in_order(q, order), in_order(k, order), in_order(v, order)
 
-    def between_attentions(self, x: Tensor, attended: Tensor, time: Tensor) -> tuple[Tensor, Tensor]:
-        """x with the self-attention's result [B, L, H, D] added, and the queries of cross-attention [B, L, H, D]."""
-        x = torch.addcmul(x, time[2], self.self_attn.output(attended.flatten(2)))
+    def between_attentions(
+        self, x: Tensor, attended: Tensor, time: Tensor, inverse: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """x with the self-attention's result [B, L, H, D] added, and the queries of cross-attention [B, L, H, D].
+
+        `inverse` [H] brings heads that are in an order of their own back to that of the weights.
+        """
+        x = torch.addcmul(x, time[2], self.self_attn.output(in_order(attended, inverse).flatten(2)))
         return x, self.cross_attn.queries(self.norm3(x))
 
     def after_attention(self, x: Tensor, attended: Tensor, time: Tensor) -> Tensor:
@@ -180,9 +174,17 @@ class TransformerBlock(nn.Module):
         x = x + self.cross_attn.o(attended.flatten(2))
         return torch.addcmul(x, time[5], self.ffn(torch.addcmul(time[3], self.norm2(x), time[4])))
 
-    def commit_only(self, x: Tensor, time: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor]:
+    def commit_only(
+        self, x: Tensor, time: Tensor, rotation: Rotation, order: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """What a clean pass needs of the last layer: its keys and values, nothing that would use them."""
-        return self.self_attn.keys_and_values(torch.addcmul(time[0], self.norm1(x), time[1]), rotation)
+        k, v = self.self_attn.keys_and_values(torch.addcmul(time[0], self.norm1(x), time[1]), rotation)
+        return in_order(k, order), in_order(v, order)
+
+
+def in_order(x: Tensor, order: Tensor | None) -> Tensor:
+    """The heads of x [B, L, H, D] in the given order [H]; compiled, that is done where x is written anyway."""
+    return x if order is None else x[:, :, order]
 
 
 class OutputHead(nn.Module):

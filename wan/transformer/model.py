@@ -2,13 +2,13 @@
 
 Parameter names are those of the published checkpoints. A pass takes the frames of one block, or more when earlier
 frames are re-encoded, and attends through a `KVCache`; the model knows neither policies nor head roles, only that the
-heads of its layers can be put in another order. Whatever depends on the prompt alone is in a `TextContext`, whatever
-depends on the timestep alone in a `TimeContext`; both are computed once and never change.
+heads of its layers can be handed to a cache in an order of its own. Whatever depends on the prompt alone is in a
+`TextContext`, whatever depends on the timestep alone in a `TimeContext`; both are computed once and never change.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from wan.attention.backends import AttentionFn, AttentionName, attention_backend, sdpa
 from wan.attention.cache import KVCache
-from wan.attention.head_group import CacheShape, Retention
+from wan.attention.head_group import CacheShape, HeadLayout, Retention
 from wan.attention.rope import RotaryEmbedding, Rotation
 from wan.attention.varlen import RaggedFn, ragged_backend
 from wan.config import ModelConfig
@@ -90,7 +90,6 @@ class CausalWanModel(nn.Module):
         self.head = OutputHead(config)
         self._parts = _EAGER
         self._rotary = RotaryEmbedding(config.head_dim)
-        self._head_order: list[list[int]] | None = None
 
     @property
     def dtype(self) -> torch.dtype:
@@ -156,10 +155,10 @@ class CausalWanModel(nn.Module):
         batch: int,
         retention: Retention,
         relative_window: int | None = None,
-        parts: Sequence[Sequence[tuple[int, Retention]]] | None = None,
+        layout: HeadLayout | None = None,
     ) -> KVCache:
-        """An empty cache for `batch` videos of this geometry in which all heads keep `retention`, or `parts` says which
-        heads of each layer keep what (`KVCache.allocate`)."""
+        """An empty cache for `batch` videos of this geometry in which all heads keep `retention`, or each what `layout`
+        says."""
         shape = CacheShape(
             batch,
             self.config.num_heads,
@@ -170,23 +169,8 @@ class CausalWanModel(nn.Module):
         )
         like = self.patch_embedding.weight
         return KVCache(
-            self.config.num_layers, shape, retention, self.attention, like, relative_window, parts, self.ragged
+            self.config.num_layers, shape, retention, self.attention, like, relative_window, layout, self.ragged
         )
-
-    def set_head_order(self, order: Sequence[Sequence[int]] | None) -> None:
-        """Put the self-attention heads of every layer in the given order; None restores that of the checkpoint.
-
-        The function that the model computes is the same in any order, as long as the cache is in that order too.
-        """
-        identity = list(range(self.config.num_heads))
-        new = [list(row) for row in order] if order is not None else [identity] * self.config.num_layers
-        old = self._head_order or [identity] * self.config.num_layers
-        with torch.no_grad():
-            for block, old_row, new_row in zip(self.layers(), old, new, strict=True):
-                if old_row != new_row:
-                    moves = torch.tensor([old_row.index(head) for head in new_row], device=self.device)
-                    block.self_attn.permute_heads(moves)
-        self._head_order = None if order is None else new
 
     def forward(
         self,
@@ -247,7 +231,8 @@ class CausalWanModel(nn.Module):
                 x = self._run(block, layer, x, time, text, cache, rotation, commit)
         if cache.observing:
             return
-        k, v = self.layers()[last].commit_only(x, time.layers[last], rotation)
+        order = cache.layers[last].head_order
+        k, v = self.layers()[last].commit_only(x, time.layers[last], rotation, order and order.order)
         if commit is None:
             cache.layers[last].write(k, v)
         else:
@@ -276,11 +261,12 @@ class CausalWanModel(nn.Module):
     ) -> Tensor:
         modulation = time.layers[layer]
         parts = self._parts if x.shape[1] == cache.block_tokens else _EAGER
-        q, k, v = parts.before(block, x, modulation, rotation.cos, rotation.sin)
+        order, inverse = cache.layers[layer].head_order or (None, None)
+        q, k, v = parts.before(block, x, modulation, rotation.cos, rotation.sin, order)
         attended = cache.layers[layer].attend(q, k, v)
         if commit is not None:
             cache.layers[layer].commit(k, v, commit)
-        x, q = parts.between(block, x, attended, modulation)
+        x, q = parts.between(block, x, attended, modulation, inverse)
         del k, v, attended  # a fifth of what a pass takes at its worst moment, which is yet to come
         return parts.after(block, x, self.attention(q, text.keys[layer], text.values[layer]), modulation)
 
