@@ -95,13 +95,17 @@ def make_videos(config: InferenceConfig, jobs: Sequence[VideoJob], device: torch
     """Encode all prompts, load the model, and make one video after the other."""
     from tqdm import tqdm
 
-    from pipeline.assembly import assemble, memory_explained
+    from pipeline.assembly import memory_explained
+    from pipeline.session import Pipeline
+    from pipeline.video_files import write_videos
 
     with memory_explained(config, device):
-        pipeline, embeds = assemble(config, [prompt for job in jobs for prompt in job.prompts], device)
+        pipeline = Pipeline.from_config(
+            config, prompts=[prompt for job in jobs for prompt in job.prompts], device=device
+        )
         for job in tqdm(jobs, desc="videos", unit="video", disable=None):
             with tqdm(total=config.num_blocks, desc=job.path.name, unit="block", leave=False, disable=None) as bar:
-                profile = pipeline.write([job], embeds, lambda _: bar.update())
+                profile = write_videos(pipeline, [job], lambda _: bar.update())
             tqdm.write(profile.format())
             tqdm.write(f"{job.path}")
 

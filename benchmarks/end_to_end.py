@@ -27,14 +27,15 @@ from benchmarks.dit import BLOCK, LATENT_SIZES, model_config
 from benchmarks.machine import facts
 from benchmarks.steady import STEPS, build_model, make_policy
 from benchmarks.vae import random_vae
-from pipeline.config.config import InferenceConfig
-from pipeline.runtime.decoding import DecodeStrategy, fastest_strategy, start_decoder
+from pipeline.assembly import Parts, Pipeline
+from pipeline.config.config import InferenceConfig, geometry_of
+from pipeline.runtime.decoding import fastest_strategy, start_decoder
 from pipeline.runtime.engine import passes_of, warmup
 from pipeline.runtime.generator import BlockGenerator
 from pipeline.runtime.inputs import GeneratorSettings
 from pipeline.runtime.schedule import DenoisingSchedule
-from pipeline.runtime.video_pipeline import FrameWriter, VideoPipeline
-from utils.profiler import Profiler, VideoProfile, format_profile
+from pipeline.video_files import FrameWriter, deliver, profile_of
+from utils.profiler import VideoProfile, format_profile
 from utils.video import VideoWriter
 from wan.geometry import pixel_frames
 from wan.vae.vae import VAE
@@ -103,37 +104,36 @@ class Bench:
         height, width = LATENT_SIZES[resolution]
         size: int | tuple[int, int] = int(resolution) if resolution.isdigit() else (height * 8, width * 8)
         config = InferenceConfig(resolution=size, num_output_frames=arguments.frames, num_frame_per_block=BLOCK)
-        self.pipeline = VideoPipeline(generator, vae, config)
+        embed = torch.randn(sizes.text_len // 8, sizes.text_dim, generator=torch.Generator().manual_seed(0))
+        self._parts = Parts(generator, vae, None, fastest_strategy(device, BLOCK, True), lambda _: embed)
+        self._config = config
+        self._geometry = geometry_of(config, sizes.in_dim)
         self.device = device
-        self._embeds = torch.randn(sizes.text_len // 8, sizes.text_dim, generator=torch.Generator().manual_seed(0))
         self._start(arguments.engine, generator, vae)
 
     def _start(self, engine: str, generator: BlockGenerator, vae: VAE) -> None:
         if engine != "eager":
             generator.passes = passes_of(generator.model, engine)
-            warmup(generator, self.pipeline.geometry)
-        latents = torch.zeros(1, *self.pipeline.geometry.block_shape, device=self.device)
+            warmup(generator, self._geometry)
+        latents = torch.zeros(1, *self._geometry.block_shape, device=self.device)
         start_decoder(vae, engine, True, latents)
 
     def clip(self, overlap: bool, folder: Path | None) -> tuple[VideoProfile, float | None]:
         """The profile of a clip, and its steady frames a second."""
-        pipeline = self.pipeline
-        pipeline.overlap = overlap
-        fast: DecodeStrategy = fastest_strategy(self.device, BLOCK, overlap)
-        pipeline.strategy = fast
-        profiler = Profiler(self.device)
-        rollout = pipeline.start([0], [self._embeds], [0], profiler)
-        with ExitStack() as files:
+        pipeline = Pipeline(self._config, self._parts._replace(strategy=fastest_strategy(self.device, BLOCK, overlap)))
+        frames = self._config.num_output_frames
+        with pipeline.session(frames=frames, live=False, keep_buffers=True) as session, ExitStack() as files:
+            session.plan([(0, "noise")])
             file = None
             if folder is not None:
-                height, width = pipeline.config.pixel_size
+                height, width = self._config.pixel_size
                 file = files.enter_context(VideoWriter(folder / "clip.mp4", width, height))
             writer = Arrivals(file)
             writers: list[FrameWriter] = [writer]
-            counts = pipeline.deliver(rollout, writers, profiler, lambda _: None)
-            with profiler.host_span("write"):
+            counts = deliver(session, writers, session.profiler, lambda _: None, overlap)
+            with session.profiler.host_span("write"):
                 files.close()
-        return pipeline.profile(profiler, rollout, counts, 0), writer.steady_fps
+            return profile_of(session, counts), writer.steady_fps
 
 
 def measure(arguments: argparse.Namespace, resolution: str, policy: str, device: torch.device) -> Iterator[Row]:

@@ -15,11 +15,10 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
-import torch
-
-from pipeline.assembly import assemble
+from pipeline.assembly import Pipeline
 from pipeline.config.config import InferenceConfig, load_config
 from pipeline.config.jobs import read_jobs
+from pipeline.video_files import write_videos
 from tests.small_checkpoints import write_small_checkpoints
 from utils.video import probe
 
@@ -55,7 +54,7 @@ def measure(policy: str, minutes: float, root: Path) -> list[int]:
     config = configure(policy, minutes, root)
     (root / "videos").mkdir(exist_ok=True)
     (job,) = read_jobs(config)
-    pipeline, embeds = assemble(config, job.prompts, torch.device("cpu"))
+    pipeline = Pipeline.from_config(config, prompts=job.prompts)
     blocks_per_minute = 60 * 16 // 12
     readings: list[int] = []
 
@@ -65,7 +64,7 @@ def measure(policy: str, minutes: float, root: Path) -> list[int]:
             readings.append(resident_bytes())
             print(f"{policy:16} minute {len(readings):3}: {readings[-1] / 2**20:8.1f} MiB resident", flush=True)
 
-    pipeline.write([job], embeds, on_block)
+    write_videos(pipeline, [job], on_block)
     info = probe(job.path)
     print(f"{policy:16} {info.frames} frames of {info.width}x{info.height}")
     return readings

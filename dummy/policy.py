@@ -20,6 +20,8 @@ from utils.errors import InputError
 from wan.attention.head_group import FULL_HISTORY, UNBOUNDED, HeadLayout, Retention
 from wan.config import ModelKwargs
 
+MOST_KEPT = 10_000  # frames: 40 minutes, more than any memory holds
+
 
 @dataclass(frozen=True)
 class HeadSplit:
@@ -75,6 +77,15 @@ class ContextPolicy:
     initial: Retention
     split: HeadSplit | None = None
     window_sinks: int = 0
+
+    @property
+    def bounded(self) -> bool:
+        """Whether no head ever keeps more than `MOST_KEPT` frames, however long the video is."""
+        kept: list[float] = [self.initial.total]
+        if self.split is not None:
+            kept += [retention.total for retention in self.split.by_role.values()]
+            kept += [] if self.split.equal_cost is None else [self.split.equal_cost.frames]
+        return max(kept) <= MOST_KEPT
 
 
 def base_retention(local_attn_size: int, sink: int, block: int) -> Retention:

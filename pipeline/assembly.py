@@ -3,40 +3,61 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+import threading
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, nullcontext
+from dataclasses import replace
 from pathlib import Path
+from types import TracebackType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
-from pipeline.config.config import InferenceConfig, geometry_of
+from pipeline.config.config import InferenceConfig, geometry_of, load_config
 from pipeline.planning.memory_advice import is_out_of_memory, out_of_memory
 from pipeline.planning.plan import choose_strategy
-from pipeline.runtime.decoding import start_decoder
+from pipeline.runtime.decoding import BlockDecoder, DecodeStrategy, start_decoder
 from pipeline.runtime.engine import choose_engine, start_engine, use_compile_cache
 from pipeline.runtime.generator import BlockGenerator
+from pipeline.runtime.inputs import GeneratorSettings
 from pipeline.runtime.loading import (
     check_before_loading,
+    choose_device,
     choose_dtype,
     choose_vae_device,
-    encode_prompts,
     load_decoder,
     load_encoder,
     load_transformer,
     require_files,
 )
+from pipeline.runtime.prefix import load_prefix
+from pipeline.runtime.prompts import PromptEncoder
 from pipeline.runtime.speed import at_speed
-from pipeline.runtime.video_pipeline import VideoPipeline
+from pipeline.session import Session
+from utils.errors import InputError
+from utils.profiler import Profiler
+from utils.seed import NoiseStream, video_seed
+from wan.geometry import LatentGeometry
+from wan.vae.streaming import LatentDecoder
+from wan.vae.vae import VAE
 
 logger = logging.getLogger(__name__)
 
 
-def assemble(
-    config: InferenceConfig, prompts: Sequence[str], device: torch.device, batch: int = 1
-) -> tuple[VideoPipeline, dict[str, Tensor]]:
-    """The pipeline, ready for `batch` videos at a time, and the embeddings of `prompts`; the text encoder has come and
-    gone before the rest is loaded.
+class Parts(NamedTuple):
+    """What a pipeline is made of. `encoder` encodes what videos start from, `strategy` says how they are decoded."""
+
+    generator: BlockGenerator
+    vae: LatentDecoder
+    encoder: VAE | None
+    strategy: DecodeStrategy
+    prompts: Callable[[str], Tensor]  # to embeddings [length, text_dim]; a PromptEncoder, or what stands for one
+
+
+def assemble(config: InferenceConfig, prompts: Iterable[str], device: torch.device, batch: int = 1) -> Parts:
+    """The parts, ready for `batch` videos at a time; `prompts` are encoded, and the text encoder is gone, before the
+    rest is loaded.
 
     Raises InputError, before anything large is read, if a file is missing or does not fit.
     """
@@ -48,7 +69,8 @@ def assemble(
             "`python -m benchmarks.vae --preview FILE --vae FILE --video FILE` measures.",
             config.preview_path,
         )
-    embeds = encode_prompts(config, prompts, sizes.text_len, device)
+    texts = PromptEncoder(config, device, sizes.text_len)
+    texts.prepare(prompts)
     dtype = choose_dtype(config, device)
     use_compile_cache(None if config.compile_cache is None else Path(config.compile_cache))
     generator = BlockGenerator(load_transformer(config, sizes, device, dtype), settings)
@@ -59,11 +81,10 @@ def assemble(
         generator.settings = at_speed(generator, geometry, speed)
     strategy = choose_strategy(config, generator.settings, device)  # the settings now say how large the cache becomes
     vae = load_decoder(config, choose_vae_device(config, device), dtype)
-    pipeline = VideoPipeline(generator, vae, config, strategy, load_encoder(config, vae))
-    if pipeline.strategy.on_side_stream and pipeline.strategy.tile is None:
+    if strategy.on_side_stream and strategy.tile is None:
         latents = torch.zeros(batch, *geometry.block_shape, device=device)
         start_decoder(vae, choose_engine(config.engine, vae.device), config.engine != "auto", latents)
-    return pipeline, embeds
+    return Parts(generator, vae, load_encoder(config, vae), strategy, texts)
 
 
 @contextmanager
@@ -75,3 +96,135 @@ def memory_explained(config: InferenceConfig, device: torch.device) -> Iterator[
         if is_out_of_memory(error):
             raise out_of_memory(config, device) from error
         raise
+
+
+class Pipeline:
+    """A model, its decoder and its text encoder, ready to make videos under one configuration."""
+
+    def __init__(self, config: InferenceConfig, parts: Parts) -> None:
+        self.config = config
+        self.generator = parts.generator
+        self.vae = parts.vae
+        self.encoder = parts.encoder
+        self.strategy = parts.strategy
+        self.prompts = parts.prompts
+        self.geometry = geometry_of(config, self.generator.model.config.in_dim)
+        self._lock = threading.RLock()
+
+    @classmethod
+    def from_config(
+        cls,
+        config: InferenceConfig | str | Path | Mapping[str, object],
+        overrides: Sequence[str] = (),
+        prompts: Sequence[str] = (),
+        *,
+        device: torch.device | None = None,
+        batch: int = 1,
+    ) -> Pipeline:
+        """From a YAML file (or settings that are read already) and `key=value` overrides; loads everything.
+
+        `prompts` that are known now are encoded before the model is loaded, so that the text encoder and the model need
+        not be in memory together. The engine is made ready for `batch` videos at a time.
+
+        Raises InputError, before anything large is loaded, if a setting or a file does not fit.
+        """
+        settings = config if isinstance(config, InferenceConfig) else load_config(config, overrides)
+        device = choose_device(settings) if device is None else device
+        with memory_explained(settings, device):
+            return cls(settings, assemble(settings, prompts, device, batch))
+
+    def session(
+        self,
+        *,
+        seed: int | None = None,
+        frames: int | None = None,
+        start_from: str | Path | None = None,
+        noise_seeds: Sequence[int] | None = None,
+        live: bool = True,
+        keep_buffers: bool = False,
+    ) -> Session:
+        """A video of so many latent `frames`, or without end; its `seed` is the configuration's unless given.
+
+        `start_from` is an image or a video to go on from. `noise_seeds`: one for each video of a batch, in place of
+        `seed` (`utils.seed.video_seed`). `live`, `keep_buffers`: see Session.
+
+        Raises InputError if the length is no multiple of the block, or if a video without end would need memory without
+        end.
+        """
+        seed = self.config.seed if seed is None else seed
+        seeds = [video_seed(seed, 0, 0)] if noise_seeds is None else list(noise_seeds)
+        prefix = None if start_from is None else self.prefix_latents(Path(start_from))
+        return Session(
+            self.generator,
+            self._geometry_for(frames),
+            NoiseStream(seeds),
+            self.prompts,
+            lambda profiler: BlockDecoder(self.vae, self.config.pixel_size, profiler, self.strategy),
+            batch=len(seeds),
+            prefix_latents=prefix,
+            lock=self._lock,
+            live=live,
+            keep_buffers=keep_buffers,
+        )
+
+    def generate(
+        self,
+        prompt: str | Sequence[tuple[int, str]],
+        *,
+        seed: int | None = None,
+        frames: int | None = None,
+        start_from: str | Path | None = None,
+    ) -> Tensor:
+        """A whole video, uint8 [frames, H, W, 3] on the host, of a prompt, or of a storyboard of (latent frame, prompt)
+        pairs; `frames` latent frames long, the configuration's `num_output_frames` by default."""
+        length = self.config.num_output_frames if frames is None else frames
+        with self.session(seed=seed, frames=length, start_from=start_from, live=False, keep_buffers=True) as session:
+            session.plan([(0, prompt)] if isinstance(prompt, str) else prompt)
+            return torch.cat([block.frames for block in session])
+
+    def prefix_latents(self, path: Path, profiler: Profiler | None = None) -> Tensor:
+        """Latents [1, F, C, h, w] of the image or video to go on from. Raises InputError for files that do not fit."""
+        if self.encoder is None:
+            raise InputError("start_from: this pipeline has no encoder; set start_from in its configuration")
+        span = nullcontext() if profiler is None else profiler.span("init", self.encoder.device)
+        with self._lock, span, torch.inference_mode():
+            return load_prefix(path, self.config, self.encoder)
+
+    def _geometry_for(self, frames: int | None) -> LatentGeometry:
+        block = self.geometry.frames_per_block
+        if frames is None:
+            require_bounded(self.generator.settings)
+            return self.geometry.endless()
+        if frames < block or frames % block:
+            raise InputError(f"frames: {frames} is no positive multiple of the block's {block} latent frames")
+        return replace(self.geometry, num_frames=frames)
+
+    def close(self) -> None:
+        """Free what sessions have left and the text encoder; open sessions go on."""
+        with self._lock:
+            self.generator.drop_spare_cache()
+            self.vae.forget()
+        if isinstance(self.prompts, PromptEncoder):
+            self.prompts.free()
+
+    def __enter__(self) -> Pipeline:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
+
+
+def require_bounded(settings: GeneratorSettings) -> None:
+    """Raises InputError if a video without end would need memory without end."""
+    if settings.window is None or not settings.policy.bounded:
+        raise InputError(
+            f"frames: a session without end needs memory of a bounded length, but the policy {settings.policy.name} "
+            "keeps (or a prompt switch encodes anew) all earlier frames; set model_kwargs.local_attn_size (published: "
+            "12), or give the session a number of frames"
+        )
+    if not settings.relative_rope:
+        logger.warning(
+            "rope: absolute positions leave the trained range in a session without end; rope=relative stays in it"
+        )

@@ -28,9 +28,10 @@ from dummy.config import DummyForcingConfig, RetentionConfig
 from dummy.policy import ContextPolicy, policy_from_config
 from dummy.roles import HeadRoles
 from pipeline.runtime.engine import WAYS, passes_of
-from pipeline.runtime.generator import BlockGenerator, FlowRecord, Rollout
-from pipeline.runtime.inputs import GeneratorSettings, Passes, Segment
+from pipeline.runtime.generator import BlockGenerator, FlowRecord
+from pipeline.runtime.inputs import GeneratorSettings, Passes
 from pipeline.runtime.schedule import DenoisingSchedule
+from pipeline.session import Session
 from utils.errors import InputError
 from wan.attention.backends import AttentionName
 from wan.checkpoints.files import generator_state, load_into, read_tensors
@@ -139,20 +140,28 @@ def make_generator(case: Case, model: CausalWanModel, machine: Machine) -> Block
     return BlockGenerator(model, settings, machine.passes(model))
 
 
-def start_rollout(case: Case, tensors: Tensors, generator: BlockGenerator) -> Rollout:
+def start_session(case: Case, tensors: Tensors, generator: BlockGenerator) -> Session:
+    """A session with the case's noise, whose prompts are called `i.b`: embedding i of video b."""
     geometry = LatentGeometry(case["height"], case["width"], case["num_frames"], case["frames_per_block"])
-    starts = [0, *case.get("switch", ())]
-    segments = [Segment(s, generator.model.encode_text(tensors[f"prompt_embeds.{i}"])) for i, s in enumerate(starts)]
     noise = ReplayedNoise(tensors["noise"], tensors["renoise"], geometry.frames_per_block)
-    return generator.start(geometry, segments, noise, int(case["batch"]))
+    batch = int(case["batch"])
+
+    def embed(name: str) -> Tensor:
+        number, video = name.split(".")
+        return tensors[f"prompt_embeds.{number}"][int(video)]
+
+    session = Session(generator, geometry, noise, embed, batch=batch, live=False)
+    starts = enumerate([0, *case.get("switch", ())])
+    session.plan([(start, tuple(f"{i}.{video}" for video in range(batch))) for i, start in starts])
+    return session
 
 
-@torch.inference_mode()
 def compute_rollout(case: Case, tensors: Tensors, folder: Path, machine: Machine) -> dict[str, Tensor]:
     generator = make_generator(case, load_model(case, folder, machine), machine)
-    rollout = start_rollout(case, tensors, generator)
+    session = start_session(case, tensors, generator)
+    rollout = session.rollout
     rollout.record = FlowRecord(FLOWS)
-    latents = [block.latents for block in rollout.blocks()]
+    latents = [block.latents for block in session]
     result = {"latents": torch.cat(latents, dim=1)}
     result |= {f"flow.{i}": flow for i, flow in enumerate(rollout.record.flows)}
     if rollout.frame_attention is not None and rollout.roles is not None:

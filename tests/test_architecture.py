@@ -19,8 +19,9 @@ LIBRARY = [path for layer in LAYERS[1:] for path in sorted((ROOT / layer).glob("
 FLOORS = {
     "wan": [{"geometry", "config", "cuda_graphs"}, {"attention", "checkpoints"}, {"text", "transformer", "vae"}],
     "dummy": [{"budget", "presets"}, {"roles", "config", "frame_attention", "teacache"}],
-    "pipeline": [{"config"}, {"runtime"}, {"planning"}, {"assembly"}, {"atlas", "vbench"}],
+    "pipeline": [{"config"}, {"runtime"}, {"planning"}, {"session"}, {"assembly"}, {"video_files"}],
 }
+FLOORS["pipeline"] += [{"atlas", "vbench"}]
 FLOORS["dummy"] += [{"equal_cost", "compare"}, {"policy"}, {"atlas"}]
 ROOMED = [path for path in LIBRARY if path.relative_to(ROOT).parts[0] in FLOORS and path.name != "__init__.py"]
 SOURCES = [*LIBRARY, *(ROOT / name for name in SCRIPTS)]

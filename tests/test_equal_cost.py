@@ -165,7 +165,7 @@ def test_decoding_is_planned_for_the_cache_that_a_speed_allows(
     planner = planner_for(config, CPU)
     plain = planner.memory(config, generator_settings(config, planner.sizes))
     monkeypatch.setattr(plan, "memory_of", lambda device: int(plain.peak / (1 - plan.RESERVE)) + 1)
-    pipeline, _ = assemble(config, ["A fox."], CPU)
+    pipeline = assemble(config, ["A fox."], CPU)
     fitted = planner.memory(config, pipeline.generator.settings)
     assert fitted.cache.total > plain.cache.total and fitted.peak > plain.peak
     assert planner.strategy(config, generator_settings(config, planner.sizes), plan.memory_of(CPU)) != pipeline.strategy

@@ -19,14 +19,11 @@ import torch
 
 import inference
 import interactive_inference
+from pipeline.assembly import Pipeline
 from pipeline.config.config import InferenceConfig, load_config
 from pipeline.config.jobs import read_jobs
-from pipeline.runtime.generator import BlockGenerator
-from pipeline.runtime.loading import check_before_loading, choose_dtype, encode_prompts, load_transformer, load_vae
-from pipeline.runtime.video_pipeline import VideoPipeline
 from tests.conftest import PROMPTS, ROOT, Program
 from tests.small_checkpoints import SmallCheckpoints
-from utils.profiler import Profiler
 from utils.video import VideoInfo, probe, read_frames
 
 SMALL = VideoInfo(width=48, height=32, frames=33, fps=16.0, codec="h264", pix_fmt="yuv420p")
@@ -200,18 +197,14 @@ def test_a_video_is_the_same_first_or_last_alone_or_in_a_list(program: Program) 
 def test_latents_do_not_depend_on_what_came_before(program: Program) -> None:
     arguments = program.arguments()
     config = load_config(arguments[1], arguments[2:])
-    cpu = torch.device("cpu")
-    dtype = choose_dtype(config, cpu)
-    sizes, settings = check_before_loading(config, cpu)
-    generator = BlockGenerator(load_transformer(config, sizes, cpu, dtype), settings)
-    pipeline = VideoPipeline(generator, load_vae(config, cpu, dtype), config)
     jobs = read_jobs(config)
-    embeds = encode_prompts(config, [job.prompts[0] for job in jobs], sizes.text_len, cpu)
+    pipeline = Pipeline.from_config(config, prompts=[job.prompts[0] for job in jobs])
 
     def latents(index: int) -> torch.Tensor:
         job = jobs[index]
-        rollout = pipeline.start(job.starts, [embeds[job.prompts[0]]], [job.noise_seed], Profiler(cpu))
-        return torch.cat([block.latents for block in rollout.blocks()], dim=1)
+        with pipeline.session(frames=config.num_output_frames, noise_seeds=[job.noise_seed]) as session:
+            session.prompt(job.prompts[0])
+            return torch.cat([block.latents for block in session], dim=1)
 
     forward, backward = [latents(i) for i in range(3)], [latents(i) for i in (2, 1, 0)][::-1]
     assert all(torch.equal(a, b) for a, b in zip(forward, backward, strict=True))

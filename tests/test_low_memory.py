@@ -8,12 +8,13 @@ from pathlib import Path
 import pytest
 import torch
 
-from pipeline.assembly import assemble
+from pipeline.assembly import Pipeline
 from pipeline.config.config import InferenceConfig, load_config
 from pipeline.config.jobs import VideoJob, read_jobs
 from pipeline.planning.plan import RESERVE, Planner, planner_for
 from pipeline.runtime.decoding import DecodeStrategy
 from pipeline.runtime.loading import generator_settings, text_encoder_place
+from pipeline.video_files import write_videos
 from tests.conftest import ROOT, Program
 from utils.memory import PeakTracker
 from utils.video import probe
@@ -131,10 +132,10 @@ def test_a_plan_says_what_a_run_takes(program: Program, overrides: tuple[str, ..
 def check_the_plan(config: InferenceConfig) -> VideoJob:
     """Makes the first video of a configuration, and compares what that took with its plan."""
     job = read_jobs(config)[0]
-    pipeline, embeds = assemble(config, job.prompts, CPU)
+    pipeline = Pipeline.from_config(config, prompts=job.prompts, device=CPU)
     planner = planner_for(config, CPU)
     plan = planner.memory(config, generator_settings(config, planner.sizes), pipeline.strategy)
     with PeakTracker() as tracker:
-        pipeline.write([job], embeds, lambda _: None)
+        write_videos(pipeline, [job], lambda _: None)
     assert plan.peak == pytest.approx(tracker.peak + plan.transformer + plan.vae, rel=0.1)
     return job

@@ -15,10 +15,11 @@ import torch
 
 import interactive_inference
 import sample_vbench
-from pipeline.assembly import assemble
+from pipeline import video_files
+from pipeline.assembly import Pipeline
 from pipeline.config.config import InferenceConfig, load_config
 from pipeline.config.jobs import VideoJob, read_jobs
-from pipeline.runtime.video_pipeline import VideoPipeline
+from pipeline.video_files import write_videos
 from tests.conftest import PROMPTS, ROOT, Program
 from tests.test_interruption import processes_that_mention, wait_for
 from utils.errors import InputError
@@ -34,10 +35,9 @@ def configure(program: Program, *overrides: str) -> InferenceConfig:
     return load_config(arguments[1], arguments[2:])
 
 
-def parts(config: InferenceConfig) -> tuple[VideoPipeline, dict[str, torch.Tensor], VideoJob]:
+def parts(config: InferenceConfig) -> tuple[Pipeline, VideoJob]:
     job = read_jobs(config)[0]
-    pipeline, embeds = assemble(config, job.prompts, CPU)
-    return pipeline, embeds, job
+    return Pipeline.from_config(config, prompts=job.prompts, device=CPU), job
 
 
 def nothing_left(program: Program) -> None:
@@ -78,7 +78,7 @@ def test_storyboards_and_vbench_write_the_same_way(program: Program, overlap: st
 @pytest.mark.parametrize("overlap", ["auto", "false"])
 def test_a_killed_ffmpeg_ends_the_video(program: Program, overlap: str) -> None:
     config = configure(program, f"overlap={overlap}", "num_output_frames=60", "resolution=[64,96]")
-    pipeline, embeds, job = parts(config)
+    pipeline, job = parts(config)
     blocks = []
 
     def on_block(index: int) -> None:
@@ -88,7 +88,7 @@ def test_a_killed_ffmpeg_ends_the_video(program: Program, overlap: str) -> None:
                 os.kill(process, signal.SIGKILL)
 
     with pytest.raises(RuntimeError, match="ffmpeg ended with status -9"):
-        pipeline.write([job], embeds, on_block)
+        write_videos(pipeline, [job], on_block)
     assert len(blocks) < 12  # of 20: at once, not at the end
     nothing_left(program)
 
@@ -125,7 +125,7 @@ class Failing:
 def test_a_failing_decoder_ends_the_video(
     program: Program, overlap: str, error: type[BaseException], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    pipeline, embeds, job = parts(configure(program, f"overlap={overlap}"))
+    pipeline, job = parts(configure(program, f"overlap={overlap}"))
     make = pipeline.vae.decoder
 
     def decoder(*arguments: int) -> object:
@@ -135,10 +135,10 @@ def test_a_failing_decoder_ends_the_video(
 
     monkeypatch.setattr(pipeline.vae, "decoder", decoder)
     with pytest.raises(error):
-        pipeline.write([job], embeds, lambda _: None)
+        write_videos(pipeline, [job], lambda _: None)
     nothing_left(program)
     monkeypatch.undo()
-    assert pipeline.write([job], embeds, lambda _: None).frames == 33  # and nothing is broken
+    assert write_videos(pipeline, [job], lambda _: None).frames == 33  # and nothing is broken
 
 
 RUN_WITH_LIMIT = """
@@ -174,19 +174,19 @@ class Slow:
 
 
 def test_a_slow_writer_bounds_what_waits(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline, embeds, job = parts(configure(program, "num_output_frames=30"))
+    pipeline, job = parts(configure(program, "num_output_frames=30"))
     slow: list[Slow] = []
-    make = pipeline._writer
+    make = video_files._writer
 
-    def writer(job: VideoJob) -> VideoWriter:
-        made = make(job)
+    def writer(config: InferenceConfig, job: VideoJob) -> VideoWriter:
+        made = make(config, job)
         slow.append(Slow(made))
         monkeypatch.setattr(VideoWriter, "write", lambda _, frames: slow[0](frames))
         return made
 
-    monkeypatch.setattr(pipeline, "_writer", writer)
+    monkeypatch.setattr(video_files, "_writer", writer)
     ahead = []
-    profile = pipeline.write([job], embeds, lambda index: ahead.append(index + 1 - slow[0].taken))
+    profile = write_videos(pipeline, [job], lambda index: ahead.append(index + 1 - slow[0].taken))
     assert max(ahead) <= 4  # two blocks that wait, one at work, one just done
     assert slow[0].taken == 10
     assert probe(job.path).frames == profile.frames == 117
@@ -203,8 +203,8 @@ def test_the_profile_says_what_overlap_saved(program: Program, monkeypatch: pyte
     monkeypatch.setattr(VideoWriter, "write", slowly)
     profiles = {}
     for overlap in ("auto", "false"):
-        pipeline, embeds, job = parts(configure(program, f"overlap={overlap}", "num_output_frames=18"))
-        profiles[overlap] = pipeline.write([job], embeds, lambda _: None)
+        pipeline, job = parts(configure(program, f"overlap={overlap}", "num_output_frames=18"))
+        profiles[overlap] = write_videos(pipeline, [job], lambda _: None)
     assert profiles["auto"].write_ms > 600 and profiles["false"].write_ms > 600
     assert profiles["auto"].overlap_ms > 50 > profiles["false"].overlap_ms
     for profile in profiles.values():

@@ -13,11 +13,10 @@ from safetensors.torch import save_file
 
 import interactive_inference
 from benchmarks import vae as benchmark
-from pipeline.assembly import assemble
+from pipeline.assembly import Pipeline, assemble
 from pipeline.config.config import InferenceConfig, as_dict, load_config
 from pipeline.config.jobs import read_jobs
 from pipeline.planning.plan import Planner, planner_for
-from pipeline.runtime.generator import Rollout
 from pipeline.runtime.loading import generator_settings, require_files
 from tests.conftest import ROOT, Program
 from tests.small_checkpoints import SmallCheckpoints
@@ -25,7 +24,6 @@ from tests.test_inference import SMALL
 from tests.test_low_memory import check_the_plan
 from tests.test_preview import preview_weights, whole
 from utils.errors import InputError
-from utils.profiler import Profiler
 from utils.video import VideoWriter, probe, to_uint8
 from wan.config import WAN_1_3B
 from wan.vae.preview import PreviewDecoder
@@ -81,16 +79,14 @@ def configure(program: Program, *overrides: str) -> InferenceConfig:
 def test_frames_are_what_the_file_makes_of_the_latents(program: Program, preview: Path) -> None:
     config = configure(program, f"decoder=taehv:{preview}")
     job = read_jobs(config)[0]
-    pipeline, embeds = assemble(config, job.prompts, CPU)
-
-    def rollout() -> Rollout:
-        return pipeline.start(job.starts, [embeds[job.prompts[0]]], [job.noise_seed], Profiler(CPU))
-
-    latents = torch.cat([block.latents for block in rollout().blocks()], dim=1)
-    frames = torch.cat([block.frames for block in pipeline.decoded(rollout(), Profiler(CPU))], dim=1)
-    expected = to_uint8(whole(preview_weights(), latents)[0])
-    assert frames.shape == (1, 33, 32, 48, 3)
-    assert (frames[0].int() - expected.int()).abs().max() <= 1
+    pipeline = Pipeline.from_config(config, prompts=job.prompts, device=CPU)
+    with pipeline.session(frames=config.num_output_frames) as session:
+        session.prompt(job.prompts[0])
+        latents, frames = zip(*((block.latents, block.frames) for block in session), strict=True)
+    expected = to_uint8(whole(preview_weights(), torch.cat(latents, dim=1))[0])
+    video = torch.cat(frames)
+    assert video.shape == (33, 32, 48, 3)
+    assert (video.int() - expected.int()).abs().max() <= 1
 
 
 def test_a_video_starts_from_a_file_with_the_vaes_encoder(

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from pipeline.config.config import load_config
-from pipeline.runtime.loading import encode_prompts, load_transformer, load_vae, model_sizes
+from pipeline.runtime.loading import load_transformer, load_vae, model_sizes
+from pipeline.runtime.prompts import PromptEncoder
 from shapes import train
 from shapes.batches import Batches, DiTRecipe, Phase
 from shapes.dit import Flow
@@ -81,7 +82,7 @@ def test_what_is_trained_loads_in_the_product(code_folder: Path, tmp_path: Path)
     for name, value in flow.model.named_parameters():
         assert torch.allclose(model.get_parameter(name), value, atol=2e-3), name
     prompt = "A red ball moves to the right."
-    (embeds,) = encode_prompts(config, [prompt], sizes.text_len, device).values()
+    embeds = PromptEncoder(config, device, sizes.text_len)(prompt)
     expected = trained_text_encoder(work)([prompt])[0, : len(embeds)]
     assert (embeds - expected).abs().max() < 0.1  # the file is bf16
     loaded = load_vae(config, device, torch.float32)

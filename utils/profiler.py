@@ -12,6 +12,7 @@ import platform
 import statistics
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass
@@ -39,13 +40,15 @@ class ProfileReport:
 class Profiler:
     """Measures spans and instants, of one device unless told; the clock starts at construction and again at `reset`."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, keep: int | None = None) -> None:
+        """`keep`: of each name the last so many spans are kept; all of them by default."""
         self._device = device
+        self._keep = keep
         self.reset()
 
     def reset(self) -> None:
         """Forget everything and start the clock again."""
-        self._spans: dict[str, list[tuple[Instant, Instant]]] = {}
+        self._spans: dict[str, deque[tuple[Instant, Instant]]] = {}
         self._marks: dict[str, float] = {}
         self._devices = {self._device}
         self._wall_start = time.perf_counter()
@@ -62,7 +65,7 @@ class Profiler:
         try:
             yield
         finally:
-            self._spans.setdefault(name, []).append((start, _now(device)))
+            self._spans.setdefault(name, deque(maxlen=self._keep)).append((start, _now(device)))
 
     @contextmanager
     def host_span(self, name: str) -> Iterator[None]:
@@ -71,7 +74,7 @@ class Profiler:
         try:
             yield
         finally:
-            self._spans.setdefault(name, []).append((start, time.perf_counter()))
+            self._spans.setdefault(name, deque(maxlen=self._keep)).append((start, time.perf_counter()))
 
     def mark(self, name: str) -> None:
         """Note that the host is here. The first mark of a name counts, later ones do nothing."""

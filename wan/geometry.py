@@ -6,10 +6,13 @@ models or policies; nobody else multiplies these numbers.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 TEMPORAL_COMPRESSION = 4  # pixel frames per latent frame of the Wan VAE, after the first
 SPATIAL_COMPRESSION = 8  # pixels per latent row or column
+
+
+ENDLESS = 1 << 40  # about this many latent frames have a video that ends only when nobody wants more
 
 
 @dataclass(frozen=True)
@@ -44,6 +47,10 @@ class LatentGeometry:
     @property
     def tokens_per_block(self) -> int:
         return self.tokens_per_frame * self.frames_per_block
+
+    def endless(self) -> LatentGeometry:
+        """The same for a video without a last block."""
+        return replace(self, num_frames=ENDLESS // self.frames_per_block * self.frames_per_block)
 
     @property
     def num_blocks(self) -> int:

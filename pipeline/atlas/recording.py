@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Iterator, Mapping, Sequence
-from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,19 +22,19 @@ from dummy.policy import ContextPolicy, policy_from_config
 from pipeline.config.config import InferenceConfig, geometry_of
 from pipeline.config.jobs import VideoJob, read_jobs
 from pipeline.runtime.generator import BlockGenerator
-from pipeline.runtime.inputs import GeneratorSettings, Segment
+from pipeline.runtime.inputs import GeneratorSettings
 from pipeline.runtime.loading import (
     check_before_loading,
     choose_dtype,
-    encode_prompts,
     load_transformer,
 )
+from pipeline.runtime.prompts import PromptEncoder
+from pipeline.session import Session
 from utils.errors import InputError
 from utils.prompts import output_stems
 from utils.seed import NoiseStream, video_seed
 from wan.attention.cache import Observer
 from wan.geometry import LatentGeometry
-from wan.text import pad
 
 logger = logging.getLogger(__name__)
 
@@ -120,10 +119,10 @@ def record(recording: Recording, device: torch.device, about: Mapping[str, Any])
     """Make every video of the configuration as far as it is needed. Raises InputError for files that do not fit."""
     config, chosen = recording.config, recording.passes
     jobs = jobs_of(config, recording.texts)
-    generator, embeds = watched_generator(config, jobs, watched_policy(config, recording.context), device)
+    generator, embed = watched_generator(config, jobs, watched_policy(config, recording.context), device)
     geometry = geometry_of(config, generator.model.config.in_dim)
     recorder = PassRecorder(chosen.wanted, chosen.per_block, geometry.tokens_per_frame, recording.query_share)
-    videos = list(_videos(generator, geometry, jobs, embeds, recorder, chosen))
+    videos = list(_videos(generator, geometry, jobs, embed, recorder, chosen))
     attention = {b: torch.stack([video[b][0] for video in videos]) for b in chosen.blocks}
     entropy = {b: torch.stack([video[b][1] for video in videos]) for b in chosen.blocks}
     frames = {b: tuple(sorted(recorder.seen[b, chosen.passes[0][0]].frames)) for b in chosen.blocks}
@@ -134,28 +133,29 @@ def record(recording: Recording, device: torch.device, about: Mapping[str, Any])
 
 def watched_generator(
     config: InferenceConfig, jobs: Sequence[VideoJob], policy: ContextPolicy, device: torch.device
-) -> tuple[BlockGenerator, dict[str, Tensor]]:
-    """A generator under `policy`, and the embeddings of the jobs' first prompts. Raises InputError."""
+) -> tuple[BlockGenerator, PromptEncoder]:
+    """A generator under `policy`, and what has encoded the jobs' first prompts. Raises InputError."""
     sizes, settings = check_before_loading(config, device)
     role_settings(config).budget.check(sizes.num_layers, sizes.num_heads)
-    embeds = encode_prompts(config, [job.prompts[0] for job in jobs], sizes.text_len, device)
+    prompts = PromptEncoder(config, device, sizes.text_len)
+    prompts.prepare(job.prompts[0] for job in jobs)
     model = load_transformer(config, sizes, device, choose_dtype(config, device))
     watched: GeneratorSettings = replace(settings, policy=policy, teacache_threshold=None, reclassify_on_switch=False)
-    return BlockGenerator(model, watched), embeds
+    return BlockGenerator(model, watched), prompts
 
 
 def _videos(
     generator: BlockGenerator,
     geometry: LatentGeometry,
     jobs: Sequence[VideoJob],
-    embeds: Mapping[str, Tensor],
+    embed: PromptEncoder,
     recorder: PassRecorder,
     chosen: ChosenPasses,
 ) -> Iterator[dict[int, tuple[Tensor, Tensor]]]:
     """Of every video, by block: attention [P, layers, heads, context frames + 1] and entropy [P, layers, heads]."""
     for number, job in enumerate(jobs):
         recorder.begin()
-        watch(generator, geometry, job, embeds, recorder, chosen.blocks[-1])
+        watch(generator, geometry, job, embed, recorder, chosen.blocks[-1])
         seen = recorder.seen
         yield {
             block: (
@@ -171,15 +171,14 @@ def watch(
     generator: BlockGenerator,
     geometry: LatentGeometry,
     job: VideoJob,
-    embeds: Mapping[str, Tensor],
+    embed: PromptEncoder,
     observer: Observer,
     last_block: int,
 ) -> None:
     """Make the job's video up to `last_block` and its clean pass, if it has one."""
-    with torch.inference_mode():
-        text = generator.model.encode_text(pad([embeds[job.prompts[0]]], generator.model.config.text_len))
-    rollout = generator.start(geometry, [Segment(0, text)], NoiseStream([job.noise_seed]))
-    with rollout.cache.observed(observer), closing(rollout.blocks()) as blocks:
-        for block in blocks:
+    session = Session(generator, geometry, NoiseStream([job.noise_seed]), embed, live=False, keep_buffers=True)
+    session.plan([(0, job.prompts[0])])
+    with session, session.rollout.cache.observed(observer):
+        for block in session:
             if block.index > last_block:
                 break  # asking for this block has made the clean pass of the one before

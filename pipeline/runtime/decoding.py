@@ -105,6 +105,10 @@ class BlockDecoder:
         """Leave the decoder's memory to the next video."""
         self._decoder.close()
 
+    def forget(self) -> None:
+        """Free what closed decoders have left for the next video."""
+        self._vae.forget()
+
 
 def fastest_strategy(device: torch.device, block: int, overlap: bool) -> DecodeStrategy:
     """All latent frames of a block at once, but on a CPU, where it gains nothing, one."""

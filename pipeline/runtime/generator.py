@@ -144,6 +144,7 @@ class Rollout:
         self._pending = deque(segments)
         self._prompted: TextContext | None = None
         self._live = live
+        self.keep_past = live  # clean frames, for prompts to come
         self._noise = noise
         self._profiler = profiler
         whole = geometry.frames_per_block
@@ -198,7 +199,7 @@ class Rollout:
             yield CleanBlock(index, start, x0)
             if start != starts[-1] or self.record.limit:
                 self.clean_pass(x0, self.text, start, index)
-                if self._pending or self._live:
+                if self._pending or self.keep_past:
                     self._past.extend(x0.unbind(1))
 
     @property

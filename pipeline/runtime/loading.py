@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-import gc
 import logging
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TypeVar
 
@@ -26,7 +25,6 @@ from wan.checkpoints.diffusers_layout import read_model_config, read_model_state
 from wan.checkpoints.files import download_hint, generator_state, load_into, read_tensors
 from wan.checkpoints.lora import merge_lora
 from wan.config import ModelConfig
-from wan.text import TextEncoder
 from wan.transformer.fp8 import check_fp8, to_fp8
 from wan.transformer.model import CausalWanModel
 from wan.vae.preview import SOURCE_HINT, PreviewDecoder
@@ -143,25 +141,6 @@ def check_before_loading(config: InferenceConfig, device: torch.device) -> tuple
     _assemble(config, sizes, META, dtype)
     load_encoder(config, load_decoder(config, META, dtype))
     return sizes, settings
-
-
-def encode_prompts(
-    config: InferenceConfig, prompts: Sequence[str], max_length: int, device: torch.device
-) -> dict[str, Tensor]:
-    """Embeddings [length, text_dim] of every different prompt, on the CPU; the text encoder is gone afterwards.
-
-    Prompts are cut to `max_length` tokens, what the transformer takes.
-    """
-    place = text_encoder_place(config, device)
-    dtype = choose_dtype(config, device)  # of the run, wherever the encoder is: float32 would take 22.7 GB
-    encoder = TextEncoder.load(config.text_encoder_path, config.tokenizer_path, dtype, place, max_length)
-    unique = list(dict.fromkeys(prompts))
-    embeds = {prompt: encoder.encode([prompt])[0].cpu() for prompt in unique}
-    del encoder
-    gc.collect()
-    if place.type == "cuda":
-        torch.cuda.empty_cache()
-    return embeds
 
 
 def text_encoder_place(config: InferenceConfig, device: torch.device) -> torch.device:

@@ -20,14 +20,13 @@ from itertools import groupby
 from pathlib import Path
 
 import torch
-from torch import Tensor
 
-from pipeline.assembly import assemble, memory_explained
+from pipeline.assembly import Pipeline, memory_explained
 from pipeline.config.config import InferenceConfig
 from pipeline.config.jobs import VideoJob
 from pipeline.runtime.loading import check_before_loading, choose_device, require_files
-from pipeline.runtime.video_pipeline import VideoPipeline
 from pipeline.vbench.records import Records, now
+from pipeline.video_files import write_videos
 from utils.distributed import World
 from utils.errors import InputError
 from utils.files import ensure_writable_folder, remove_stale_partials
@@ -223,9 +222,10 @@ def _make(
     report: Callable[[Progress], None],
 ) -> None:
     with memory_explained(config, device):
-        pipeline, embeds = assemble(config, [batch[0].prompts[0] for batch in mine], device, config.samples_per_batch)
+        prompts = [batch[0].prompts[0] for batch in mine]
+        pipeline = Pipeline.from_config(config, prompts=prompts, device=device, batch=config.samples_per_batch)
         before, begin = _count(jobs), time.monotonic()
-        for batch, timings in _written(pipeline, embeds, mine):
+        for batch, timings in _written(pipeline, mine):
             for job in batch:
                 on_video({"file": job.path.name, "noise_seed": job.noise_seed, "timings": timings})
             done = _count(jobs)
@@ -238,9 +238,7 @@ def _count(jobs: Sequence[VideoJob]) -> int:
     return sum(job.path.name in there for job in jobs)
 
 
-def _written(
-    pipeline: VideoPipeline, embeds: Mapping[str, Tensor], mine: Sequence[Batch]
-) -> Iterator[tuple[Batch, dict[str, object]]]:
+def _written(pipeline: Pipeline, mine: Sequence[Batch]) -> Iterator[tuple[Batch, dict[str, object]]]:
     for batch in mine:
-        profile = pipeline.write(batch, embeds, lambda _: None)
+        profile = write_videos(pipeline, batch, lambda _: None)
         yield batch, profile.as_dict()

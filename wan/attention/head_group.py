@@ -16,8 +16,9 @@ from typing import NamedTuple
 from torch import Tensor
 
 from wan.attention.rope import Rotation, rotate
+from wan.geometry import ENDLESS
 
-UNBOUNDED = 1 << 40  # a number of frames that no video reaches
+UNBOUNDED = ENDLESS  # a number of frames that no video reaches
 
 
 @dataclass(frozen=True)

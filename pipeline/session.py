@@ -1,0 +1,262 @@
+"""What a program drives: sessions, each a video (or a batch of them) that is made block by block.
+
+    pipeline = Pipeline.from_config("configs/longlive_inference.yaml", ["seed=1"])
+    with pipeline.session(frames=120) as session:
+        session.prompt("A cat walks in the snow.")
+        for block in session:
+            ...  # block.frames; session.prompt() at any time
+
+Sessions of one pipeline may be open at the same time, in one thread or in several: each has its own cache, order of
+heads, decoder and noise; the weights are shared, and blocks are made one at a time. This file knows no files and no
+settings.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass, field
+from types import TracebackType
+
+import torch
+from torch import Tensor
+
+from dummy.roles import HeadRoles
+from pipeline.runtime.decoding import BlockDecoder, HostFrames
+from pipeline.runtime.generator import BlockGenerator, CleanBlock, Rollout
+from pipeline.runtime.inputs import NoiseSource
+from utils.errors import InputError
+from utils.profiler import Profiler
+from wan.geometry import ENDLESS, LatentGeometry
+from wan.text import pad
+from wan.transformer.model import TextContext
+
+logger = logging.getLogger(__name__)
+
+Prompt = str | tuple[str, ...]
+"""One for all videos of a session, or one for each."""
+
+TIMED_BLOCKS = 256  # the last ones, of which a session without end keeps the times
+
+
+@dataclass
+class SessionBlock:
+    """Block `index` of a session's videos, of the latent frames from `start_frame` on.
+
+    `latents` [B, n, C, h, w] are float32 on the model's device, `roles` what the heads are by now, if that is known.
+    """
+
+    index: int
+    start_frame: int
+    prompt: Prompt
+    latents: Tensor
+    roles: HeadRoles | None
+    _host: HostFrames | None
+    _began: float
+    seconds_to_host: float | None = field(default=None, init=False)
+
+    @property
+    def videos(self) -> Tensor:
+        """uint8 [B, frames, H, W, 3] on the host; waits until they are there."""
+        assert self._host is not None, "this session does not decode"
+        videos: Tensor = self._host.wait()
+        if self.seconds_to_host is None:
+            self.seconds_to_host = time.perf_counter() - self._began
+        return videos
+
+    @property
+    def frames(self) -> Tensor:
+        """uint8 [frames, H, W, 3] of the session's only video, on the host; waits until they are there."""
+        videos = self.videos
+        assert len(videos) == 1, "a session of several videos has `videos`"
+        return videos[0]
+
+    @property
+    def seconds(self) -> float:
+        """From when the block was asked for until its frames were on the host; waits for them."""
+        if self.seconds_to_host is None:
+            _ = self.videos
+        assert self.seconds_to_host is not None
+        return self.seconds_to_host
+
+
+class Session:
+    """A video, or a batch of videos with common head roles, in the making. Iterate over it for its blocks.
+
+    A prompt may come at any time, from any thread, and takes effect with the next block that begins, as a switch of a
+    storyboard does. Close a session, or use it as a context, to free what it holds.
+    """
+
+    def __init__(
+        self,
+        generator: BlockGenerator,
+        geometry: LatentGeometry,
+        noise: NoiseSource,
+        embed: Callable[[str], Tensor],
+        decoder: Callable[[Profiler], BlockDecoder] | None = None,
+        *,
+        batch: int = 1,
+        prefix_latents: Tensor | None = None,
+        lock: AbstractContextManager[object] | None = None,
+        live: bool = True,
+        keep_buffers: bool = False,
+    ) -> None:
+        """`embed` gives a prompt's embedding [length, text_dim]; without a `decoder` blocks have latents alone.
+
+        `prefix_latents` [1 or B, F, C, h, w] are whole blocks that the videos begin with. While the `lock` is held, by
+        this session or by others of the same model, a block is made. Sessions that are not `live` take no prompts
+        beyond those that are planned before the first block. `keep_buffers` leaves the cache and what was captured over
+        it to the next session of the same sizes.
+        """
+        self._generator = generator
+        self._geometry = geometry
+        self._embed = embed
+        self._batch = batch
+        self._lock = nullcontext() if lock is None else lock
+        self._live = live
+        self._keep_buffers = keep_buffers
+        self.prefix_blocks = 0 if prefix_latents is None else prefix_latents.shape[1] // geometry.frames_per_block
+        self._typed: tuple[Prompt, Sequence[Tensor]] | None = None
+        self._typing = threading.Lock()
+        self._scenes: list[tuple[int, Prompt]] = []
+        self.closed = False
+        endless = geometry.num_frames >= ENDLESS - geometry.frames_per_block
+        self.profiler = Profiler(generator.model.device, keep=TIMED_BLOCKS if endless else None)
+        with self._lock, torch.inference_mode():
+            if prefix_latents is not None:
+                prefix_latents = prefix_latents.to(generator.model.device).expand(batch, -1, -1, -1, -1)
+            self.rollout: Rollout = generator.start(
+                geometry, [], noise, batch, self.profiler, prefix_latents, live=True
+            )
+            self._decoder = decoder(self.profiler) if decoder is not None else None
+        self._blocks = self.rollout.blocks()
+        self._next_frame = 0
+        self._planned: list[tuple[int, Prompt]] = []
+
+    def prompt(self, text: str | Sequence[str]) -> None:
+        """Let a prompt, or one for each video, take effect with the next block that begins. Of several that come while
+        one block is made, the last counts. Encodes it, so it may take as long as the text encoder does.
+
+        Raises InputError for an empty prompt, or if the session is closed.
+        """
+        given: Prompt = text if isinstance(text, str) else tuple(text)
+        embeds = self._embedded(given)
+        with self._typing:
+            if self.closed:
+                raise InputError("prompt: the session is closed; open another one")
+            self._typed = given, embeds
+
+    def plan(self, storyboard: Sequence[tuple[int, str | Sequence[str]]]) -> None:
+        """Let prompts take effect at the blocks that begin at or after the given latent frames."""
+        planned = [(frame, text if isinstance(text, str) else tuple(text)) for frame, text in storyboard]
+        for _, text in planned:
+            self._embedded(text)  # what is wrong with a prompt is told now
+        self._planned += planned
+
+    def _embedded(self, prompt: Prompt) -> list[Tensor]:
+        texts = [prompt] * self._batch if isinstance(prompt, str) else list(prompt)
+        if len(texts) != self._batch:
+            raise InputError(f"prompt: {len(texts)} prompts for {self._batch} videos; give one, or one for each video")
+        if not all(text.strip() for text in texts):
+            raise InputError("prompt: it is empty; write what is to be seen")
+        return [self._embed(text) for text in texts]
+
+    def _due(self) -> tuple[Prompt, Sequence[Tensor]] | None:
+        """The prompt that takes effect with the next block, if there is a new one."""
+        # A prompt that takes effect now or later needs the clean frames of the block before it.
+        self.rollout.keep_past = self._live or bool(self._planned)
+        with self._typing:
+            due, self._typed = self._typed, None
+        while self._planned and self._planned[0][0] <= self._next_frame:
+            _, prompt = self._planned.pop(0)
+            due = prompt, self._embedded(prompt)
+        return due
+
+    def _text(self, embeds: Sequence[Tensor]) -> TextContext:
+        model = self._generator.model
+        with self.profiler.span("init"), torch.inference_mode():
+            return model.encode_text(pad(list(embeds), model.config.text_len))
+
+    def __iter__(self) -> Iterator[SessionBlock]:
+        return self
+
+    def __next__(self) -> SessionBlock:
+        """The next block. Raises StopIteration after the last one, and when the session is closed; InputError if there
+        is no prompt yet."""
+        if self.closed:
+            raise StopIteration
+        began = time.perf_counter()
+        with self._lock:
+            self._go_over_to(self._due())
+            block = next(self._blocks, None)
+            if block is None:
+                raise StopIteration
+            host = None if self._decoder is None else self._decoder.decode(block.latents)
+        self._next_frame = block.start_frame + self._geometry.frames_per_block
+        return self._finished(block, host, began)
+
+    def _go_over_to(self, due: tuple[Prompt, Sequence[Tensor]] | None) -> None:
+        if due is not None:
+            prompt, embeds = due
+            self.rollout.prompt(self._text(embeds))
+            self._scenes.append((self._next_frame, prompt))
+        elif not self._scenes:
+            raise InputError("prompt: the session has none yet; call session.prompt(text) before the first block")
+
+    def _finished(self, block: CleanBlock, host: HostFrames | None, began: float) -> SessionBlock:
+        prompt, roles = self._scenes[-1][1], self.rollout.roles
+        made = SessionBlock(block.index, block.start_frame, prompt, block.latents, roles, host, began)
+        if host is None:
+            made.seconds_to_host = time.perf_counter() - began
+        return made
+
+    @property
+    def storyboard(self) -> list[tuple[int, Prompt]]:
+        """The prompts that took effect, each with the latent frame that its first block begins at.
+
+        As a line of a storyboard file, with the same settings and seed, it gives the same video again.
+        """
+        return list(self._scenes)
+
+    @property
+    def device(self) -> torch.device:
+        """The model's."""
+        return self._generator.model.device
+
+    @property
+    def frames_made(self) -> int:
+        """Latent frames of the blocks so far."""
+        return self._next_frame
+
+    @property
+    def roles(self) -> HeadRoles | None:
+        """What the heads are, if the policy has roles and they are known by now."""
+        return self.rollout.roles
+
+    def close(self) -> None:
+        """Free the cache, the decoder's memory and what was captured over them. A block at work is finished first."""
+        with self._typing:
+            already, self.closed = self.closed, True
+        if already:
+            return
+        with self._lock:
+            self._blocks.close()
+            if self._decoder is not None:
+                self._decoder.close()
+            if not self._keep_buffers:
+                self._generator.drop_spare_cache()
+                if self._decoder is not None:
+                    self._decoder.forget()
+            self._decoder = None
+            del self.rollout.cache
+
+    def __enter__(self) -> Session:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
