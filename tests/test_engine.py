@@ -46,22 +46,23 @@ def compiled() -> int:
 
 
 def test_all_is_compiled_at_the_start(fresh_compiler: None, caplog: pytest.LogCaptureFixture) -> None:
-    """Three graphs: a layer before, between and after its attentions. Short and long videos, observed roles, another
-    prompt, re-encoded frames, and a spare cache add none; another size of a block adds three."""
+    """Five graphs: a layer before, between and after its attentions, and the first two for heads in an order of their
+    own. Short and long videos, observed roles, another prompt, re-encoded frames, and a spare cache add none; another
+    size of a block adds five."""
     made = generator(tiny_model(), "packed", window=9)
     with caplog.at_level(logging.INFO):
         start_engine(made, "compiled", GEOMETRY)
     assert caplog.records[0].message.startswith("engine: getting compiled ready")
     assert caplog.records[-1].message.startswith("engine: compiled is ready after ")
-    assert compiled() == 3
+    assert compiled() == 5
     eager = generator(tiny_model(), "packed", window=9)
     for frames, starts in ((21, (0,)), (120, (0,)), (21, (0, 3, 12))):
         geometry = replace(GEOMETRY, num_frames=frames)
         videos = [latents(start(one, 1, geometry=geometry, starts=starts)) for one in (made, eager)]
         torch.testing.assert_close(videos[0], videos[1], atol=1e-4, rtol=1e-4)
-    assert compiled() == 3
+    assert compiled() == 5
     latents(start(made, 1, geometry=replace(GEOMETRY, num_frames=6, frames_per_block=1)))
-    assert compiled() == 6
+    assert compiled() == 10
 
 
 def test_what_does_not_compile_gives_way_or_is_an_error(
@@ -102,7 +103,7 @@ def test_a_rehearsal_before_roles_are_observed_is_short() -> None:
     counted = []
     made.model.register_forward_hook(lambda *_: counted.append(1))
     warmup(made, GEOMETRY)
-    assert len(counted) == 8  # the steps of two blocks
+    assert len(counted) == 16  # the steps of two blocks, with heads in the order of the weights and in one of their own
 
 
 FIRST_BLOCK = """

@@ -14,11 +14,13 @@ import os
 import time
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
 import torch
 
+from dummy.roles import HeadRoles, Role
 from pipeline.runtime.generator import BlockGenerator
 from pipeline.runtime.inputs import Passes, Segment
 from utils.errors import InputError
@@ -125,13 +127,28 @@ def or_eager(part: str, engine: str, required: bool, go_back: Callable[[], None]
 
 
 def warmup(generator: BlockGenerator, geometry: LatentGeometry, batch: int = 1) -> None:
-    """Make the beginning of a video that nobody sees, until what passes are made of repeats itself."""
+    """Make the beginning of a video that nobody sees, until what passes are made of repeats itself.
+
+    Roles that zeros give are of no use, and nothing is captured before roles are observed; but parts of a layer are
+    compiled once more for heads in an order of their own, which is done here with roles that somebody might observe.
+    """
+    split = generator.settings.policy.split
+    if split is not None and not split.from_start:
+        config = generator.model.config
+        roles = HeadRoles(((Role.DUMMY,) * config.num_heads,) * config.num_layers)
+        policy = replace(generator.settings.policy, split=replace(split, roles=roles, from_start=True))
+        warmup(BlockGenerator(generator.model, replace(generator.settings, policy=policy)), geometry, batch)
+        _begin(generator, geometry, batch, blocks=1)
+    else:
+        _begin(generator, geometry, batch, blocks=WARMUP_BLOCKS)
+
+
+def _begin(generator: BlockGenerator, geometry: LatentGeometry, batch: int, blocks: int) -> None:
+    """Make at most so many blocks, and the clean pass of each, until the cache is in a state that it was in before."""
     config = generator.model.config
     with torch.inference_mode():
         text = generator.model.encode_text(torch.zeros(batch, config.text_len, config.text_dim))
     rollout = generator.start(geometry, [Segment(0, text)], ZeroNoise(batch), batch)
-    # Roles that zeros give are of no use; until they are observed, all blocks go through the same compiled parts.
-    blocks = 1 if rollout.roles_pending else WARMUP_BLOCKS
     seen = set()
     with closing(rollout.blocks()) as made:
         for block in made:
