@@ -137,8 +137,9 @@ def warmup(generator: BlockGenerator, geometry: LatentGeometry, batch: int = 1) 
         config = generator.model.config
         roles = HeadRoles(((Role.DUMMY,) * config.num_heads,) * config.num_layers)
         policy = replace(generator.settings.policy, split=replace(split, roles=roles, from_start=True))
-        warmup(BlockGenerator(generator.model, replace(generator.settings, policy=policy)), geometry, batch)
-        _begin(generator, geometry, batch, blocks=1)
+        ordered = BlockGenerator(generator.model, replace(generator.settings, policy=policy))
+        for one in (ordered, generator):
+            _begin(one, geometry, batch, blocks=1)
     else:
         _begin(generator, geometry, batch, blocks=WARMUP_BLOCKS)
 

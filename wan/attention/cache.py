@@ -267,6 +267,7 @@ class KVCache:
         for layer, order, segments in zip(self.layers, orders, layout.segments, strict=True):
             layer.split(order, segments)
 
+    @torch.inference_mode()  # wherever it is called: to a compiler other tensors would be others
     def _head_orders(self, layout: HeadLayout) -> list[HeadOrder]:
         """The layout's orders on the device, for every layer; one copy for all, to where earlier ones lie if any do."""
         orders = torch.tensor(layout.orders)
