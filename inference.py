@@ -95,8 +95,7 @@ def make_videos(config: InferenceConfig, jobs: Sequence[VideoJob], device: torch
     """Encode all prompts, load the model, and make one video after the other."""
     from tqdm import tqdm
 
-    from pipeline.assembly import memory_explained
-    from pipeline.session import Pipeline
+    from pipeline.assembly import Pipeline, memory_explained
     from pipeline.video_files import write_videos
 
     with memory_explained(config, device):

@@ -1,6 +1,6 @@
-"""Tables of the README from stored results: python -m benchmarks.tables [--check]
+"""Tables of the documents from stored results: python -m benchmarks.tables [--check]
 
-Between `<!-- NAME -->` and `<!-- /NAME -->` the README, and the card of the small trained model, hold the table of
+Between `<!-- NAME -->` and `<!-- /NAME -->` the documents hold the table of
 benchmarks/results/NAME.json, with the machine and the command that made it. What comes before the first underscore of
 NAME says what kind of table that is; where there are no results there is no table. In `claims` is what shapes.claims
 prints.
@@ -18,7 +18,7 @@ from typing import Any
 from utils.memory import format_bytes
 
 ROOT = Path(__file__).parents[1]
-DOCUMENTS = (ROOT / "README.md", ROOT / "checkpoints" / "shapes" / "README.md")
+DOCUMENTS = (ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md")), ROOT / "checkpoints" / "shapes" / "README.md")
 RESULTS = ROOT / "benchmarks" / "results"
 
 Content = Mapping[str, Any]
@@ -162,9 +162,9 @@ def frontier(content: Content) -> str:
 
 
 def claims() -> str:
-    from shapes.claims import stored
+    from shapes import claims
 
-    return f"{stored()}\n`python -m shapes.claims`"
+    return f"{claims.stored()}\n`python -m shapes.claims`"
 
 
 KINDS: dict[str, Callable[[Content], str]] = {
@@ -176,17 +176,29 @@ KINDS: dict[str, Callable[[Content], str]] = {
     "shapes": shapes,
     "frontier": frontier,
 }
+GPU = ("dit_480", "dit_attention_480", "dit_fp8_480", "dit_720", "dit_1080", "end_to_end", "vae", "vae_1080")
 _REGION = re.compile(r"<!-- (\w+) -->.*?<!-- /\1 -->", flags=re.DOTALL)
 
 
 def render(name: str) -> str:
     if name == "claims":
         return f"<!-- claims -->\n{claims()}\n<!-- /claims -->"
-    if not (RESULTS / f"{name}.json").is_file():
-        return f"<!-- {name} -->\n<!-- /{name} -->"
+    if name == "gpu":
+        return f"<!-- gpu -->\n{gpu()}\n<!-- /gpu -->"
+    return f"<!-- {name} -->\n{stored(name)}\n<!-- /{name} -->"
+
+
+def gpu() -> str:
+    """What `benchmarks/gpu.sh` has left, as far as it was run."""
+    there = [name for name in GPU if (RESULTS / f"{name}.json").is_file()]
+    return "\n\n".join(map(stored, there)) or "No GPU has run it yet."
+
+
+def stored(name: str) -> str:
+    """The table of a stored result, with where and how it was made."""
     content = json.loads((RESULTS / f"{name}.json").read_text(encoding="utf-8"))
     where = f"{content['device']}, torch {content['torch']}; `python -m {content['command']}`"
-    return f"<!-- {name} -->\n{KINDS[name.split('_')[0]](content)}\n\n{where}\n<!-- /{name} -->"
+    return f"{KINDS[name.split('_')[0]](content)}\n\n{where}"
 
 
 def updated(text: str) -> str:

@@ -1,4 +1,4 @@
-"""Every command of the README is true: each is run, on small checkpoints in the layout of the real ones."""
+"""Every command of the README and of docs/ is true: each is run, on small checkpoints in the layout of the real ones."""
 
 from __future__ import annotations
 
@@ -26,12 +26,14 @@ from utils.video import VideoWriter, probe
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
-COMMANDS = [
+PAGES = {path.name: path.read_text(encoding="utf-8") for path in sorted((ROOT / "docs").glob("*.md"))}
+TEXT = "\n".join([README, *PAGES.values()])
+COMMANDS = dict.fromkeys(
     line.strip()
-    for block in re.findall(r"^```bash\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+    for block in re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
     for line in block.splitlines()
     if line.strip()
-]
+)
 SCRIPTS = {"inference.py": inference.main, "interactive_inference.py": interactive_inference.main}
 SMALL = ["resolution=[32,48]", "num_output_frames=12", "inference_iter=1", "dummy_forcing.num_dummy=6"]
 SMALL_VBENCH = ["inference_iter=2", "num_samples=1", "num_flickering_samples=1"]
@@ -173,6 +175,14 @@ def test_tables_are_those_of_the_results() -> None:
     assert tables.main(["--check"]) == 0, "run python -m benchmarks.tables"
 
 
-def test_files_that_the_readme_names_exist() -> None:
-    for name in re.findall(r"(?:configs|prompts|tests)/[\w./-]+\.\w+", README):
+def test_files_that_the_documents_name_exist() -> None:
+    for name in re.findall(r"(?:configs|prompts|tests|pipeline|dummy|benchmarks)/[\w./-]+\.\w+", TEXT):
         assert (ROOT / name).is_file(), name
+    for page, text in {"../README.md": README, **PAGES}.items():
+        for link in re.findall(r"\]\(([\w./-]+)\)", text):
+            assert (ROOT / "docs" / page).parent.joinpath(link).resolve().exists(), f"{page}: {link}"
+
+
+def test_the_readme_is_short() -> None:
+    assert len(README.split()) < 900
+    assert sorted(PAGES) == sorted(set(re.findall(r"docs/(\w+\.md)", README)))
