@@ -1,6 +1,6 @@
 """The moving picture of the README: videos side by side, each above its caption.
 
-    python -m shapes.demo_picture demo/shapes/*.mp4 --out docs/demo.webp
+python -m shapes.demo_picture demo/shapes/*.mp4 --out docs/demo.webp
 """
 
 from __future__ import annotations

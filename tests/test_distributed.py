@@ -17,7 +17,7 @@ from hypothesis import strategies as st
 
 from utils.distributed import World
 from utils.errors import InputError
-from utils.lock import FileLock
+from utils.lock import RunLock
 
 ROOT = Path(__file__).parents[1]
 TORCHRUN = {"RANK": "3", "WORLD_SIZE": "4", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
@@ -97,40 +97,41 @@ def test_a_process_that_finds_no_other_says_so(monkeypatch: pytest.MonkeyPatch) 
         World(1, 2, 1, 2).agree(lambda: "", timeout_s=1)
 
 
-@posix
-def test_a_lock_is_for_one_or_for_several(tmp_path: Path) -> None:
+def test_a_run_is_begun_by_one_and_worked_on_by_several(tmp_path: Path) -> None:
     path = tmp_path / "lock"
-    with FileLock(path, "Busy.") as first, FileLock(path, "Busy.") as second, FileLock(path, "Busy.") as third:
-        first.alone("the first of them")
+    with RunLock(path, "Busy.") as first, RunLock(path, "Busy.") as other:
+        first.begin("the first of them")
         with pytest.raises(InputError, match=r"^Busy\. It is held by the first of them\.$"):
-            second.together()
-        first.together()
-        second.together()
-        with pytest.raises(InputError, match="Busy"):
-            third.alone("the third")
-        assert third.holder() == "the first of them"
-    with FileLock(path, "Busy.") as again:
-        again.alone("x")
-        assert again.holder() == "x"
+            other.begin("the other")
+        with RunLock(path, "Busy.") as member, RunLock(path, "Busy.") as twin:
+            member.join(1)
+            with pytest.raises(InputError, match="Busy"):
+                twin.join(1)
+            first.__exit__(None, None, None)
+            with pytest.raises(InputError, match="Busy"):
+                other.begin("the other")  # process 1 is still at work
+        other.begin("the other")
+        assert first.holder() == "the other"
 
 
 @posix
 def test_a_killed_process_leaves_no_lock(tmp_path: Path) -> None:
     code = (
-        "import sys, time; from pathlib import Path; from utils.lock import FileLock\n"
-        "lock = FileLock(Path(sys.argv[1]), ''); lock.alone('the other'); print('held', flush=True); time.sleep(60)"
+        "import sys, time; from pathlib import Path; from utils.lock import RunLock\n"
+        "lock = RunLock(Path(sys.argv[1]), ''); lock.begin('the other'); print('held', flush=True); time.sleep(60)"
     )
     command = [sys.executable, "-c", code, str(tmp_path / "lock")]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True, cwd=ROOT)
     assert process.stdout is not None and process.stdout.readline() == "held\n"
-    with FileLock(tmp_path / "lock", "Busy.") as lock:
+    with RunLock(tmp_path / "lock", "Busy.") as lock:
         with pytest.raises(InputError, match="held by the other"):
-            lock.alone("x")
+            lock.begin("x")
         os.kill(process.pid, signal.SIGKILL)
         process.wait()
-        lock.alone("x")
+        lock.begin("x")
 
 
-def test_a_lock_in_a_folder_that_is_not_there(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"lock: cannot be written \(No such file"):
-        FileLock(tmp_path / "none" / "lock", "").alone("x")
+def test_a_lock_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(InputError, match=r"lock: cannot be written"):
+        RunLock(tmp_path / "file" / "lock", "").begin("x")

@@ -1,4 +1,4 @@
-"""Every command of the README and of docs/ is true: each is run, on small checkpoints in the layout of the real ones."""
+"""Every command of the README and of docs/ is true: each is run, on small checkpoints in the real ones' layout."""
 
 from __future__ import annotations
 

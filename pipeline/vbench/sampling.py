@@ -30,7 +30,7 @@ from pipeline.video_files import write_videos
 from utils.distributed import World
 from utils.errors import InputError
 from utils.files import ensure_writable_folder, remove_stale_partials
-from utils.lock import FileLock
+from utils.lock import RunLock
 
 THREADS = 4  # of each process; one number for all machines, since a CPU's sums depend on it
 
@@ -137,11 +137,11 @@ def sample(
         f"output_folder: another run works in {config.output_folder}. Wait until it has ended, stop it, or choose "
         "another folder."
     )
-    with FileLock(records.lock, busy) as lock:
+    with RunLock(records.lock, busy) as lock:
         plan = Plan.from_text(world.agree(lambda: _prepare(config, todo, records, lock, device, threads).to_text()))
         if world.rank:
             records.require_run(plan.run)
-            lock.together()
+            lock.join(world.rank)
         mine = [todo[plan.missing[item]] for item in world.share(len(plan.missing))]
         log = records.log(world.rank)
         about = {"host": platform.node(), "pid": os.getpid(), "world_size": world.size, "device": str(device)}
@@ -153,13 +153,13 @@ def sample(
 
 
 def _prepare(
-    config: InferenceConfig, todo: Sequence[Batch], records: Records, lock: FileLock, device: torch.device, threads: int
+    config: InferenceConfig, todo: Sequence[Batch], records: Records, lock: RunLock, device: torch.device, threads: int
 ) -> Plan:
     """Take the folder, see that the run can go on in it, and find out what is missing. For the first process."""
     folder = Path(config.output_folder)
     ensure_writable_folder(folder, "output_folder")
     ensure_writable_folder(records.folder, "output_folder")
-    lock.alone(f"process {os.getpid()} on {platform.node()}, begun {now()}")
+    lock.begin(f"process {os.getpid()} on {platform.node()}, begun {now()}")
     remove_stale_partials(folder)
     jobs = [job for batch in todo for job in batch]
     require_flat_folder(folder)
@@ -171,7 +171,6 @@ def _prepare(
         check_before_loading(config, device)
     plan = Plan(uuid.uuid4().hex, missing)
     records.begin(config, jobs, plan.run, device, threads)
-    lock.together()
     return plan
 
 
