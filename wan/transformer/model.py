@@ -15,6 +15,7 @@ from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from wan.attention.backends import AttentionFn, AttentionName, attention_backend, sdpa
@@ -272,18 +273,15 @@ class CausalWanModel(nn.Module):
 
     def _patchify(self, latents: Tensor) -> Tensor:
         """[B, F, C, h, w] -> tokens [B, L, dim]; a convolution with stride = kernel is a product over patches."""
-        _, rows, columns = self.config.patch_size
-        batch, frames, channels, height, width = latents.shape
-        patches = latents.to(self.dtype).view(batch, frames, channels, height // rows, rows, width // columns, columns)
-        patches = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(1, 3)  # [B, L, C * rows * columns]
+        _, p, q = self.config.patch_size
+        patches = rearrange(latents.to(self.dtype), "b f c (h p) (w q) -> b (f h w) (c p q)", p=p, q=q)
         return F.linear(patches, self.patch_embedding.weight.flatten(1), self.patch_embedding.bias)
 
     def _unpatchify(self, x: Tensor, latents: Tensor) -> Tensor:
         """[B, L, rows * columns * C] -> float32 [B, F, C, h, w] in the sizes of `latents`."""
-        _, rows, columns = self.config.patch_size
-        frames, height, width = latents.shape[1], latents.shape[3] // rows, latents.shape[4] // columns
-        x = x.float().view(x.shape[0], frames, height, width, rows, columns, self.config.out_dim)
-        return x.permute(0, 1, 6, 2, 4, 3, 5).flatten(5).flatten(3, 4)
+        _, p, q = self.config.patch_size
+        f, h = latents.shape[1], latents.shape[3] // p
+        return rearrange(x.float(), "b (f h w) (p q c) -> b f c (h p) (w q)", f=f, h=h, p=p, q=q)
 
 
 def _float_sequential(layers: nn.Sequential, x: Tensor) -> Tensor:
