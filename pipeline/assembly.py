@@ -14,7 +14,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
-from pipeline.config.config import InferenceConfig, geometry_of, load_config
+from pipeline.config.config import InferenceConfig, as_dict, check_against_model, geometry_of, load_config
 from pipeline.planning.memory_advice import is_out_of_memory, out_of_memory
 from pipeline.planning.plan import choose_strategy
 from pipeline.runtime.decoding import BlockDecoder, DecodeStrategy, start_decoder
@@ -26,6 +26,7 @@ from pipeline.runtime.loading import (
     choose_device,
     choose_dtype,
     choose_vae_device,
+    generator_settings,
     load_decoder,
     load_encoder,
     load_transformer,
@@ -43,6 +44,12 @@ from wan.vae.streaming import LatentDecoder
 from wan.vae.vae import VAE
 
 logger = logging.getLogger(__name__)
+
+
+SESSION_SETTINGS = frozenset(
+    ("dummy_forcing", "model_kwargs", "rope", "global_sink", "context_noise", "denoising_step_list")
+)
+"""What sessions of one pipeline may differ in: what heads keep, and how blocks are denoised."""
 
 
 class Parts(NamedTuple):
@@ -76,15 +83,20 @@ def assemble(config: InferenceConfig, prompts: Iterable[str], device: torch.devi
     generator = BlockGenerator(load_transformer(config, sizes, device, dtype), settings)
     geometry = geometry_of(config, sizes.in_dim)
     start_engine(generator, config.engine, geometry, batch)
-    speed = config.dummy_forcing.equal_cost
-    if config.dummy_forcing.enabled and isinstance(speed, float):
-        generator.settings = at_speed(generator, geometry, speed)
+    _measure_speed(generator, config, geometry)
     strategy = choose_strategy(config, generator.settings, device)  # the settings now say how large the cache becomes
     vae = load_decoder(config, choose_vae_device(config, device), dtype)
     if strategy.on_side_stream and strategy.tile is None:
         latents = torch.zeros(batch, *geometry.block_shape, device=device)
         start_decoder(vae, choose_engine(config.engine, vae.device), config.engine != "auto", latents)
     return Parts(generator, vae, load_encoder(config, vae), strategy, texts)
+
+
+def _measure_speed(generator: BlockGenerator, config: InferenceConfig, geometry: LatentGeometry) -> None:
+    """Find out what heads may keep where the settings ask for a speed. Raises InputError if it cannot be had."""
+    speed = config.dummy_forcing.equal_cost
+    if config.dummy_forcing.enabled and isinstance(speed, float):
+        generator.settings = at_speed(generator, geometry, speed)
 
 
 @contextmanager
@@ -109,6 +121,7 @@ class Pipeline:
         self.strategy = parts.strategy
         self.prompts = parts.prompts
         self.geometry = geometry_of(config, self.generator.model.config.in_dim)
+        self._others: dict[tuple[str, ...], BlockGenerator] = {}  # by the overrides of sessions
         self._lock = threading.RLock()
 
     @classmethod
@@ -139,24 +152,27 @@ class Pipeline:
         seed: int | None = None,
         frames: int | None = None,
         start_from: str | Path | None = None,
+        overrides: Sequence[str] = (),
         noise_seeds: Sequence[int] | None = None,
         live: bool = True,
         keep_buffers: bool = False,
     ) -> Session:
         """A video of so many latent `frames`, or without end; its `seed` is the configuration's unless given.
 
-        `start_from` is an image or a video to go on from. `noise_seeds`: one for each video of a batch, in place of
-        `seed` (`utils.seed.video_seed`). `live`, `keep_buffers`: see Session.
+        `start_from` is an image or a video to go on from. `overrides` are `key=value` settings for this session alone,
+        of those that say what heads keep and how blocks are denoised (SESSION_SETTINGS). `noise_seeds`: one for each
+        video of a batch, in place of `seed` (`utils.seed.video_seed`). `live`, `keep_buffers`: see Session.
 
-        Raises InputError if the length is no multiple of the block, or if a video without end would need memory without
-        end.
+        Raises InputError if the length is no multiple of the block, if a video without end would need memory without
+        end, or for an override that does not fit.
         """
+        generator = self._generator_for(tuple(overrides))
         seed = self.config.seed if seed is None else seed
         seeds = [video_seed(seed, 0, 0)] if noise_seeds is None else list(noise_seeds)
         prefix = None if start_from is None else self.prefix_latents(Path(start_from))
         return Session(
-            self.generator,
-            self._geometry_for(frames),
+            generator,
+            self._geometry_for(frames, generator.settings),
             NoiseStream(seeds),
             self.prompts,
             lambda profiler: BlockDecoder(self.vae, self.config.pixel_size, profiler, self.strategy),
@@ -190,10 +206,30 @@ class Pipeline:
         with self._lock, span, torch.inference_mode():
             return load_prefix(path, self.config, self.encoder)
 
-    def _geometry_for(self, frames: int | None) -> LatentGeometry:
+    def _generator_for(self, overrides: tuple[str, ...]) -> BlockGenerator:
+        """The loop over the shared model under other settings; what was captured is shared too."""
+        if not overrides:
+            return self.generator
+        if overrides not in self._others:
+            config = load_config(as_dict(self.config), overrides)
+            changed = {key for key, value in as_dict(config).items() if value != as_dict(self.config)[key]}
+            if not changed <= SESSION_SETTINGS:
+                raise InputError(
+                    f"{min(changed - SESSION_SETTINGS)}: a session cannot have its own; it may have its own "
+                    f"{', '.join(sorted(SESSION_SETTINGS))}. Make another pipeline for the rest."
+                )
+            model = self.generator.model
+            check_against_model(config, model.config)
+            settings = generator_settings(config, model.config)
+            made = BlockGenerator(model, settings, self.generator.passes)
+            _measure_speed(made, config, self.geometry)
+            self._others[overrides] = made
+        return self._others[overrides]
+
+    def _geometry_for(self, frames: int | None, settings: GeneratorSettings) -> LatentGeometry:
         block = self.geometry.frames_per_block
         if frames is None:
-            require_bounded(self.generator.settings)
+            require_bounded(settings)
             return self.geometry.endless()
         if frames < block or frames % block:
             raise InputError(f"frames: {frames} is no positive multiple of the block's {block} latent frames")
@@ -202,7 +238,8 @@ class Pipeline:
     def close(self) -> None:
         """Free what sessions have left and the text encoder; open sessions go on."""
         with self._lock:
-            self.generator.drop_spare_cache()
+            for generator in (self.generator, *self._others.values()):
+                generator.drop_spare_cache()
             self.vae.forget()
         if isinstance(self.prompts, PromptEncoder):
             self.prompts.free()

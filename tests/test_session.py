@@ -107,6 +107,31 @@ def test_sessions_do_not_know_of_each_other(program: Program, policy: Sequence[s
         assert torch.equal(threaded[seed], alone[seed])
 
 
+def test_sessions_may_have_policies_of_their_own(program: Program) -> None:
+    """Different policies, prompts and lengths of the same model, block by block: the bytes of each alone."""
+    pipeline = pipeline_of(program, *PACKED)
+    prune = ("dummy_forcing.policy=prune", "dummy_forcing.num_dummy=5")
+    kinds = {"packed": (), "window": ("dummy_forcing=off",), "prune": prune}
+    script = {0: FOX, 1: BIRD, 4: FISH}
+    alone = {}
+    for name, overrides in kinds.items():
+        with pipeline.session(seed=3, overrides=overrides) as session:
+            alone[name] = take(session, 5, script)
+    assert not torch.equal(alone["packed"], alone["window"]) and not torch.equal(alone["packed"], alone["prune"])
+    sessions = {name: pipeline.session(seed=3, overrides=overrides) for name, overrides in kinds.items()}
+    made: dict[str, list[torch.Tensor]] = {name: [] for name in kinds}
+    for index in range(5):
+        for name, session in sessions.items():
+            if index in script:
+                session.prompt(script[index])
+            made[name].append(next(session).frames)
+    for name, session in sessions.items():
+        session.close()
+        assert torch.equal(torch.cat(made[name]), alone[name])
+    with pytest.raises(InputError, match="resolution: a session cannot have its own"):
+        pipeline.session(overrides=["resolution=480"])
+
+
 def test_a_session_without_end_keeps_to_its_memory(program: Program) -> None:
     pipeline = pipeline_of(program, *WINDOW)
     with pipeline.session() as session:
