@@ -42,7 +42,10 @@ def run(arguments: argparse.Namespace) -> int:
     """Make every video that is missing. Returns the exit status; raises InputError for what the user must mend."""
     from pipeline.config.config import load_config
     from pipeline.config.jobs import read_jobs, stale_reason
+    from pipeline.runtime.finished import complete_kept, is_kept
     from pipeline.runtime.loading import choose_device
+    from pipeline.runtime.prefix import check_start_files
+    from utils.ffmpeg import check_codec
     from utils.files import ensure_writable_folder, remove_stale_partials
 
     config = load_config(arguments.config_path, arguments.overrides)
@@ -57,22 +60,23 @@ def run(arguments: argparse.Namespace) -> int:
     for job in jobs:
         if is_kept(config, job):
             print(f"{job.path} exists and is kept{stale_reason(config, job)}")
+            complete_kept(config, job)
         else:
             missing.append(job)
     if missing:
+        check_codec(config.video_codec)
+        check_start_files(config, missing)
         make_videos(config, missing, device)
     return 0
-
-
-def is_kept(config: InferenceConfig, job: VideoJob) -> bool:
-    """Whether the job's file is there and stays; it is whole, since it gets its name only when it is complete."""
-    return job.path.is_file() and not config.overwrite
 
 
 def dry_run(config: InferenceConfig, jobs: Sequence[VideoJob], device: torch.device) -> int:
     """Print what a run would do and take; 0 if every file is there, 2 if not."""
     from pipeline.planning.plan import plan_lines, planner_for
+    from pipeline.runtime.finished import is_kept
     from pipeline.runtime.loading import check_before_loading, generator_settings, needed_files, require_files
+    from pipeline.runtime.prefix import check_start_files
+    from utils.ffmpeg import check_codec
 
     planner = planner_for(config, device)
     print("\n".join(plan_lines(config, generator_settings(config, planner.sizes), planner, device)))
@@ -88,6 +92,8 @@ def dry_run(config: InferenceConfig, jobs: Sequence[VideoJob], device: torch.dev
         print(f"  ... and {len(jobs) - SHOWN_JOBS} more")
     require_files(config)
     check_before_loading(config, device)
+    check_codec(config.video_codec)
+    check_start_files(config, jobs)
     return 0
 
 

@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
 from inference import dry_run, exit_status
-from utils.distributed import World
+from utils.distributed import World, stop_with_launcher
 
 if TYPE_CHECKING:
     from pipeline.vbench.sampling import Progress
@@ -62,6 +62,7 @@ def run(arguments: argparse.Namespace, world: World) -> int:
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 1 if --check finds fault, else as inference.py."""
+    stop_with_launcher()
     arguments = parse_arguments(argv)
 
     def program() -> int:

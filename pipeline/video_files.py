@@ -18,9 +18,10 @@ from torch import Tensor
 from pipeline.assembly import Pipeline
 from pipeline.config.config import InferenceConfig, as_dict
 from pipeline.config.jobs import VideoJob
+from pipeline.runtime.finished import remove_with_companions
 from pipeline.session import Session, SessionBlock
 from utils.background import Background
-from utils.contact_sheet import write_contact_sheet
+from utils.contact_sheet import draw_contact_sheet, sheet_path
 from utils.files import atomic_write, write_partial
 from utils.profiler import Profiler, VideoProfile, device_name
 from utils.video import VideoWriter
@@ -41,9 +42,10 @@ class FrameWriter(Protocol):
 
 
 def write_videos(pipeline: Pipeline, jobs: Sequence[VideoJob], on_block: OnBlock) -> VideoProfile:
-    """Make the files of `jobs`, which differ in their noise alone, as one batch, and the JSON beside each.
+    """Make the files of `jobs`, which differ in their noise alone, as one batch, with what stands beside each.
 
-    `on_block` hears of every finished block. With more than one job, observed head roles are common to all.
+    `on_block` as in `deliver`. With more than one job, observed head roles are common to all. A video gets its name
+    last, so that one under its name has its JSON and contact sheet, whenever the process was killed.
     """
     config, first = pipeline.config, jobs[0]
     shared = (first.prompts, first.starts, first.start_from)
@@ -63,16 +65,17 @@ def write_videos(pipeline: Pipeline, jobs: Sequence[VideoJob], on_block: OnBlock
             for writer in writers:
                 writer.finish()
         profile = profile_of(session, counts)
-        if config.save_metadata:
-            # Contexts end in reverse: a video gets its name when its metadata has got its own.
-            for job in jobs:
+        # Contexts end in reverse: what stands beside a video gets its name before the video does.
+        for job, writer in zip(jobs, writers, strict=True):
+            if config.save_metadata:
                 text = json.dumps(_metadata(config, job, session, profile), indent=1) + "\n"
                 write_partial(files.enter_context(atomic_write(job.metadata_path)), job.metadata_path, text)
-            for job in jobs:
-                job.path.unlink(missing_ok=True)  # made again: the old one never stands beside the new metadata
-    if config.contact_sheet:
+            if config.contact_sheet:
+                sheet = sheet_path(job.path)
+                partial = files.enter_context(atomic_write(sheet))
+                draw_contact_sheet(writer.finished_file, profile.frames, partial, sheet)
         for job in jobs:
-            write_contact_sheet(job.path, profile.frames)
+            remove_with_companions(job)  # made again: the old one never stands beside what belongs to the new one
     return profile
 
 
@@ -83,7 +86,10 @@ def deliver(
     on_block: OnBlock,
     overlap: bool,
 ) -> list[int]:
-    """Hand every block of a batch to the batch's writers; returns how many frames each block had."""
+    """Hand every block of a batch to the batch's writers; returns how many frames each block had.
+
+    `on_block` hears of every block once the writers have its frames; with `overlap`, from the thread that writes.
+    """
 
     def write(block: SessionBlock) -> None:
         batch = block.videos
@@ -92,6 +98,7 @@ def deliver(
             for writer, frames in zip(writers, batch, strict=True):
                 writer.write(frames)
         counts.append(batch.shape[1])
+        on_block(block.index)
 
     def stop() -> None:
         for writer in writers:
@@ -102,7 +109,6 @@ def deliver(
         hand_over = stack.enter_context(Background(write, QUEUED, stop)).put if overlap else write
         for block in blocks:
             hand_over(block)
-            on_block(block.index)
     return counts
 
 

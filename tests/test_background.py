@@ -17,7 +17,10 @@ def nothing() -> None:
 
 
 def produce(
-    aside: Background[int], items: Iterable[int], put: list[int], error: type[BaseException] | None = None
+    aside: Background[int],
+    items: Iterable[int],
+    put: list[int],
+    error: BaseException | type[BaseException] | None = None,
 ) -> None:
     """Put the items, and raise the error; `put` says how far it went."""
     with aside:
@@ -110,4 +113,55 @@ def test_a_consumer_that_hangs_is_stopped(monkeypatch: pytest.MonkeyPatch) -> No
         produce(Background(consume, 1, stopped.set), range(2), [], KeyboardInterrupt)  # the first is at work
     assert stopped.is_set()
     assert time.monotonic() - begun < 5
+    assert threads() == 0
+
+
+def fails_at_once(error: BaseException) -> tuple[Background[int], threading.Event]:
+    """A consumer that raises `error` for its first item, and what says that it has."""
+    raised = threading.Event()
+
+    def consume(_: int) -> None:
+        raised.set()
+        raise error
+
+    return Background(consume, 2, nothing), raised
+
+
+def produce_and_fail(aside: Background[int], raised: threading.Event, error: BaseException) -> None:
+    with aside:
+        aside.put(0)
+        raised.wait(20)
+        while aside._error is None:
+            time.sleep(0.001)
+        raise error
+
+
+def test_of_two_failures_the_first_is_raised(caplog: pytest.LogCaptureFixture) -> None:
+    """The disk was full before the device failed: else the user would mend the second and meet the first again."""
+    disk = KeyError("disk full")
+    with pytest.raises(KeyError, match="disk full") as caught:
+        produce_and_fail(*fails_at_once(disk), RuntimeError("device\nlost"))
+    assert caught.value is disk
+    assert isinstance(caught.value.__context__, RuntimeError)
+    assert caplog.messages == ["this failed as well: RuntimeError: device lost"]
+
+
+def test_an_interruption_is_passed_on_whatever_has_failed(caplog: pytest.LogCaptureFixture) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        produce_and_fail(*fails_at_once(KeyError("disk full")), KeyboardInterrupt())
+    assert caplog.messages == ["this failed as well: KeyError: 'disk full'"]
+
+
+def test_a_failure_that_follows_from_stopping_is_not_the_one_raised(
+    monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(background, "PATIENCE_S", 0.2)
+    stopped = threading.Event()
+
+    def consume(_: int) -> None:
+        assert stopped.wait(20)
+        raise BrokenPipeError
+
+    with pytest.raises(RuntimeError, match="device lost"):
+        produce(Background(consume, 1, stopped.set), range(1), [], RuntimeError("device lost"))
     assert threads() == 0

@@ -7,6 +7,7 @@ import signal
 import socket
 import subprocess
 import sys
+import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -135,3 +136,51 @@ def test_a_lock_that_cannot_be_written(tmp_path: Path) -> None:
     (tmp_path / "file").write_text("")
     with pytest.raises(InputError, match=r"lock: cannot be written"):
         RunLock(tmp_path / "file" / "lock", "").begin("x")
+
+
+LAUNCHED = """
+import os, signal, sys, time
+from utils.distributed import stop_with_launcher
+def end(*_):
+    raise KeyboardInterrupt
+signal.signal(signal.SIGTERM, end)
+if sys.argv[1] == "deaf":
+    signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGTERM})
+stop_with_launcher(grace_s=0.3)
+print("ready", flush=True)
+try:
+    time.sleep(30)
+    print("went on")
+except KeyboardInterrupt:
+    print("tidied up", flush=True)
+"""
+LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-c', *sys.argv[1:]])"
+
+
+@posix
+@pytest.mark.parametrize(
+    ("process", "environment", "said"),
+    [
+        ("hearing", {"TORCHELASTIC_RUN_ID": "x"}, "tidied up\n"),
+        ("deaf", {"TORCHELASTIC_RUN_ID": "x"}, ""),  # busy in a library, say
+        ("nobody's", {}, None),
+    ],
+)
+def test_a_process_ends_with_its_launcher(process: str, environment: dict[str, str], said: str | None) -> None:
+    """Without torchrun, as after `nohup python sample_vbench.py &` and a logout, it goes on."""
+    command = [sys.executable, "-c", LAUNCHER, LAUNCHED, process]
+    around = {key: value for key, value in os.environ.items() if key != "TORCHELASTIC_RUN_ID"}
+    launcher = subprocess.Popen(
+        command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, text=True, cwd=ROOT, env={**around, **environment}
+    )
+    assert launcher.stdout is not None and launcher.stdout.readline() == "ready\n"
+    (launched,) = Path(f"/proc/{launcher.pid}/task/{launcher.pid}/children").read_text().split()
+    os.kill(launcher.pid, signal.SIGKILL)
+    if said is None:
+        time.sleep(1.5)
+        os.kill(int(launched), signal.SIGKILL)  # raises if it is gone
+        said = ""
+    begun = time.monotonic()
+    assert launcher.stdout.read() == said  # to its end: no process has it open any more
+    assert time.monotonic() - begun < 10
+    launcher.wait()

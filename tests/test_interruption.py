@@ -109,3 +109,76 @@ def test_a_video_that_cannot_be_made_again_stays(program: Program) -> None:
     metadata.mkdir()  # so that it cannot be written
     assert program(*one, "overwrite=true", "seed=1", prompts=PROMPTS[:1]) == 2
     assert program.mp4s == before and not program.unfinished
+
+
+KILL_AT_EVERY_CHANGE = """
+import os, signal, sys
+import torch
+import inference
+from pipeline import assembly
+torch.set_num_threads(1)
+arguments, videos = sys.argv[2:], sys.argv[1]
+load = assembly.Pipeline.from_config
+loaded = []
+def load_once(config, **given):
+    loaded[:] = loaded or [load(config, **given)]
+    return loaded[0]
+assembly.Pipeline.from_config = load_once  # loading is not what is tried here
+assert inference.main(arguments) == 0
+
+def killed_at(number):
+    seen = [0]
+    def hook(event, details):
+        if event in ("os.rename", "os.remove") and str(details[0]).startswith(videos):
+            seen[0] += 1
+            if seen[0] == number:
+                os.kill(os.getpid(), signal.SIGKILL)
+    child = os.fork()
+    if child == 0:
+        sys.addaudithook(hook)
+        os._exit(inference.main(arguments))
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+for number in range(1, 30):
+    for name in os.listdir(videos):
+        os.unlink(os.path.join(videos, name))
+    status = killed_at(number)
+    assert inference.main(arguments) == 0
+    print(number, status, sorted(name.rpartition("-")[2] for name in os.listdir(videos)), flush=True)
+    if status == 0:
+        break
+"""
+
+
+@pytest.mark.parametrize("stream", ["false", "true"])
+def test_whenever_it_was_killed_the_next_run_completes_it(program: Program, stream: str) -> None:
+    """The process is killed before each change of a name in turn; then video, JSON and sheet come to be, and no more.
+
+    `stream_output` has the growing file to lose as well.
+    """
+    tiny = ("resolution=[16,32]", "num_output_frames=3", "contact_sheet=true", f"stream_output={stream}")
+    arguments = program.arguments(*tiny, "dummy_forcing=off", "inference_iter=1")
+    program.videos.mkdir()
+    command = [sys.executable, "-c", KILL_AT_EVERY_CHANGE, str(program.videos), *arguments]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=ROOT, env=environment, capture_output=True, text=True, timeout=240, check=False)
+    assert done.returncode == 0, done.stderr
+    rounds = [line.split(" ", 2) for line in done.stdout.splitlines() if line[0].isdigit()]
+    assert [status for _, status, _ in rounds] == ["-9"] * (len(rounds) - 1) + ["0"]
+    assert {names for _, _, names in rounds} == {"['0.json', '0.mp4', '0.png']"}
+    assert len(rounds) >= 5  # the probe of the folder, three names, and the end
+
+
+def test_a_video_that_was_made_without_gets_its_sheet(program: Program) -> None:
+    tiny = ("resolution=[16,32]", "num_output_frames=3", "dummy_forcing=off", "inference_iter=1")
+    assert program(*tiny) == 0
+    before = program.mp4s
+    assert program(*tiny, "contact_sheet=true") == 0
+    (sheet,) = program.videos.glob("*.png")
+    assert sheet.stat().st_size > 0 and program.mp4s == before
+    # Made again without: the old sheet and JSON would tell of another video.
+    assert program(*tiny, "overwrite=true", "seed=1", "save_metadata=false") == 0
+    assert [path.suffix for path in program.written] == [".mp4"]
+    (video,) = program.written
+    video.write_bytes(video.read_bytes()[:300])
+    assert program(*tiny, "contact_sheet=true") == 2

@@ -15,10 +15,10 @@ import torch
 
 import interactive_inference
 import sample_vbench
-from pipeline import video_files
 from pipeline.assembly import Pipeline
 from pipeline.config.config import InferenceConfig, load_config
 from pipeline.config.jobs import VideoJob, read_jobs
+from pipeline.session import Session, SessionBlock
 from pipeline.video_files import write_videos
 from tests.conftest import PROMPTS, ROOT, Program
 from tests.test_interruption import processes_that_mention, wait_for
@@ -87,7 +87,7 @@ def test_a_killed_ffmpeg_ends_the_video(program: Program, overlap: str) -> None:
             for process in children():
                 os.kill(process, signal.SIGKILL)
 
-    with pytest.raises(RuntimeError, match="ffmpeg ended with status -9"):
+    with pytest.raises(InputError, match=r"ffmpeg was killed \(SIGKILL\) before the file was complete"):
         write_videos(pipeline, [job], on_block)
     assert len(blocks) < 12  # of 20: at once, not at the end
     nothing_left(program)
@@ -160,35 +160,31 @@ def test_a_full_disk_is_told(program: Program) -> None:
     nothing_left(program)
 
 
-class Slow:
-    """A writer's `write` that takes its time, and knows how many frames it has been given."""
+@pytest.mark.parametrize("overlap", ["auto", "false"])
+def test_a_slow_writer_bounds_what_waits_and_progress_says_what_is_done(
+    program: Program, overlap: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pipeline, job = parts(configure(program, "num_output_frames=30", f"overlap={overlap}"))
+    taken = 0
+    ahead, undone = [], []
+    make, write = Session.__next__, VideoWriter.write
 
-    def __init__(self, writer: VideoWriter) -> None:
-        self.write = writer.write
-        self.taken = 0
+    def counted(session: Session) -> SessionBlock:
+        block = make(session)
+        ahead.append(block.index + 1 - taken)
+        return block
 
-    def __call__(self, frames: torch.Tensor) -> None:
-        threading.Event().wait(0.3)
-        self.write(frames)
-        self.taken += 1
+    def slowly(writer: VideoWriter, frames: torch.Tensor) -> None:
+        nonlocal taken
+        threading.Event().wait(0.1)
+        write(writer, frames)
+        taken += 1
 
-
-def test_a_slow_writer_bounds_what_waits(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
-    pipeline, job = parts(configure(program, "num_output_frames=30"))
-    slow: list[Slow] = []
-    make = video_files._writer
-
-    def writer(config: InferenceConfig, job: VideoJob) -> VideoWriter:
-        made = make(config, job)
-        slow.append(Slow(made))
-        monkeypatch.setattr(VideoWriter, "write", lambda _, frames: slow[0](frames))
-        return made
-
-    monkeypatch.setattr(video_files, "_writer", writer)
-    ahead = []
-    profile = write_videos(pipeline, [job], lambda index: ahead.append(index + 1 - slow[0].taken))
-    assert max(ahead) <= 4  # two blocks that wait, one at work, one just done
-    assert slow[0].taken == 10
+    monkeypatch.setattr(Session, "__next__", counted)
+    monkeypatch.setattr(VideoWriter, "write", slowly)
+    profile = write_videos(pipeline, [job], lambda index: undone.append(index + 1 - taken))
+    assert max(ahead) <= (4 if overlap == "auto" else 1)  # two blocks that wait, one at work, one just done
+    assert undone == [0] * 10  # what is told of is with ffmpeg
     assert probe(job.path).frames == profile.frames == 117
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import subprocess
+import wave
 from dataclasses import replace
 from pathlib import Path
 
@@ -16,7 +17,7 @@ import inference
 from pipeline.config.config import InferenceConfig, load_config
 from pipeline.config.jobs import prefix_files
 from pipeline.runtime.loading import load_vae
-from pipeline.runtime.prefix import load_prefix
+from pipeline.runtime.prefix import check_prefix, load_prefix
 from tests.small_checkpoints import write_small_checkpoints
 from utils.errors import InputError
 from utils.video import VideoWriter, read_frames
@@ -46,7 +47,7 @@ def overrides(checkpoints: Path, tmp_path: Path) -> list[str]:
     return [f"{key}={value}" for key, value in settings.items()]
 
 
-def smooth_video(path: Path, frames: int, height: int = 32, width: int = 48) -> Path:
+def smooth_video(path: Path, frames: int, height: int = 32, width: int = 48, fps: float = 16) -> Path:
     y, x = np.mgrid[:height, :width]
     video = np.stack(
         [
@@ -54,7 +55,7 @@ def smooth_video(path: Path, frames: int, height: int = 32, width: int = 48) -> 
             for t in range(frames)
         ]
     )
-    with VideoWriter(path, width, height, crf=0) as writer:
+    with VideoWriter(path, width, height, fps, crf=0) as writer:
         writer.write(video.astype(np.uint8))
     return path
 
@@ -137,6 +138,33 @@ def test_another_size_is_fitted_on_request(overrides: list[str], tmp_path: Path)
     assert load_prefix(smooth_video(tmp_path / "given.mp4", 9, 96, 64), config, vae).shape == (1, 3, 16, 4, 6)
 
 
+@pytest.mark.parametrize("angle", [90, 180, 270])
+def test_what_is_turned_begins_upright(overrides: list[str], tmp_path: Path, angle: int) -> None:
+    """Phones write frames as the sensor has them, and how they are to be turned."""
+    height, width = (48, 32) if angle % 180 else (32, 48)
+    config = small_config("self_forcing_inference", overrides, resolution=(height, width))
+    vae = load_vae(config, torch.device("cpu"), torch.float32)
+    plain, turned, upright = (tmp_path / f"{name}.mp4" for name in ("plain", "turned", "upright"))
+    smooth_video(plain, 9)
+    command = [imageio_ffmpeg.get_ffmpeg_exe(), "-loglevel", "error"]
+    subprocess.run([*command, "-display_rotation", str(angle), "-i", plain, "-c", "copy", turned], check=True)
+    frames = np.rot90(read_frames(plain), angle // 90, (1, 2))
+    with VideoWriter(upright, width, height, crf=0) as writer:
+        writer.write(np.ascontiguousarray(frames))
+    latents = load_prefix(turned, config, vae)
+    assert latents.shape == (1, 3, 16, height // 8, width // 8)
+    torch.testing.assert_close(latents, load_prefix(upright, config, vae), atol=0.05, rtol=0.05)
+
+
+def test_another_speed_is_told(overrides: list[str], tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config = small_config("self_forcing_inference", overrides)
+    vae = load_vae(config, torch.device("cpu"), torch.float32)
+    load_prefix(smooth_video(tmp_path / "same.mp4", 9), config, vae)
+    assert "times its speed" not in caplog.text
+    load_prefix(smooth_video(tmp_path / "fast.mp4", 9, fps=30), config, vae)
+    assert "fast.mp4 has 30 frames a second, the video 16, so that it begins at 0.53 times its speed" in caplog.text
+
+
 def test_1080_rows_are_padded_to_1088() -> None:
     from pipeline.runtime.prefix import _padded
 
@@ -152,6 +180,10 @@ def test_files_that_cannot_be_used(overrides: list[str], tmp_path: Path) -> None
     config = small_config("self_forcing_inference", overrides)
     with pytest.raises(InputError, match=r"start_from: .*broken.mp4"):
         load_prefix(broken, config, load_vae(config, torch.device("cpu"), torch.float32))
+    with pytest.raises(InputError, match=r"start_from: .*broken.mp4: is a text file"):
+        check_prefix(broken, config)
+    with pytest.raises(InputError, match=r"start_from: .* is a folder; give the image or video file in it"):
+        prefix_files(replace(config, start_from=str(tmp_path)), 1)
     with pytest.raises(InputError, match=r"start_from: .*none.mp4 does not exist"):
         prefix_files(replace(config, start_from=str(tmp_path / "none.mp4")), 1)
 
@@ -167,3 +199,19 @@ def test_one_file_a_prompt(overrides: list[str], tmp_path: Path) -> None:
     listed.write_text("{}")
     with pytest.raises(InputError, match="is not a list"):
         prefix_files(config, 1)
+
+
+def test_a_file_that_cannot_be_used_is_told_before_anything_is_loaded(
+    overrides: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with wave.open(str(tmp_path / "song.wav"), "wb") as file:
+        file.setnchannels(1)
+        file.setsampwidth(2)
+        file.setframerate(8000)
+        file.writeframes(bytes(1600))
+    arguments = ["--config_path", str(ROOT / "configs/self_forcing_inference.yaml"), *overrides]
+    for more in ([], ["--dry_run"]):
+        assert inference.main([*arguments, *more, f"start_from={tmp_path / 'song.wav'}"]) == 2
+        said = capsys.readouterr().err
+        assert "error: start_from: " in said and "song.wav: holds sound and no moving picture" in said
+        assert "elete" not in said and "missing" not in said

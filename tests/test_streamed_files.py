@@ -147,7 +147,7 @@ def test_an_interrupted_video_is_kept_to_the_last_frame(
 def test_nothing_is_kept_of_nothing(tmp_path: Path) -> None:
     with pytest.raises(RuntimeError, match="no frame was written"):
         _write(tmp_path / "a.mp4", ())
-    with pytest.raises(RuntimeError, match=r"a\.mp4: ffmpeg ended with status \d+: .*nonsense"):
+    with pytest.raises(InputError, match=r"a\.mp4: ffmpeg ended with status \d+ before the file was .*nonsense"):
         _write(tmp_path / "a.mp4", (9,), codec="nonsense")
     assert os.listdir(tmp_path) == []
 
@@ -281,7 +281,7 @@ def test_fragments_that_hold_no_video(tmp_path: Path) -> None:
     path = tmp_path / "a.growing.mp4"
     path.write_bytes(bytes([0, 0, 0, 8]) + b"moof" + bytes([0, 0, 0, 8]) + b"mdat")
     assert whole_fragments(path) == Fragments(1, 16)
-    with pytest.raises(RuntimeError, match="ffmpeg ended"):
+    with pytest.raises(InputError, match="ffmpeg ended"):
         recover(path)
     assert os.listdir(tmp_path) == ["a.growing.mp4"]
 

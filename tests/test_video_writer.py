@@ -7,15 +7,20 @@ import signal
 import subprocess
 import sys
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from utils.contact_sheet import write_contact_sheet
 from utils.errors import InputError
+from utils.ffmpeg import check_codec
 from utils.files import partial_path
 from utils.video import Frames, VideoInfo, VideoWriter, probe, read_frames, remove_stale_partials, to_uint8
+from utils.video_probe import NotAWholeVideo
 
 ROOT = Path(__file__).parent.parent
 WIDTH, HEIGHT = 64, 48
@@ -32,12 +37,13 @@ def _write(path: Path, *pieces: Frames | torch.Tensor, preset: str = "veryfast",
             writer.write(piece)
 
 
-def _write_and_raise(path: Path, error: type[BaseException]) -> None:
+def _write_and_raise(path: Path, error: type[BaseException], meanwhile: Callable[[], object] = lambda: None) -> None:
     before = _children()
     with VideoWriter(path, WIDTH, HEIGHT) as writer:
         writer.write(_noise(30))
         assert partial_path(path).exists()
         assert len(_children() - before) == 1
+        meanwhile()
         raise error
 
 
@@ -162,22 +168,106 @@ def test_exception_cleans_up(tmp_path: Path, error: type[BaseException]) -> None
 @pytest.mark.parametrize("pieces", [1, 40])
 def test_failing_ffmpeg(tmp_path: Path, pieces: int) -> None:
     """With one small piece ffmpeg's end shows at the close only, with many the pipe breaks."""
-    with pytest.raises(RuntimeError, match=r"a\.mp4: ffmpeg ended with status \d+: .*nonsense"):
+    with pytest.raises(InputError, match=r"a\.mp4: ffmpeg ended with status \d+ before the file was .*nonsense"):
         _write(tmp_path / "a.mp4", *[_noise(10)] * pieces, codec="nonsense")
     assert os.listdir(tmp_path) == []
 
 
 @posix
 def test_killed_ffmpeg(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="ffmpeg ended with status -9: it said nothing"):
+    with pytest.raises(InputError, match=r"a\.mp4: ffmpeg was killed \(SIGKILL\) before .* Run again.* memory"):
         _write_and_kill_ffmpeg(tmp_path / "a.mp4")
     assert os.listdir(tmp_path) == []
 
 
 def test_long_complaints_are_cut(tmp_path: Path) -> None:
-    with pytest.raises(RuntimeError, match="ffmpeg ended") as caught:
-        _write(tmp_path / "a.mp4", *[_noise(10)] * 40, preset="x" * 5000)
-    assert len(str(caught.value)) < 2300
+    with pytest.raises(InputError, match="ffmpeg ended") as caught:
+        _write(tmp_path / "a.mp4", *[_noise(10)] * 40, preset="x\n" * 2500)
+    assert len(str(caught.value)) < 1000 and "\n" not in str(caught.value)
+
+
+FAULTY = {"not there": "none", "no program": "text", "a folder": "folder"}
+
+
+@posix
+@pytest.mark.parametrize("name", FAULTY.values(), ids=FAULTY)
+def test_ffmpeg_that_does_not_start(tmp_path: Path, name: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(tmp_path / "whole.mp4", _noise(1))
+    tools = tmp_path / "tools"
+    (tools / "folder").mkdir(parents=True)
+    (tools / "text").write_text("no program")
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(tools / name))
+    for stream in (False, True):
+        with (
+            pytest.raises(InputError, match=f"ffmpeg: {tools / name} cannot be started .*IMAGEIO_FFMPEG_EXE"),
+            VideoWriter(tmp_path / "a.mp4", WIDTH, HEIGHT, stream=stream),
+        ):
+            pass
+    for use in (probe, read_frames, lambda path: write_contact_sheet(path, 1), lambda _: check_codec("libx264")):
+        with pytest.raises(InputError, match="cannot be started") as caught:
+            use(tmp_path / "whole.mp4")
+        assert not isinstance(caught.value, NotAWholeVideo)  # the video is not to blame
+    assert sorted(os.listdir(tmp_path)) == ["tools", "whole.mp4"]
+
+
+@posix
+@pytest.mark.parametrize(
+    ("ends", "message"),
+    [("kill -KILL $$", r"ffmpeg was killed \(SIGKILL\)"), ("kill -SEGV $$", r"ffmpeg crashed \(SIGSEGV\)")],
+)
+def test_ffmpeg_that_ends_at_once(tmp_path: Path, ends: str, message: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    _write(tmp_path / "whole.mp4", _noise(1))
+    script = tmp_path / "ffmpeg"
+    script.write_text(f"#!/bin/sh\n{ends}\n")
+    script.chmod(0o700)
+    monkeypatch.setenv("IMAGEIO_FFMPEG_EXE", str(script))
+    for use in (
+        lambda path: _write(path, _noise(1)),
+        lambda path: _write(path, *[_noise(10)] * 10),
+        lambda path: write_contact_sheet(path, 1),
+        probe,
+        read_frames,
+    ):
+        with pytest.raises(InputError, match=rf"whole\.mp4: {message}|whole\.png: {message}"):
+            use(tmp_path / "whole.mp4")
+    assert sorted(os.listdir(tmp_path)) == ["ffmpeg", "whole.mp4"]
+
+
+@posix
+def test_a_folder_that_is_locked_meanwhile(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    """What the user hears of is the first error, not that the unfinished file cannot be removed."""
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    with pytest.raises(KeyError), as_somebody_else(folder):
+        _write_and_raise(folder / "a.mp4", KeyError, meanwhile=lambda: folder.chmod(0o500))
+    assert "cannot be deleted (Permission denied)" in caplog.text
+    with as_somebody_else(folder):
+        folder.chmod(0o500)
+        with pytest.raises(InputError, match=r"b\.mp4: cannot be written \(Permission denied\)"):
+            _write(folder / "b.mp4", _noise(1))
+        with pytest.raises(InputError, match=r"b\.png: cannot be written \(Permission denied\)"):
+            write_contact_sheet(folder / "b.mp4", 1)
+
+
+@contextmanager
+def as_somebody_else(folder: Path) -> Iterator[None]:
+    """Within the context this process is not root, and `folder` is its own."""
+    if os.geteuid() != 0:
+        yield
+        return
+    above = [path for path in folder.parents if path.stat().st_uid == 0 and not path.stat().st_mode & 0o001]
+    modes = [path.stat().st_mode for path in above]
+    nobody = 65534
+    os.chown(folder, nobody, nobody)
+    for path in above:
+        path.chmod(0o711)
+    os.seteuid(nobody)
+    try:
+        yield
+    finally:
+        os.seteuid(0)
+        for path, mode in zip(above, modes, strict=True):
+            path.chmod(mode)
 
 
 WRITE_WITH_LIMIT = """
@@ -271,7 +361,7 @@ def test_broken_files_are_told(tmp_path: Path) -> None:
         for read in (probe, read_frames):
             with pytest.raises(InputError, match=r"cut\.mp4: is not a whole video"):
                 read(cut)
-    with pytest.raises(InputError, match=r"none\.mp4: no such video file"):
+    with pytest.raises(InputError, match=r"none\.mp4: cannot be read \(No such file"):
         probe(tmp_path / "none.mp4")
 
 

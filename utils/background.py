@@ -30,6 +30,9 @@ class Background(Generic[T]):
     ends, and nothing is consumed after it. The block's end waits for all items; if it ends with an exception
     (KeyboardInterrupt too), items that wait are dropped, and `stop` is called, from another thread than `consume`, if
     the one at work does not come to its end. The thread is gone when the block is left.
+
+    If both sides fail, the failure that came first is raised, since the other may follow from it, and the other is
+    logged; but what asks for the end (KeyboardInterrupt, SystemExit) is always passed on.
     """
 
     def __init__(self, consume: Callable[[T], object], capacity: int, stop: Callable[[], None]) -> None:
@@ -86,6 +89,7 @@ class Background(Generic[T]):
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         """Wait for what is left, or, after an exception, for the item at work alone."""
+        earlier = self._error  # before the consumer is made to stop, which it may answer with an error
         self._close(drop=kind is not None)
         try:
             self._thread.join(None if kind is None else PATIENCE_S)
@@ -93,10 +97,16 @@ class Background(Generic[T]):
             self._close(drop=True)
             self._end()
             raise
-        if kind is not None:
-            self._end()
+        later = self._error
+        if error is None:
+            self._check()
             return
-        self._check()
+        self._end()
+        if earlier is not None and earlier is not error and isinstance(error, Exception):
+            logger.warning("this failed as well: %s", _one_line(error))
+            raise earlier
+        if later is not None and later is not error:
+            logger.warning("this failed as well: %s", _one_line(later))
 
     def _end(self) -> None:
         if self._thread.is_alive():
@@ -104,3 +114,7 @@ class Background(Generic[T]):
             self._thread.join(PATIENCE_S)
         if self._thread.is_alive():
             logger.warning("a background thread does not end")
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

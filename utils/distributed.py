@@ -2,13 +2,18 @@
 
 The environment is torchrun's; without it a process is alone. Processes talk once, at the start, through torchrun's own
 store, and there are no collectives: afterwards nobody waits for anybody, so a process that dies holds up no other. This
-file does not know what the work is, and makes no use of the GPU.
+file does not know what the work is, and makes no use of the GPU. Processes stop when their launcher is gone.
 """
 
 from __future__ import annotations
 
 import json
+import logging
 import os
+import signal
+import sys
+import threading
+import time
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,7 +21,11 @@ from typing import Protocol
 
 from utils.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 START_TIMEOUT_S = 600.0  # until all have begun: importing and listing a folder on a slow network disk take a while
+LOOK_S = 1.0  # between looks at the launcher
+GRACE_S = 10.0  # for tidying up once it is gone
 
 _OF_EACH_PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _OF_THE_STORE = ("MASTER_ADDR", "MASTER_PORT")
@@ -110,6 +119,30 @@ class World:
         if answer["refused"]:
             raise InputError(str(answer["text"]))
         return str(answer["text"])
+
+
+def stop_with_launcher(environment: Mapping[str, str] = os.environ, grace_s: float = GRACE_S) -> None:
+    """Let this process stop within seconds once torchrun, if that has started it, is gone. Call it in the main thread,
+    as early as can be.
+
+    torchrun ends its processes when it is asked to end, not when it is killed: they would go on unseen, and hold the
+    GPUs. The end is that of a polite kill (SIGTERM), so that what is unfinished is removed, or, if the process does not
+    come to it, sudden after `grace_s` seconds. Nothing happens on Windows, which does not say that a parent is gone.
+    """
+    if "TORCHELASTIC_RUN_ID" not in environment or sys.platform == "win32":
+        return
+    threading.Thread(target=_watch, args=(os.getppid(), grace_s), name="launcher", daemon=True).start()
+
+
+def _watch(launcher: int, grace_s: float) -> None:
+    while os.getppid() == launcher:
+        time.sleep(LOOK_S)
+    logger.error("torchrun (process %d), which started process %d, is gone, so this one stops", launcher, os.getpid())
+    main = threading.main_thread().ident
+    assert main is not None
+    signal.pthread_kill(main, signal.SIGTERM)  # to this thread: whatever it waits for, it hears of it
+    time.sleep(grace_s)
+    os._exit(130)
 
 
 def _key(name: str) -> str:

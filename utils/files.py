@@ -90,6 +90,14 @@ def commit_partial(partial: Path, path: Path) -> None:
         raise write_error(path, error) from error
 
 
+def remove_partial(partial: Path) -> None:
+    """Remove an unfinished file after a failure, which is what the user is to hear of, not that this fails too."""
+    try:
+        partial.unlink(missing_ok=True)
+    except OSError as error:
+        logger.warning("%s: is unfinished and cannot be deleted (%s)", partial, error.strerror)
+
+
 @contextmanager
 def atomic_write(path: Path) -> Iterator[Path]:
     """A partial file to write to; it becomes `path` if the context ends without an exception, and else goes.
@@ -101,7 +109,7 @@ def atomic_write(path: Path) -> Iterator[Path]:
         yield partial
         commit_partial(partial, path)
     except BaseException:
-        partial.unlink(missing_ok=True)
+        remove_partial(partial)
         raise
 
 

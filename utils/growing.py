@@ -9,12 +9,11 @@ file does not know how frames are made or encoded.
 from __future__ import annotations
 
 import logging
-import subprocess
 from dataclasses import dataclass
 from pathlib import Path
 
 from utils.errors import InputError
-from utils.ffmpeg import BITEXACT, failure, file_url, quiet_ffmpeg
+from utils.ffmpeg import BITEXACT, failure, file_url, quiet_ffmpeg, run
 from utils.files import atomic_write, create_beside, write_error
 
 logger = logging.getLogger(__name__)
@@ -57,26 +56,47 @@ def create_growing(path: Path) -> Path:
 
 def keep_or_remove(growing: Path) -> None:
     """After an interruption: keep a growing file that holds something and say where it is, remove an empty one."""
-    if not growing.exists():
-        return
-    frames = whole_fragments(growing).count
-    if frames == 0:
-        growing.unlink()
-        return
-    logger.warning("%s: %d frames are kept; python -m utils.recover makes a video of them", growing, frames)
-
-
-def finish_growing(growing: Path, path: Path) -> None:
-    """Make the ordinary mp4 `path` of a complete growing file, then remove that one.
-
-    Until then both are on the disk. Raises InputError when there is no room for both, RuntimeError when ffmpeg fails;
-    the growing file is then still there, and nothing new under the final name.
-    """
-    _remux(growing, path, None)
     try:
-        growing.unlink()
-    except PermissionError as error:  # Windows, while a player has it open
+        frames = whole_fragments(growing).count
+        if frames == 0:
+            growing.unlink()
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        logger.warning("%s: is left as it is (%s)", growing, error.strerror)
+        return
+    if frames:
+        logger.warning("%s: %d frames are kept; python -m utils.recover makes a video of them", growing, frames)
+
+
+def make_ordinary(growing: Path, partial: Path, path: Path) -> None:
+    """Make an ordinary mp4 of a complete growing file, in the file `partial` that is to become `path`.
+
+    The growing file stays. Raises InputError when there is no room for both, or ffmpeg fails.
+    """
+    _copy(growing, None, partial, path)
+
+
+def remove_finished(growing: Path, path: Path) -> None:
+    """Remove the growing file of the video `path`, which is complete."""
+    try:
+        growing.unlink(missing_ok=True)
+    except OSError as error:  # Windows, while a player has it open
         logger.warning("%s: can go, %s is complete, but cannot be deleted (%s)", growing, path, error.strerror)
+
+
+def remove_overtaken(path: Path, frames: int) -> None:
+    """Remove the growing file of the video `path` of `frames` frames if that was made of it: if a kill came between.
+
+    One with other frames, or that has grown after the video was made, is of another run and stays.
+    """
+    growing = growing_path(path)
+    try:
+        older = growing.stat().st_mtime_ns <= path.stat().st_mtime_ns
+        if older and whole_fragments(growing).count == frames:
+            remove_finished(growing, path)
+    except FileNotFoundError:
+        return
 
 
 @dataclass(frozen=True)
@@ -123,21 +143,19 @@ def recover(growing: Path) -> Path:
             f"stream_output: true can be, and their names end in {_MARK}.mp4."
         )
     target = recovered_path(growing)
-    _remux(growing, target, fragments.end)
+    with atomic_write(target) as partial:
+        _copy(growing, fragments.end, partial, target)
     return target
 
 
-def _remux(source: Path, target: Path, length: int | None) -> None:
+def _copy(source: Path, length: int | None, partial: Path, path: Path) -> None:
     """Copy the encoded frames of the first `length` bytes of `source` (None: all) to an ordinary mp4, index first."""
-    with atomic_write(target) as partial:
-        given = None if length is None else _head(source, length)
-        origin = file_url(source) if given is None else "pipe:0"
-        tidy = [*BITEXACT, "-movflags", "+faststart", "-f", "mp4", file_url(partial)]
-        command = [*quiet_ffmpeg(), "-i", origin, "-map", "0:v:0", "-c", "copy", *tidy]
-        # Without a session of its own, Ctrl-C would end ffmpeg before this process had decided what to keep.
-        done = subprocess.run(command, input=given or b"", capture_output=True, check=False, start_new_session=True)
-        if done.returncode != 0:
-            raise failure(target, done.returncode, done.stderr)
+    given = None if length is None else _head(source, length)
+    origin = file_url(source) if given is None else "pipe:0"
+    tidy = [*BITEXACT, "-movflags", "+faststart", "-f", "mp4", file_url(partial)]
+    done = run([*quiet_ffmpeg(), "-i", origin, "-map", "0:v:0", "-c", "copy", *tidy], given or b"")
+    if done.returncode != 0:
+        raise failure(path, done.returncode, done.stderr)
 
 
 def _head(path: Path, length: int) -> bytes:

@@ -13,7 +13,7 @@ import signal
 import subprocess
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import IO, final
@@ -23,9 +23,9 @@ import torch
 from torch import Tensor
 
 from utils.errors import InputError
-from utils.ffmpeg import BITEXACT, NVENC, failure, file_url, nvenc_quality, quiet_ffmpeg
-from utils.files import commit_partial, create_partial, remove_stale_partials
-from utils.growing import FRAGMENTED, LOW_DELAY, create_growing, finish_growing, keep_or_remove
+from utils.ffmpeg import BITEXACT, NVENC, failure, file_url, nvenc_quality, quiet_ffmpeg, start
+from utils.files import commit_partial, create_partial, remove_partial, remove_stale_partials
+from utils.growing import FRAGMENTED, LOW_DELAY, create_growing, keep_or_remove, make_ordinary, remove_finished
 from utils.video_probe import Frames, VideoInfo, probe, read_frames
 
 __all__ = ["Frames", "VideoInfo", "VideoWriter", "probe", "read_frames", "remove_stale_partials", "to_uint8"]
@@ -44,6 +44,15 @@ def to_uint8(video: Tensor) -> Tensor:
     scaled = video.float() * 127.5
     # Adding the half and cutting the fraction off rounds halves up, which is away from zero where nothing is negative.
     return scaled.add_(128.0).clamp_(0.0, 255.0).to(torch.uint8).permute(0, 2, 3, 1).contiguous()
+
+
+def _temporary_file() -> IO[bytes]:
+    """For ffmpeg's complaints: unlike a pipe a file never fills up, so ffmpeg cannot block on them."""
+    try:
+        return tempfile.TemporaryFile()
+    except OSError as error:
+        reason = error.strerror or error
+        raise InputError(f"TMPDIR: no temporary file can be made ({reason}); set it to a folder with room") from error
 
 
 @contextmanager
@@ -68,7 +77,8 @@ class VideoWriter:
 
     The file gets its name when the block ends without an exception, after its bytes have reached the disk; otherwise
     (KeyboardInterrupt too) ffmpeg is ended and the unfinished file removed. A process that is killed leaves a hidden
-    partial file at most, see `remove_stale_partials`. The same frames give the same bytes on the same machine.
+    partial file at most, see `remove_stale_partials`. The same frames give the same bytes on the same machine. Whatever
+    has to be there before the video gets its name is made between `finish` and the end of the block.
 
     With `stream` the video can be watched in `x.growing.mp4` while it is made, four frames behind what was written;
     that file is kept when the block ends with an exception or the process is killed, and `utils.growing.recover` makes
@@ -101,7 +111,8 @@ class VideoWriter:
         self._options = ["-c:v", codec, *(nvenc_quality(crf, stream) if codec == NVENC else quality)]
         self._fps = fps
         self._stream = stream
-        self._unfinished: Path | None = None  # what ffmpeg writes to: a growing or a partial file
+        self._growing: Path | None = None
+        self._partial: Path | None = None
         self._process: subprocess.Popen[bytes] | None = None
         self._stderr: IO[bytes] | None = None
 
@@ -122,8 +133,7 @@ class VideoWriter:
         """Start ffmpeg. Raises InputError if no file can be made in the folder."""
         assert self._process is None, "a VideoWriter writes one file"
         try:
-            # A file never fills up as a pipe does, so ffmpeg cannot block on its complaints.
-            self._stderr = tempfile.TemporaryFile()
+            self._stderr = _temporary_file()
             with _interrupts_wait():  # one in the middle would leave an ffmpeg that nobody knows
                 self._start(self._stderr)
         except BaseException:
@@ -132,14 +142,11 @@ class VideoWriter:
         return self
 
     def _start(self, stderr: IO[bytes]) -> None:
-        self._unfinished = create_growing(self.path) if self._stream else create_partial(self.path)
-        self._process = subprocess.Popen(
-            self._command(self._unfinished),
-            stdin=subprocess.PIPE,
-            stdout=subprocess.DEVNULL,
-            stderr=stderr,
-            start_new_session=True,  # Ctrl-C reaches this process alone, which then ends ffmpeg in order
-        )
+        if self._stream:
+            target = self._growing = create_growing(self.path)
+        else:
+            target = self._partial = create_partial(self.path)
+        self._process = start(self._command(target), subprocess.PIPE, subprocess.DEVNULL, stderr)
 
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
@@ -151,7 +158,9 @@ class VideoWriter:
         try:
             if self._process is not None:
                 self.finish()
-            self._give_name()
+            commit_partial(self.finished_file, self.path)
+            if self._growing is not None:
+                remove_finished(self._growing, self.path)
         except BaseException:
             self._abort()
             raise
@@ -159,8 +168,8 @@ class VideoWriter:
     def write(self, frames: Frames | Tensor) -> None:
         """Append frames: uint8 [frames, H, W, 3], red first, a NumPy array or a tensor on any device.
 
-        Blocks while ffmpeg is behind. Raises ValueError for another shape or type, InputError when the disk is full,
-        RuntimeError when ffmpeg fails for another reason.
+        Blocks while ffmpeg is behind. Raises ValueError for another shape or type, InputError when the disk is full or
+        ffmpeg has come to its end for another reason.
         """
         array = frames.detach().cpu().numpy() if isinstance(frames, Tensor) else frames
         if array.dtype != np.uint8 or array.ndim != 4 or array.shape[1:] != self._frame_shape:
@@ -181,24 +190,27 @@ class VideoWriter:
             self._process.kill()
 
     def finish(self) -> None:
-        """No more frames come: wait until ffmpeg has put down all of them. The file gets its name when the block ends,
-        after whatever has to be there before it. Raises as `write`, and RuntimeError if there was no frame."""
+        """No more frames come: wait until all of them are in `finished_file`. That gets its name when the block ends.
+        Raises as `write`, and RuntimeError if there was no frame."""
         assert self._process is not None
         assert self._process.stdin is not None
         if self.frames_written == 0:
             raise RuntimeError(f"{self.path}: no frame was written, so there is no video to finish")
-        self._process.stdin.close()
+        with suppress(BrokenPipeError):  # ffmpeg has ended, and its status says how
+            self._process.stdin.close()
         status = self._process.wait()
         if status != 0:
             raise self._failure(status)
         self._release()
+        if self._growing is not None:
+            self._partial = create_partial(self.path)
+            make_ordinary(self._growing, self._partial, self.path)
 
-    def _give_name(self) -> None:
-        assert self._unfinished is not None
-        if self._stream:
-            finish_growing(self._unfinished, self.path)
-        else:
-            commit_partial(self._unfinished, self.path)
+    @property
+    def finished_file(self) -> Path:
+        """After `finish`: the whole video, under a name for the time being."""
+        assert self._partial is not None and self._process is None, "finish comes first"
+        return self._partial
 
     def _abort(self) -> None:
         """End ffmpeg, wait for it, and remove the unfinished file unless it can be watched. Safe more than once."""
@@ -210,12 +222,10 @@ class VideoWriter:
                 self._process.kill()
                 self._process.wait()
         self._release()
-        if self._unfinished is None:
-            return
-        if self._stream:
-            keep_or_remove(self._unfinished)
-        else:
-            self._unfinished.unlink(missing_ok=True)
+        if self._partial is not None:
+            remove_partial(self._partial)
+        if self._growing is not None:
+            keep_or_remove(self._growing)
 
     def _drain(self, process: subprocess.Popen[bytes]) -> None:
         """Let ffmpeg put down the frames that it has been given."""
@@ -237,7 +247,7 @@ class VideoWriter:
             self._stderr.close()
         self._process = self._stderr = None
 
-    def _failure(self, status: int) -> Exception:
+    def _failure(self, status: int) -> InputError:
         """The error for ffmpeg's exit status, from what it wrote to stderr."""
         assert self._stderr is not None
         self._stderr.seek(0)

@@ -160,6 +160,8 @@ def prefix_files(config: InferenceConfig, prompts: int) -> list[Path | None]:
         names = content[:prompts]
     files = [None if name is None else Path(str(name)) for name in names]
     for file in files:
+        if file is not None and file.is_dir():
+            raise InputError(f"start_from: {file} is a folder; give the image or video file in it")
         if file is not None and not file.is_file():
             raise InputError(f"start_from: {file} does not exist; give an image or a video file")
     return files

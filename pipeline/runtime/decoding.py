@@ -85,7 +85,8 @@ class BlockDecoder:
             return HostFrames(frames.cpu())
         host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
         host.copy_(frames, non_blocking=True)
-        ready = torch.cuda.Event()  # type: ignore[no-untyped-call,unused-ignore]
+        # Blocking: whoever waits for it sleeps, where by default a core would ask again and again.
+        ready = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call,unused-ignore]
         ready.record(torch.cuda.current_stream(frames.device))
         return HostFrames(host, ready)
 

@@ -18,7 +18,6 @@ from pipeline.runtime.engine import check_engine
 from pipeline.runtime.inputs import GeneratorSettings
 from pipeline.runtime.schedule import DenoisingSchedule
 from utils.errors import InputError
-from utils.ffmpeg import check_codec
 from wan.attention.backends import attention_backend
 from wan.attention.varlen import ragged_backend
 from wan.checkpoints.diffusers_layout import read_model_config, read_model_state
@@ -134,8 +133,6 @@ def check_before_loading(config: InferenceConfig, device: torch.device) -> tuple
     ragged_backend(config.attention, device, dtype)
     check_engine(config.engine, device)
     choose_vae_device(config, device)
-    if config.video_codec != "libx264":
-        check_codec(config.video_codec)
     if config.precision == "fp8":
         check_fp8(device)
     _assemble(config, sizes, META, dtype)

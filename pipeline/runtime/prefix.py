@@ -7,6 +7,7 @@ at least 1 + 4 (n - 1) frames. The file knows nothing of prompts and of what is 
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -14,64 +15,101 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from pipeline.config.config import InferenceConfig
+from pipeline.config.jobs import VideoJob
 from utils.errors import InputError
-from utils.video import read_frames
+from utils.media import Media, open_media
+from utils.video_probe import Frames
 from wan.geometry import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
 from wan.vae.vae import VAE
 
 logger = logging.getLogger(__name__)
 
+_SAME_SPEED = 0.05  # a difference in speed that is not worth a word
+
 
 def load_prefix(path: Path, config: InferenceConfig, vae: VAE) -> Tensor:
     """Latents [1, F, C, h, w] of the image or video in `path`, F a multiple of the block and less than the video.
 
-    Raises InputError for a file that cannot be read, is too short or too long, or has another size than the
-    configuration (unless `start_from_fit` is set).
+    Frames are taken as they are shown: upright, with square pixels, one by one at the file's own rate. Raises
+    InputError for a file that cannot be read, is too short or too long, or has another size than the configuration
+    (unless `start_from_fit` is set).
     """
-    try:
-        frames = torch.from_numpy(read_frames(path).copy())  # [frames, H, W, 3]
-    except InputError as error:
-        raise InputError(f"start_from: {error}") from error
-    frames = frames[_first_used(path, len(frames), config) :]
-    video = frames.permute(0, 3, 1, 2).float() / 127.5 - 1
-    video = _fitted(path, video, config)
-    return vae.encode(_padded(video, config)[None])
-
-
-def _first_used(path: Path, frames: int, config: InferenceConfig) -> int:
-    """How many leading frames to leave out so that whole blocks remain; 0 if all fit."""
-    block = config.num_frame_per_block
-    latents = (frames - 1) // TEMPORAL_COMPRESSION + 1 if frames else 0
-    whole = latents - latents % block
-    if whole == 0:
-        needed = 1 + TEMPORAL_COMPRESSION * (block - 1)
-        raise InputError(
-            f"start_from: {path} has {frames} frames, but blocks of num_frame_per_block {block} need {needed} or more; "
-            "an image starts a video with frame-wise checkpoints (num_frame_per_block: 1)"
-        )
-    if whole >= config.num_output_frames:
-        raise InputError(
-            f"start_from: {path} is {whole} latent frames long, which leaves nothing to make of num_output_frames "
-            f"{config.num_output_frames}; use num_output_frames={whole + block} or more"
-        )
-    left_out = frames - (1 + TEMPORAL_COMPRESSION * (whole - 1))
+    media = check_prefix(path, config)
+    left_out = _first_used(media, config)
     if left_out:
         logger.warning(
             "start_from: the first %d frames of %s are left out, so that whole blocks remain", left_out, path
         )
-    return left_out
+    if media.fps is not None and abs(media.fps / config.fps - 1) > _SAME_SPEED:
+        logger.warning(
+            "start_from: %s has %.4g frames a second, the video %g, so that it begins at %.2g times its speed; convert "
+            "the file first to keep it: ffmpeg -i IN -r %g OUT",
+            *(path, media.fps, config.fps, config.fps / media.fps, config.fps),
+        )
+    frames = torch.from_numpy(_read(media)[left_out:].copy())  # [frames, H, W, 3]
+    video = torch.cat([_fitted(_as_values(frame[None]), config) for frame in frames])
+    return vae.encode(_padded(video, config)[None])
 
 
-def _fitted(path: Path, video: Tensor, config: InferenceConfig) -> Tensor:
-    """video [frames, 3, H, W] at the configured size: scaled to cover it and cropped around the centre, on request."""
+def check_start_files(config: InferenceConfig, jobs: Sequence[VideoJob]) -> None:
+    """See that all files that `jobs` start from can be used, before minutes go into loading. Raises InputError."""
+    for path in dict.fromkeys(job.start_from for job in jobs):
+        if path is not None:
+            check_prefix(path, config)
+
+
+def check_prefix(path: Path, config: InferenceConfig) -> Media:
+    """What `path` holds, once it is found to suit the configuration. Raises InputError as `load_prefix`."""
+    try:
+        media = open_media(path)
+    except InputError as error:
+        raise InputError(f"start_from: {error}") from error
+    _first_used(media, config)
+    height, width = config.pixel_size
+    if (media.height, media.width) != (height, width) and not config.start_from_fit:
+        raise InputError(
+            f"start_from: {path} is {media.height} x {media.width} pixels (height x width, as shown), the video "
+            f"{height} x {width}; set start_from_fit=true to resize and crop it, or resolution to its size"
+        )
+    return media
+
+
+def _read(media: Media) -> Frames:
+    try:
+        return media.read()
+    except InputError as error:
+        raise InputError(f"start_from: {error}") from error
+
+
+def _first_used(media: Media, config: InferenceConfig) -> int:
+    """How many leading frames to leave out so that whole blocks remain; 0 if all fit."""
+    block, frames = config.num_frame_per_block, media.frames
+    latents = (frames - 1) // TEMPORAL_COMPRESSION + 1
+    whole = latents - latents % block
+    if whole == 0:
+        needed = 1 + TEMPORAL_COMPRESSION * (block - 1)
+        raise InputError(
+            f"start_from: {media.path} has {frames} frames, but blocks of num_frame_per_block {block} need {needed} or "
+            "more; an image starts a video with frame-wise checkpoints (num_frame_per_block: 1)"
+        )
+    if whole >= config.num_output_frames:
+        raise InputError(
+            f"start_from: {media.path} is {whole} latent frames long, which leaves nothing to make of "
+            f"num_output_frames {config.num_output_frames}; use num_output_frames={whole + block} or more"
+        )
+    return frames - (1 + TEMPORAL_COMPRESSION * (whole - 1))
+
+
+def _as_values(frames: Tensor) -> Tensor:
+    """uint8 [frames, H, W, 3] as float [frames, 3, H, W] in [-1, 1]."""
+    return frames.permute(0, 3, 1, 2).float() / 127.5 - 1
+
+
+def _fitted(video: Tensor, config: InferenceConfig) -> Tensor:
+    """video [frames, 3, H, W] at the configured size: scaled to cover it and cropped around the centre."""
     height, width = config.pixel_size
     if tuple(video.shape[2:]) == (height, width):
         return video
-    if not config.start_from_fit:
-        raise InputError(
-            f"start_from: {path} is {video.shape[2]} x {video.shape[3]} pixels (height x width), the video {height} x "
-            f"{width}; set start_from_fit=true to resize and crop it, or resolution to its size"
-        )
     scale = max(height / video.shape[2], width / video.shape[3])
     size = max(height, round(video.shape[2] * scale)), max(width, round(video.shape[3] * scale))
     video = F.interpolate(video, size, mode="bicubic", antialias=True).clamp(-1, 1)

@@ -22,7 +22,7 @@ from utils.errors import InputError
 from utils.files import partial_path, write_atomic
 from utils.prompts import read_prompts
 from utils.seed import video_seed
-from utils.video import probe
+from utils.video_probe import NotAWholeVideo, probe
 from wan.geometry import pixel_frames
 
 logger = logging.getLogger(__name__)
@@ -178,7 +178,7 @@ def _fault(config: InferenceConfig, path: Path) -> str:
     """What is wrong with a video, or nothing."""
     try:
         info = probe(path)
-    except InputError as error:
+    except NotAWholeVideo as error:
         return str(error).removeprefix(f"{path}: ")
     height, width = config.pixel_size
     found = (info.width, info.height, info.frames, info.fps)

@@ -29,7 +29,8 @@ from pipeline.vbench.records import Records, now
 from pipeline.video_files import write_videos
 from utils.distributed import World
 from utils.errors import InputError
-from utils.files import ensure_writable_folder, remove_stale_partials
+from utils.ffmpeg import check_codec
+from utils.files import create_partial, ensure_writable_folder, remove_partial, remove_stale_partials
 from utils.lock import RunLock
 
 THREADS = 4  # of each process; one number for all machines, since a CPU's sums depend on it
@@ -161,6 +162,7 @@ def _prepare(
     ensure_writable_folder(records.folder, "output_folder")
     lock.begin(f"process {os.getpid()} on {platform.node()}, begun {now()}")
     remove_stale_partials(folder)
+    remove_stale_partials(records.folder)
     jobs = [job for batch in todo for job in batch]
     require_flat_folder(folder)
     require_names_apart(jobs, ignores_case(folder))
@@ -169,6 +171,7 @@ def _prepare(
     if missing:
         require_files(config)
         check_before_loading(config, device)
+        check_codec(config.video_codec)
     plan = Plan(uuid.uuid4().hex, missing)
     records.begin(config, jobs, plan.run, device, threads)
     return plan
@@ -191,12 +194,12 @@ def require_flat_folder(folder: Path) -> None:
 
 def ignores_case(folder: Path) -> bool:
     """Whether the file system takes names that differ in case for the same; found out by making a file."""
-    probe = folder / f".case-Test.{os.getpid()}.{uuid.uuid4().hex[:8]}.mp4"
-    probe.write_bytes(b"")
+    # A partial file's name: the next run removes it should this one be killed here.
+    probe = create_partial(folder / f"case-Test-{uuid.uuid4().hex[:8]}.mp4")
     try:
         return probe.with_name(probe.name.upper()).exists()
     finally:
-        probe.unlink()
+        remove_partial(probe)
 
 
 def require_names_apart(jobs: Sequence[VideoJob], case_ignored: bool) -> None:
