@@ -23,8 +23,8 @@ from shapes.reading import trained_text_encoder
 from shapes.runs import averaged
 from shapes.tokenizer import write_tokenizer
 from shapes.vae import build_vae
+from wan.checkpoints.text_names import WAN_IN_BLOCK, WAN_TOP_LEVEL
 from wan.checkpoints.vae_names import diffusers_name
-from wan.text import WAN_IN_BLOCK, WAN_TOP_LEVEL
 
 MODEL = "Wan2.1-T2V-shapes"
 LOG_VARIANCE = -6.0  # what the encoder says of its certainty; nobody reads it

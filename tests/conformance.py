@@ -34,8 +34,10 @@ from pipeline.runtime.schedule import DenoisingSchedule
 from pipeline.session import Session
 from utils.errors import InputError
 from wan.attention.backends import AttentionName
-from wan.checkpoints.files import generator_state, load_into, read_tensors
+from wan.checkpoints.filling import load_into
 from wan.checkpoints.lora import merge_lora
+from wan.checkpoints.reading import read_tensors
+from wan.checkpoints.state import generator_state
 from wan.config import ModelConfig, ModelKwargs
 from wan.geometry import LatentGeometry
 from wan.text import embed, load_encoder

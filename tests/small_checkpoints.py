@@ -10,6 +10,8 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import os
+import re
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -188,6 +190,22 @@ def small_tokenizer() -> Tokenizer:
     tokenizer.post_processor = processors.TemplateProcessing(single="$A </s>", special_tokens=[("</s>", 1)])
     tokenizer.add_special_tokens(special)
     return tokenizer
+
+
+def write_safetensors(
+    path: Path, tensors: Mapping[str, tuple[str, Sequence[int]]], metadata: Mapping[str, str] | None = None
+) -> None:
+    """A file of zeros with these types (as safetensors calls them) and shapes; sparse, so of any size at no cost."""
+    header: dict[str, object] = {} if metadata is None else {"__metadata__": dict(metadata)}
+    end = 0
+    for name, (kind, shape) in tensors.items():
+        bits = {"BOOL": 8, "F4": 4}.get(kind) or int(re.findall(r"\d+", kind)[0])
+        begin, end = end, end + math.prod(shape) * bits // 8
+        header[name] = {"dtype": kind, "shape": list(shape), "data_offsets": [begin, end]}
+    text = json.dumps(header).encode()
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+    os.truncate(path, 8 + len(text) + end)
 
 
 def write_tokenizer(folder: Path) -> int:

@@ -135,6 +135,14 @@ def test_missing_checkpoints_are_all_named(program: Program, fails: Fails) -> No
     ):
         assert f"{root / name} does not exist." in message
         assert f"bash hfd.sh {repository} {root}" in message
+    assert "Relative paths start" not in message
+
+
+def test_where_relative_paths_start_is_said(program: Program, fails: Fails, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(program.folder)
+    message = fails("model_root=checkpoints")
+    assert "checkpoints/Wan2.1-T2V-1.3B/config.json does not exist." in message
+    assert message.endswith(f"\nRelative paths start from {program.folder}.\n")
 
 
 def damaged(good: bytes, kind: str) -> tuple[bytes, str]:
@@ -210,6 +218,25 @@ def test_loras_that_do_not_fit(
     overrides = [f"lora_ckpt={path}", f"adapter.rank={rank}", "adapter.alpha=4", "num_output_frames=12"]
     message = fails(f"model_root={without_text_encoder(program)}", *overrides, config="longlive_inference")
     assert str(path) in message and all(part in message for part in expected), message
+
+
+def test_longlives_settings_with_a_lora_of_another_rank(program: Program, fails: Fails) -> None:
+    frames, config = "num_output_frames=12", "longlive_inference"
+    assert "adapter.rank is 256" in fails(frames, config=config)
+    assert "B·A times 64" in fails(frames, "adapter.rank=null", config=config)
+    assert "B·A times 64" in fails(frames, "adapter.rank=4", config=config)
+    assert program("--dry_run", frames, "adapter=null", config=config) == 0
+
+
+def test_a_dry_run_looks_into_the_text_encoder(
+    program: Program, checkpoints: SmallCheckpoints, capsys: pytest.CaptureFixture[str]
+) -> None:
+    state = torch.load(checkpoints.text_encoder, weights_only=True)
+    name = next(reversed(state))
+    path = program.folder / "whole numbers.bin"
+    torch.save({**state, name: state[name].to(torch.int8)}, path)
+    assert program("--dry_run", f"text_encoder_ckpt={path}") == 2
+    assert f"error: {path}: tensor '{name}' holds int8 numbers" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -13,10 +13,10 @@ import yaml
 
 from dummy.config import DummyForcingConfig
 from pipeline.config.config import InferenceConfig, as_dict, check_against_model, load_config
-from pipeline.config.paths import resolve_path
+from pipeline.config.paths import TEXT_ENCODER_NAMES, VAE_NAMES, resolve_path
 from pipeline.config.published_keys import WITHOUT_USE
 from utils.errors import InputError
-from wan.config import WAN_1_3B, ModelKwargs
+from wan.config import WAN_1_3B, AdapterConfig, ModelKwargs
 
 ROOT = Path(__file__).parents[1]
 ALL_CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -215,6 +215,35 @@ def test_model_files_in_wan_and_diffusers_layout(tmp_path: Path) -> None:
     assert (config.vae_path, config.text_encoder_path, config.tokenizer_path) == diffusers
     native[0].touch()
     assert config.vae_path == native[0]
+
+
+@pytest.mark.parametrize(
+    ("part", "setting", "names"),
+    [("vae", "vae_ckpt", VAE_NAMES), ("text_encoder", "text_encoder_ckpt", TEXT_ENCODER_NAMES)],
+)
+def test_vae_and_text_encoder_under_other_names(
+    tmp_path: Path, part: str, setting: str, names: tuple[str, ...]
+) -> None:
+    def path_of(*overrides: str) -> Path:
+        found = getattr(load_config(SELF_FORCING, [f"model_root={tmp_path}", *overrides]), f"{part}_path")
+        assert isinstance(found, Path)
+        return found
+
+    folder = tmp_path / "Wan2.1-T2V-1.3B"
+    folder.mkdir()
+    for name in reversed(names):
+        (folder / name).touch()
+        assert path_of() == folder / name
+    assert path_of(f"{setting}=other.bin") == tmp_path / "other.bin"
+    assert path_of(f"{setting}=/x/other.bin") == Path("/x/other.bin")
+    assert path_of(f"{setting}=null") == folder / names[0]
+
+
+def test_the_section_of_an_adapter_may_be_left_out_or_emptied() -> None:
+    assert load_config(LONGLIVE, ["adapter=null"]).adapter is None
+    config = load_config(LONGLIVE, ["adapter.rank=null", "adapter.alpha=null"])
+    assert config.adapter is not None and (config.adapter.rank, config.adapter.alpha) == (None, None)
+    assert AdapterConfig().rank is None
 
 
 def test_without_a_generator_the_models_own_weights_are_taken() -> None:

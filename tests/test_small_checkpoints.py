@@ -18,9 +18,9 @@ from tests.small_checkpoints import (
     vae_shapes,
     write_small_checkpoints,
 )
-from wan.checkpoints.diffusers_layout import read_model_config, read_model_state
-from wan.checkpoints.files import generator_state, read_tensors
+from wan.checkpoints.diffusers_layout import read_generator, read_model_config
 from wan.checkpoints.lora import merge_lora
+from wan.checkpoints.reading import read_tensors
 from wan.text import TextEncoder
 from wan.vae.vae import VAE
 
@@ -41,9 +41,14 @@ def test_the_shapes_are_those_of_the_published_files_when_scaled_up() -> None:
 def test_every_generator_has_the_models_names(small: SmallCheckpoints) -> None:
     config = read_model_config(small.model_folder)
     shapes = dit_shapes(config)
-    states = [read_model_state(small.model_folder)]
-    files = [small.self_forcing, small.longlive_base, small.causal_chunkwise, small.causal_framewise]
-    states += [generator_state(read_tensors(path), False, path) for path in files]
+    files = [
+        small.model_folder,
+        small.self_forcing,
+        small.longlive_base,
+        small.causal_chunkwise,
+        small.causal_framewise,
+    ]
+    states = [read_generator(path, False) for path in files]
     for state in states:
         assert {name: list(tensor.shape) for name, tensor in state.items()} == shapes
     heads = [state["head.head.weight"] for state in states]
@@ -60,7 +65,7 @@ def test_the_containers_are_those_of_the_published_files(small: SmallCheckpoints
 
 
 def test_the_lora_merges_into_the_base(small: SmallCheckpoints) -> None:
-    state = generator_state(read_tensors(small.longlive_base), False, small.longlive_base)
+    state = read_generator(small.longlive_base, False)
     before = dict(state)
     assert merge_lora(state, read_tensors(small.longlive_lora), 4, 4.0, small.longlive_lora) == 30
     assert all(tensor.isfinite().all() for tensor in state.values())

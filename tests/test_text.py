@@ -13,7 +13,8 @@ from torch import Tensor
 
 from tests.small_checkpoints import SmallCheckpoints, small_tokenizer, write_small_checkpoints
 from utils.errors import InputError
-from wan.text import PromptTokenizer, TextEncoder, clean_prompt, infer_config, load_encoder, pad, to_transformers
+from wan.checkpoints.text_names import to_transformers
+from wan.text import PromptTokenizer, TextEncoder, clean_prompt, infer_config, load_encoder, pad
 
 DATA = Path(__file__).parent / "data"
 HERE = Path("file.pth")
@@ -252,8 +253,9 @@ def test_files_that_do_not_fit(tmp_path: Path, small: SmallCheckpoints, weights:
     torch.save(weights, path)
     with pytest.raises(InputError, match=r"tokens and .*models_t5\.pth only 96 embeddings"):
         TextEncoder.load(path, *load)
-    with pytest.raises(InputError, match=r"model\.safetensors does not exist"):
-        TextEncoder.load(tmp_path, *load)
+    (tmp_path / "empty").mkdir()
+    with pytest.raises(InputError, match=r"empty is a folder without .* It holds no checkpoint file"):
+        TextEncoder.load(tmp_path / "empty", *load)
 
 
 def test_all_242_tensors_of_the_published_file_fit() -> None:

@@ -12,8 +12,14 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from utils.config import build
-from utils.errors import InputError
+from utils.errors import InputError, shown
 
+# The largest sizes of any model that could be meant: what lies beyond is a slip or an attack, and to build such a model
+# would take minutes.
+_LARGEST = {
+    **{"dim": 1 << 16, "ffn_dim": 1 << 18, "num_heads": 1024, "num_layers": 256, "in_dim": 4096, "out_dim": 4096},
+    **{"freq_dim": 1 << 16, "text_dim": 1 << 16, "text_len": 1 << 16, "patch_size": 1 << 16, "eps": 1.0},
+}
 # Diffusers' names in transformer/config.json -> Wan's names.
 _DIFFUSERS_NAMES = {"num_attention_heads": "num_heads", "in_channels": "in_dim", "out_channels": "out_dim"}
 
@@ -23,7 +29,7 @@ class ModelConfig:
     """Sizes of the DiT (Wan 2.1, arXiv 2503.20314); the defaults are common to all its text-to-video models.
 
     Raises:
-        InputError: a size below 1, `dim` not divisible by `num_heads`, or an odd head width.
+        InputError: a size below 1 or absurdly large, `dim` not divisible by `num_heads`, or an odd head width.
     """
 
     dim: int  # channels of a token
@@ -40,11 +46,18 @@ class ModelConfig:
 
     def __post_init__(self) -> None:
         for field in fields(self):
-            value = getattr(self, field.name)
-            if (min(value) if isinstance(value, tuple) else value) <= 0:
-                raise InputError(f"model.{field.name}: must be positive, got {value}")
+            value, most = getattr(self, field.name), _LARGEST[field.name]
+            entries = value if isinstance(value, tuple) else (value,)
+            if min(entries) <= 0:
+                raise InputError(f"model.{field.name}: must be positive, got {shown(value, 40)}")
+            if max(entries) > most:
+                raise InputError(f"model.{field.name}: must be at most {most}, got {shown(value, 40)}")
         if self.dim % self.num_heads:
             raise InputError(f"model.dim: {self.dim} is not divisible by num_heads {self.num_heads}")
+        if self.patch_size != (1, 2, 2):
+            raise InputError(f"model.patch_size: must be [1, 2, 2], as of all Wan 2.1, got {list(self.patch_size)}")
+        if self.freq_dim % 2:
+            raise InputError(f"model.freq_dim: must be even (sines and cosines), got {self.freq_dim}")
         if self.head_dim % 2:
             raise InputError(
                 f"model.dim: {self.dim} / num_heads {self.num_heads} gives the odd head width {self.head_dim}; "
@@ -123,15 +136,15 @@ class AdapterConfig:
     is merged in float32 here."""
 
     type: Literal["lora"] = "lora"
-    rank: int = 256
-    alpha: float = 256.0  # the merged weight is W + alpha / rank * B A
+    rank: int | None = None  # checked against the file's; None: whatever that is
+    alpha: float | None = None  # the merged weight is W + alpha / rank * B A; None: the file's, or its rank
     dropout: float = 0.0
     dtype: str = "bfloat16"
     verbose: bool = False
     apply_to_critic: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank < 1:
+        if self.rank is not None and self.rank < 1:
             raise InputError(f"adapter.rank: must be 1 or more, got {self.rank}")
-        if self.alpha <= 0:
+        if self.alpha is not None and self.alpha <= 0:
             raise InputError(f"adapter.alpha: must be above 0, got {self.alpha}")

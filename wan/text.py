@@ -1,6 +1,6 @@
 """Prompts to embeddings: cleaning, tokens, and the UMT5 encoder.
 
-The layers are transformers' UMT5EncoderModel; this file loads them from Wan's `.pth` or from a Diffusers
+The layers are transformers' UMT5EncoderModel; this file loads them from Wan's file or from a Diffusers
 `text_encoder/` folder, with sizes read off the tensors, and reads the tokenizer's `tokenizer.json` as it stands,
 never online. The encoder is by far the largest model of all (10.6 GiB in bf16): whoever holds it encodes every prompt
 first and lets it go. It does not know how the embeddings are used.
@@ -20,16 +20,20 @@ from typing import TYPE_CHECKING, cast
 import torch
 from torch import Tensor, nn
 
-from utils.errors import InputError
+from utils.errors import InputError, shown
 from wan.checkpoints.files import (
-    INDEX_SUFFIX,
+    MOST_JSON,
     download_hint,
-    load_into,
+    identify_hint,
     missing_file,
-    read_tensors,
+    require_size,
     some_names,
-    stripped_tensors,
+    weights_in,
 )
+from wan.checkpoints.filling import load_into
+from wan.checkpoints.reading import read_tensors
+from wan.checkpoints.state import TEXT_ENCODER_PREFIXES, opened, stripped_tensors
+from wan.checkpoints.text_names import EMBED_TOKENS, SHARED, to_transformers
 
 if TYPE_CHECKING:
     from tokenizers import Tokenizer
@@ -39,22 +43,6 @@ logger = logging.getLogger(__name__)
 MAX_LENGTH = 512
 # Not to be read off any tensor's shape; the same in every UMT5.
 MAX_DISTANCE = 128
-SHARED = "shared.weight"
-EMBED_TOKENS = "encoder.embed_tokens.weight"
-
-WAN_TOP_LEVEL = {"norm": "encoder.final_layer_norm", "token_embedding": "shared"}
-WAN_IN_BLOCK = {
-    "norm1": "layer.0.layer_norm",
-    "attn.q": "layer.0.SelfAttention.q",
-    "attn.k": "layer.0.SelfAttention.k",
-    "attn.v": "layer.0.SelfAttention.v",
-    "attn.o": "layer.0.SelfAttention.o",
-    "pos_embedding.embedding": "layer.0.SelfAttention.relative_attention_bias",
-    "norm2": "layer.1.layer_norm",
-    "ffn.gate.0": "layer.1.DenseReluDense.wi_0",
-    "ffn.fc1": "layer.1.DenseReluDense.wi_1",
-    "ffn.fc2": "layer.1.DenseReluDense.wo",
-}
 
 
 def clean_prompt(text: str) -> str:
@@ -82,11 +70,13 @@ class PromptTokenizer:
     def __init__(self, tokenizer: Tokenizer, source: Path, max_length: int = MAX_LENGTH) -> None:
         end, padding = tokenizer.token_to_id("</s>"), tokenizer.token_to_id("<pad>")
         if end is None or padding is None:
-            raise InputError(f"{source} has no </s> or no <pad>: it is not UMT5's tokenizer. {download_hint(source)}")
+            raise InputError(
+                f"{shown(source)} has no </s> or no <pad>: it is not UMT5's tokenizer. {download_hint(source)}"
+            )
         self._tokenizer = tokenizer
         self._end, self._padding = end, padding
         self.max_length = max_length
-        self.vocabulary = tokenizer.get_vocab_size()
+        self.vocabulary = max(tokenizer.get_vocab().values()) + 1  # not their number: ids may leave gaps
 
     @classmethod
     def load(cls, folder: Path, max_length: int = MAX_LENGTH) -> PromptTokenizer:
@@ -97,14 +87,19 @@ class PromptTokenizer:
         if not path.is_file():
             if (folder / "spiece.model").is_file():
                 raise InputError(
-                    f"{folder} has spiece.model but no tokenizer.json, which is the one that is read. "
+                    f"{shown(folder)} has spiece.model but no tokenizer.json, which is the one that is read. "
                     f"{download_hint(path)}"
                 )
             raise missing_file(path)
+        require_size(path, MOST_JSON)
         try:
             tokenizer = Tokenizer.from_file(str(path))
-        except Exception as error:  # the tokenizers library raises bare Exception for a file that it cannot read
-            raise InputError(f"{path} cannot be read as a tokenizer ({error}). {download_hint(path)}") from error
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # the library raises bare Exception, or its own panic, which is no Exception
+            raise InputError(
+                f"{shown(path)} cannot be read as a tokenizer ({shown(error)}). {download_hint(path)}"
+            ) from error
         tokenizer.no_padding()
         tokenizer.no_truncation()
         return cls(tokenizer, path, max_length)
@@ -150,22 +145,27 @@ class TextEncoder:
         device: torch.device | str,
         max_length: int = MAX_LENGTH,
     ) -> TextEncoder:
-        """From Wan's `.pth` or a Diffusers `text_encoder/` folder, and a folder with tokenizer.json.
+        """From a file in Wan's or transformers' names or a `text_encoder/` folder, and a folder with tokenizer.json.
 
         Raises InputError: a file is missing or damaged, names or shapes do not fit, or the tokenizer has more tokens
         than the encoder.
         """
         prompt_tokenizer = PromptTokenizer.load(tokenizer, max_length)
-        path = _weights_in(checkpoint) if checkpoint.is_dir() else checkpoint
-        state = stripped_tensors(read_tensors(path), path)
+        path = weights_in(checkpoint) if checkpoint.is_dir() else checkpoint
+        state = stripped_tensors(opened(read_tensors(path))[1], path, TEXT_ENCODER_PREFIXES)
         module = load_encoder(state, dtype, device, path)
         vocabulary = module.get_parameter(SHARED).shape[0]
         if prompt_tokenizer.vocabulary > vocabulary:
             raise InputError(
-                f"{tokenizer} has {prompt_tokenizer.vocabulary} tokens and {path} only {vocabulary} embeddings: they "
-                f"do not belong together. {download_hint(path)}"
+                f"{shown(tokenizer)} has {prompt_tokenizer.vocabulary} tokens and {shown(path)} only {vocabulary} "
+                f"embeddings: they do not belong together. {download_hint(path)}"
             )
         return cls(module, prompt_tokenizer)
+
+    @property
+    def width(self) -> int:
+        """d_model, the numbers of an embedding."""
+        return self.module.get_parameter(SHARED).shape[1]
 
     def to(self, device: torch.device | str) -> TextEncoder:
         """Move the encoder."""
@@ -199,33 +199,6 @@ def embed(module: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tenso
     return cast("Tensor", output.last_hidden_state) * mask.unsqueeze(-1)
 
 
-def _weights_in(folder: Path) -> Path:
-    """The encoder's weights in a Diffusers folder: one file, or the index of its shards."""
-    candidates = (folder / f"model{INDEX_SUFFIX}", folder / "model.safetensors")
-    found = next((path for path in candidates if path.is_file()), None)
-    if found is None:
-        raise missing_file(candidates[-1])
-    return found
-
-
-def wan_to_transformers(name: str) -> str:
-    """A tensor's name in Wan's file to its name in UMT5EncoderModel; a name that has no counterpart stays."""
-    stem, _, leaf = name.rpartition(".")
-    block = re.fullmatch(r"blocks\.(\d+)\.(.+)", stem)
-    if block is not None and block[2] in WAN_IN_BLOCK:
-        return f"encoder.block.{block[1]}.{WAN_IN_BLOCK[block[2]]}.{leaf}"
-    return f"{WAN_TOP_LEVEL[stem]}.{leaf}" if stem in WAN_TOP_LEVEL else name
-
-
-def to_transformers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The encoder's tensors under transformers' names, from those or from Wan's, the embedding under both of its."""
-    renamed = {wan_to_transformers(name): tensor for name, tensor in state.items()}
-    embedding = renamed.get(SHARED, renamed.get(EMBED_TOKENS))
-    if embedding is not None:
-        renamed[SHARED] = renamed[EMBED_TOKENS] = embedding
-    return renamed
-
-
 def infer_config(state: Mapping[str, Tensor], source: Path) -> dict[str, int]:
     """UMT5Config's sizes from the shapes of its tensors, under transformers' names. Raises InputError."""
     first = "encoder.block.0.layer"
@@ -235,12 +208,15 @@ def infer_config(state: Mapping[str, Tensor], source: Path) -> dict[str, int]:
         "bias": f"{first}.0.SelfAttention.relative_attention_bias.weight",
         "ffn": f"{first}.1.DenseReluDense.wi_0.weight",
     }
-    absent = [name for name in names.values() if name not in state]
+    absent = [name for name in names.values() if name not in state or state[name].ndim != 2]
     if absent:
-        raise InputError(f"{source} is not a UMT5 encoder: it lacks {some_names(absent)} (transformers' names).")
+        raise InputError(
+            f"{shown(source)} is not a UMT5 encoder: it lacks {some_names(absent)} (transformers' names). "
+            f"{identify_hint(source)}"
+        )
     shapes = {role: state[name].shape for role, name in names.items()}
     layers = {name.split(".")[2] for name in state if name.startswith("encoder.block.")}
-    heads = shapes["bias"][1]
+    heads = max(shapes["bias"][1], 1)
     return {
         "vocab_size": shapes["embedding"][0],
         "d_model": shapes["embedding"][1],

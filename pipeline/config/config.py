@@ -61,6 +61,8 @@ class InferenceConfig:
     generator_ckpt: str | None = None
     lora_ckpt: str | None = None
     adapter: AdapterConfig | None = None
+    vae_ckpt: str | None = None  # file or folder; None: that in the model folder, under one of its usual names
+    text_encoder_ckpt: str | None = None  # likewise
 
     model_root: str = field(default_factory=paths.default_model_root)
     device: str = "auto"
@@ -142,8 +144,8 @@ class InferenceConfig:
 
     @property
     def vae_path(self) -> Path:
-        """`Wan2.1_VAE.pth` or a Diffusers folder."""
-        return paths.vae_path(self.model_folder)
+        """File (or Diffusers folder) of the VAE."""
+        return paths.vae_path(self.model_folder, self.vae_ckpt, self.model_root)
 
     @property
     def preview_path(self) -> Path | None:
@@ -152,8 +154,8 @@ class InferenceConfig:
 
     @property
     def text_encoder_path(self) -> Path:
-        """`models_t5_umt5-xxl-enc-bf16.pth` or a Diffusers folder."""
-        return paths.text_encoder_path(self.model_folder)
+        """File (or Diffusers folder) of the text encoder."""
+        return paths.text_encoder_path(self.model_folder, self.text_encoder_ckpt, self.model_root)
 
     @property
     def tokenizer_path(self) -> Path:

@@ -7,10 +7,23 @@ what is missing. Knows the file names of Wan's own repositories and of their Dif
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from pathlib import Path
 
 from utils.errors import InputError
 
+# The same weights as their publishers call them: Wan-AI first, then the conversions for ComfyUI.
+VAE_NAMES = (
+    "Wan2.1_VAE.pth",
+    *("Wan2.1_VAE.safetensors", "Wan2_1_VAE_fp32.safetensors", "Wan2_1_VAE_bf16.safetensors"),
+    *("wan_2.1_vae.safetensors", "Wan2_1_VAE.safetensors", "Wan2.1_VAE.pt"),
+)
+TEXT_ENCODER_NAMES = (
+    "models_t5_umt5-xxl-enc-bf16.pth",
+    *("models_t5_umt5-xxl-enc-bf16.safetensors", "umt5-xxl-enc-bf16.safetensors", "umt5-xxl-enc-bf16.pth"),
+    *("umt5_xxl_fp16.safetensors", "umt5-xxl-enc-fp8_e4m3fn.safetensors", "umt5_xxl_fp8_e4m3fn_scaled.safetensors"),
+    *("models_t5_umt5-xxl-enc-bf16.pt", "umt5_xxl_fp16.pth"),
+)
 ROOT_VARIABLE = "DUMMY_FORCING_ROOT"
 DEFAULT_ROOT = "checkpoints"
 
@@ -34,9 +47,11 @@ def resolve_path(value: str, model_root: str, field: str) -> Path:
     return Path(model_root).expanduser() / path
 
 
-def vae_path(model_folder: Path) -> Path:
-    """`Wan2.1_VAE.pth`, or the folder `vae/` of the Diffusers layout."""
-    return _native_or_diffusers(model_folder, "Wan2.1_VAE.pth", "vae")
+def vae_path(model_folder: Path, given: str | None, model_root: str) -> Path:
+    """The VAE's file or folder that `vae_ckpt` gives, else the first of its usual ones that is there."""
+    if given is not None:
+        return resolve_path(given, model_root, "vae_ckpt")
+    return _native_or_diffusers(model_folder, VAE_NAMES, "vae")
 
 
 def preview_path(decoder: str, model_root: str) -> Path | None:
@@ -49,18 +64,19 @@ def preview_path(decoder: str, model_root: str) -> Path | None:
     return resolve_path(name, model_root, "decoder: taehv")
 
 
-def text_encoder_path(model_folder: Path) -> Path:
-    """`models_t5_umt5-xxl-enc-bf16.pth`, or the folder `text_encoder/` of the Diffusers layout."""
-    return _native_or_diffusers(model_folder, "models_t5_umt5-xxl-enc-bf16.pth", "text_encoder")
+def text_encoder_path(model_folder: Path, given: str | None, model_root: str) -> Path:
+    """The text encoder's file or folder that `text_encoder_ckpt` gives, else the first of its usual ones there is."""
+    if given is not None:
+        return resolve_path(given, model_root, "text_encoder_ckpt")
+    return _native_or_diffusers(model_folder, TEXT_ENCODER_NAMES, "text_encoder")
 
 
 def tokenizer_path(model_folder: Path) -> Path:
     """The folder `google/umt5-xxl/`, or `tokenizer/` of the Diffusers layout."""
-    return _native_or_diffusers(model_folder, "google/umt5-xxl", "tokenizer")
+    return _native_or_diffusers(model_folder, ("google/umt5-xxl",), "tokenizer")
 
 
-def _native_or_diffusers(model_folder: Path, native: str, diffusers: str) -> Path:
-    native_path = model_folder / native
-    if not native_path.exists() and (model_folder / diffusers).is_dir():
-        return model_folder / diffusers
-    return native_path
+def _native_or_diffusers(model_folder: Path, native: Sequence[str], diffusers: str) -> Path:
+    """The first there is of the native names and the folder of the Diffusers layout; else the first native one."""
+    choices = [*(model_folder / name for name in native), model_folder / diffusers]
+    return next((path for path in choices if path.exists()), choices[0])

@@ -17,10 +17,19 @@ from pipeline.config.config import InferenceConfig, check_against_model, geometr
 from pipeline.planning.cost import assumed_roles, cost_lines, possible_roles
 from pipeline.runtime.decoding import DecodeStrategy, fastest_strategy
 from pipeline.runtime.inputs import GeneratorSettings
-from pipeline.runtime.loading import META, choose_dtype, choose_vae_device, model_config_file, model_sizes, needs_vae
+from pipeline.runtime.loading import (
+    META,
+    choose_dtype,
+    choose_vae_device,
+    model_config_file,
+    model_sizes,
+    needs_vae,
+    read_sized_generator,
+)
 from utils.memory import PeakTracker, format_bytes, memory_of
 from wan.attention.cache import KVCache
 from wan.attention.head_group import CacheBytes, Retention
+from wan.checkpoints.files import container_of
 from wan.config import WAN_1_3B, WAN_14B, ModelConfig
 from wan.geometry import LatentGeometry, pixel_frames
 from wan.transformer.model import CausalWanModel
@@ -230,9 +239,16 @@ def planner_for(config: InferenceConfig, device: torch.device) -> Planner:
 
 
 def planned_sizes(config: InferenceConfig) -> ModelConfig:
-    """The transformer's sizes; the published ones that the folder's name promises where its file is missing."""
+    """The transformer's sizes; the published ones that the folder's name promises where its file is missing.
+
+    They are compared with the generator's file if that is there, before anything of these sizes is built.
+    """
     if model_config_file(config).is_file():
-        return model_sizes(config)
+        sizes = model_sizes(config)
+        source = config.generator_path
+        if source.is_file() and container_of(source) != "legacy pickle":  # that would be read whole
+            read_sized_generator(config, sizes)
+        return sizes
     sizes = WAN_14B if "14B" in config.model_name else WAN_1_3B
     check_against_model(config, sizes)
     return sizes

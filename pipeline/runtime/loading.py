@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
 from pathlib import Path
-from typing import TypeVar
 
 import torch
 from torch import Tensor
-from torch.utils._pytree import tree_map_only
 
 from dummy.policy import policy_from_config
 from dummy.roles import HeadRoles
@@ -17,13 +14,17 @@ from pipeline.config.config import InferenceConfig, check_against_model
 from pipeline.runtime.engine import check_engine
 from pipeline.runtime.inputs import GeneratorSettings
 from pipeline.runtime.schedule import DenoisingSchedule
-from utils.errors import InputError
+from utils.errors import InputError, shown
 from wan.attention.backends import attention_backend
 from wan.attention.varlen import ragged_backend
-from wan.checkpoints.diffusers_layout import read_model_config, read_model_state
-from wan.checkpoints.files import download_hint, generator_state, load_into, read_tensors
+from wan.checkpoints.diffusers_layout import read_generator, read_model_config
+from wan.checkpoints.files import TooLarge, download_hint, relative_hint
+from wan.checkpoints.filling import load_into
+from wan.checkpoints.kinds import require_sizes
 from wan.checkpoints.lora import merge_lora
-from wan.config import ModelConfig
+from wan.checkpoints.reading import read_tensors
+from wan.config import AdapterConfig, ModelConfig
+from wan.text import TextEncoder
 from wan.transformer.fp8 import check_fp8, to_fp8
 from wan.transformer.model import CausalWanModel
 from wan.vae.preview import SOURCE_HINT, PreviewDecoder
@@ -31,8 +32,6 @@ from wan.vae.streaming import LatentDecoder
 from wan.vae.vae import VAE
 
 logger = logging.getLogger(__name__)
-
-T = TypeVar("T")
 
 META = torch.device("meta")
 TEXT_ENCODER_HEADROOM = 12 << 30  # bytes free on the device from which on the 10.6 GiB text encoder goes there
@@ -112,12 +111,12 @@ def require_files(config: InferenceConfig) -> None:
         _roles_path(config): "dummy_forcing.roles: give a roles file or remove the key.",
         config.preview_path: f"decoder: {SOURCE_HINT} decoder=wan does without.",
     }
-    for path in needed_files(config):
-        if not path.exists():
-            hint = own_hints.get(path) or download_hint(path)
-            by_hint.setdefault(hint, []).append(f"{path} does not exist.")
+    missing = [path for path in needed_files(config) if not path.exists()]
+    for path in missing:
+        by_hint.setdefault(own_hints.get(path) or download_hint(path), []).append(f"{shown(path)} does not exist.")
     if by_hint:
-        raise InputError("\n".join(line for hint, lines in by_hint.items() for line in (*lines, hint)))
+        lines = [line for hint, lines in by_hint.items() for line in (*lines, hint)]
+        raise InputError("\n".join(lines) + relative_hint(*missing).replace(" ", "\n", 1))
 
 
 def check_before_loading(config: InferenceConfig, device: torch.device) -> tuple[ModelConfig, GeneratorSettings]:
@@ -137,7 +136,23 @@ def check_before_loading(config: InferenceConfig, device: torch.device) -> tuple
         check_fp8(device)
     _assemble(config, sizes, META, dtype)
     load_encoder(config, load_decoder(config, META, dtype))
+    _check_text_encoder(config, sizes, dtype)
     return sizes, settings
+
+
+def _check_text_encoder(config: InferenceConfig, sizes: ModelConfig, dtype: torch.dtype) -> None:
+    """Raises InputError if the text encoder's names and shapes do not fit, or not the transformer."""
+    source = config.text_encoder_path
+    try:
+        encoder = TextEncoder.load(source, config.tokenizer_path, dtype, META, sizes.text_len)
+    except TooLarge as error:  # a dry run may be on another machine than the run
+        logger.warning("%s It is not checked.", error)
+        return
+    if encoder.width != sizes.text_dim:
+        raise InputError(
+            f"{shown(source)} makes embeddings of {encoder.width} numbers and the transformer takes {sizes.text_dim} "
+            f"(text_dim of its config.json): they do not belong together. {download_hint(source)}"
+        )
 
 
 def text_encoder_place(config: InferenceConfig, device: torch.device) -> torch.device:
@@ -155,7 +170,9 @@ def text_encoder_place(config: InferenceConfig, device: torch.device) -> torch.d
 
 def model_sizes(config: InferenceConfig) -> ModelConfig:
     """The transformer's sizes, from the `config.json` of the model folder; what depends on them is checked."""
-    sizes = ModelConfig.from_mapping(read_model_config(config.model_folder), f"{config.model_folder}/config.json")
+    sizes = ModelConfig.from_mapping(
+        read_model_config(config.model_folder), f"{shown(config.model_folder)}/config.json"
+    )
     check_against_model(config, sizes)
     return sizes
 
@@ -173,26 +190,25 @@ def load_transformer(
 
 def _assemble(config: InferenceConfig, sizes: ModelConfig, device: torch.device, dtype: torch.dtype) -> CausalWanModel:
     """On the meta device nothing of the files is read but names and shapes, and those are checked all the same."""
-
-    def placed(content: Mapping[str, T]) -> dict[str, T]:
-        if device == META:
-            content = tree_map_only(Tensor, lambda tensor: tensor.to(device), content)
-        return dict(content)
-
     source = config.generator_path
-    if source.is_dir():
-        state = placed(read_model_state(source))
-    else:
-        state = generator_state(placed(read_tensors(source)), config.use_ema, source)
+    state = read_sized_generator(config, sizes)
+    if device == META:
+        state = {name: tensor.to(META) for name, tensor in state.items()}
     if config.lora_path is not None:
-        adapter = config.adapter
-        rank, alpha = (adapter.rank, adapter.alpha) if adapter is not None else (None, None)
-        merged = merge_lora(state, placed(read_tensors(config.lora_path)), rank, alpha, config.lora_path)
+        adapter = config.adapter or AdapterConfig()
+        merged = merge_lora(state, read_tensors(config.lora_path), adapter.rank, adapter.alpha, config.lora_path)
         logger.info("LoRA: merged into %d layers", merged)
     with torch.device("meta"):
         model = CausalWanModel(sizes)
     load_into(model, state, source, dtype, device, consume=True)
     return model.eval()
+
+
+def read_sized_generator(config: InferenceConfig, sizes: ModelConfig) -> dict[str, Tensor]:
+    """The generator's tensors, mapped into memory. Raises InputError where they are not of these sizes."""
+    state = read_generator(config.generator_path, config.use_ema)
+    require_sizes(state, sizes, config.generator_path, f"{shown(config.model_folder)}/config.json")
+    return state
 
 
 def load_vae(config: InferenceConfig, device: torch.device, dtype: torch.dtype) -> VAE:

@@ -1,8 +1,8 @@
-"""The two layouts in which Wan's transformer is published: Wan's own folder and Diffusers' `transformer/` folder.
+"""The two layouts in which Wan's transformer is published: Wan's own names and those of Diffusers' `transformer/`.
 
 Both are brought to Wan's names and to the keys of Wan's config.json, so that the rest of the program knows one
-layout only. Which of the two it is, is read off the content, not off the folder's name. This file does not know the
-model; it renames.
+layout only. Which of the two it is, is read off the content, not off a folder's or file's name. This file does not
+know the model; it renames.
 """
 
 from __future__ import annotations
@@ -10,15 +10,17 @@ from __future__ import annotations
 import re
 from collections.abc import Mapping
 from pathlib import Path
-from typing import cast
+from typing import TypeVar
 
 from torch import Tensor
 
-from utils.errors import InputError
-from wan.checkpoints.files import INDEX_SUFFIX, missing_file, read_json, read_tensors, stripped_tensors
+from utils.errors import InputError, shown
+from wan.checkpoints.files import read_json, usual_weights, weights_in
+from wan.checkpoints.reading import read_tensors
+from wan.checkpoints.state import generator_state
 
-WEIGHTS = "diffusion_pytorch_model"
 SUBFOLDER = "transformer"
+T = TypeVar("T")
 
 TOP_LEVEL = {
     "condition_embedder.time_embedder.linear_1": "time_embedding.0",
@@ -43,6 +45,13 @@ IN_ATTENTION = {
     "norm_k": "norm_k",
 }
 ATTENTION = {"attn1": "self_attn", "attn2": "cross_attn"}
+BLOCK = re.compile(r"(blocks\.\d+)\.(.+)")
+_IN_ATTENTIONS = {
+    f"{ours}.{part}": f"{theirs}.{their_part}"
+    for theirs, ours in ATTENTION.items()
+    for their_part, part in IN_ATTENTION.items()
+}
+_TO_DIFFUSERS = {ours: theirs for theirs, ours in {**TOP_LEVEL, **IN_BLOCK}.items()} | _IN_ATTENTIONS
 
 # Diffusers' configuration keys that have the same meaning under another name in Wan's config.json.
 CONFIG_KEYS = {
@@ -61,23 +70,37 @@ CONFIG_KEYS = {
 
 def is_diffusers_state(state: Mapping[str, object]) -> bool:
     """Whether the names are those of Diffusers' WanTransformer3DModel."""
-    return any(name.startswith("condition_embedder.") for name in state)
+    return any(name.startswith("condition_embedder.") or ".attn1.to_q." in name for name in state)
 
 
-def diffusers_to_wan(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The same tensors under Wan's names. A name that has no counterpart stays, for the strict comparison to report."""
-    return {_wan_name(name): tensor for name, tensor in state.items()}
+def to_wan(state: Mapping[str, T]) -> dict[str, T]:
+    """The same values under Wan's names, from those or from Diffusers'.
+
+    A name that has no counterpart stays, for the strict comparison to report.
+    """
+    if not is_diffusers_state(state):
+        return dict(state)
+    return {wan_name(name): value for name, value in state.items()}
 
 
-def _wan_name(name: str) -> str:
+def wan_name(name: str) -> str:
+    """Wan's name of a tensor that Diffusers calls `name`; any other name stays."""
     if name == "scale_shift_table":
         return "head.modulation"
-    block = re.fullmatch(r"(blocks\.\d+)\.(.+)", name)
+    block = BLOCK.fullmatch(name)
     if block is not None:
         inner = _wan_name_in_block(block[2])
         return name if inner is None else f"{block[1]}.{inner}"
     stem, _, leaf = name.rpartition(".")
     return f"{TOP_LEVEL[stem]}.{leaf}" if stem in TOP_LEVEL else name
+
+
+def diffusers_layer(layer: str) -> str:
+    """Diffusers' name of a layer (a name without `.weight`) that Wan calls `layer`; any other name stays."""
+    block = BLOCK.fullmatch(layer)
+    if block is None:
+        return _TO_DIFFUSERS.get(layer, layer)
+    return f"{block[1]}.{_TO_DIFFUSERS.get(block[2], block[2])}"
 
 
 def _wan_name_in_block(name: str) -> str | None:
@@ -92,25 +115,20 @@ def _wan_name_in_block(name: str) -> str | None:
     return None
 
 
-def read_model_state(folder: Path) -> dict[str, Tensor]:
-    """The transformer's tensors under Wan's names, mapped into memory.
+def read_generator(path: Path, use_ema: bool) -> dict[str, Tensor]:
+    """The transformer's tensors under Wan's names, mapped into memory, with the scales of quantised ones.
 
-    Found are `diffusion_pytorch_model*.safetensors`, one file or shards with their index, in `folder` or in
-    `folder/transformer`. Raises InputError when neither has them.
+    `path` is a file, or a folder with the weights or with a folder `transformer/` that has them. `use_ema` chooses
+    where a file has both. Raises InputError.
     """
-    path = _weights_in(folder) or _weights_in(folder / SUBFOLDER)
-    if path is None:
-        raise missing_file(folder / f"{WEIGHTS}.safetensors")
-    state = stripped_tensors(read_tensors(path), path)
-    return diffusers_to_wan(state) if is_diffusers_state(state) else state
+    source = path if path.is_file() else _weights(path)
+    return to_wan(generator_state(read_tensors(source), use_ema, source))
 
 
-def _weights_in(folder: Path) -> Path | None:
-    candidates = (folder / f"{WEIGHTS}{INDEX_SUFFIX}", folder / f"{WEIGHTS}.safetensors")
-    found = next((path for path in candidates if path.is_file()), None)
-    if found is None and any(folder.glob(f"{WEIGHTS}-*-of-*.safetensors")):
-        raise missing_file(candidates[0])
-    return found
+def _weights(folder: Path) -> Path:
+    """The weights in a folder, else in its `transformer/`."""
+    nested = folder / SUBFOLDER
+    return usual_weights(folder) or weights_in(nested if nested.is_dir() else folder)
 
 
 def read_model_config(folder: Path) -> dict[str, object]:
@@ -126,14 +144,17 @@ def read_model_config(folder: Path) -> dict[str, object]:
 
 
 def _native_config(config: Mapping[str, object], path: Path) -> dict[str, object]:
-    absent = [key for key in ("num_attention_heads", "attention_head_dim", "num_layers") if key not in config]
-    if absent:
-        raise InputError(f"{path} lacks {', '.join(absent)}.")
+    heads, width = config.get("num_attention_heads"), config["attention_head_dim"]
+    if not isinstance(heads, int) or not isinstance(width, int) or "num_layers" not in config:
+        wanted = "num_attention_heads, attention_head_dim and num_layers"
+        raise InputError(f"{shown(path)}: {wanted} must be there as integers, as Diffusers writes them.")
     for key in ("image_dim", "added_kv_proj_dim"):
         if config.get(key) is not None:
-            raise InputError(f"{path}: {key} is {config[key]}: an image-to-video model; text-to-video is wanted.")
+            raise InputError(
+                f"{shown(path)}: {key} is {shown(config[key], 40)}: an image-to-video model; text-to-video is wanted."
+            )
     native: dict[str, object] = {native: config[key] for key, native in CONFIG_KEYS.items() if key in config}
-    native["dim"] = cast("int", config["num_attention_heads"]) * cast("int", config["attention_head_dim"])
+    native["dim"] = heads * width
     native["qk_norm"] = config.get("qk_norm", True) is not None
     native["model_type"] = "t2v"
     return native

@@ -5,8 +5,9 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping
 from re import Match
+from typing import TypeVar
 
-from torch import Tensor
+T = TypeVar("T")
 
 RESIDUAL = {"residual.0": "norm1", "residual.2": "conv1", "residual.3": "norm2", "residual.6": "conv2"}
 UP_LAYERS = 4  # of each level of the decoder: three residual blocks, then the enlargement
@@ -43,7 +44,7 @@ def diffusers_name(name: str) -> str:
     return name
 
 
-def to_diffusers(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def to_diffusers(state: Mapping[str, T]) -> dict[str, T]:
     """The tensors under Diffusers' names; those that have them already stay."""
     if "decoder.conv1.weight" not in state:
         return dict(state)

@@ -14,14 +14,16 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
-from utils.errors import InputError
-from wan.checkpoints.files import some_names
+from utils.config import build
+from utils.errors import InputError, shown
+from wan.checkpoints.files import identify_hint, some_names
 from wan.vae.feature_cache import FeatureCache
 from wan.vae.layers import CUBE, CausalConv3d, Downsample, MidBlock, ResidualBlock, Upsample
 from wan.vae.norm import RMSNorm
 
 RES_BLOCKS = 2
 LEVELS = 4
+MOST_CHANNELS = 65536  # of any layer; Wan 2.1 has 384
 
 # Of the latents of Wan 2.1, channel by channel.
 MEAN = (
@@ -50,19 +52,27 @@ class VAEConfig:
     @classmethod
     def from_mapping(cls, settings: Mapping[str, object], source: Path) -> VAEConfig:
         """From the configuration of AutoencoderKLWan. Raises InputError if it is of another kind of VAE."""
+        name = shown(source)
         if settings.get("is_residual") or settings.get("patch_size") is not None:
-            raise InputError(f"{source} is a Wan 2.2 VAE (is_residual, patch_size); the models here use Wan 2.1's.")
+            raise InputError(f"{name} is a Wan 2.2 VAE (is_residual, patch_size); the models here use Wan 2.1's.")
         if settings.get("attn_scales"):
-            raise InputError(
-                f"{source} has attention at attn_scales {settings['attn_scales']}; Wan 2.1's VAE has none."
-            )
+            scales = shown(settings["attn_scales"], 40)
+            raise InputError(f"{name} has attention at attn_scales {scales}; Wan 2.1's VAE has none.")
         known = {field.name for field in fields(cls)}
-        values = {name: tuple(v) if isinstance(v, list) else v for name, v in settings.items() if name in known}
-        config = cls(**values)  # type: ignore[arg-type]
+        config = build(cls, {key: value for key, value in settings.items() if key in known}, name)
         if not config.z_dim == len(config.latents_mean) == len(config.latents_std):
             raise InputError(
-                f"{source}: z_dim is {config.z_dim}, but latents_mean and latents_std have {len(config.latents_mean)} "
+                f"{name}: z_dim is {config.z_dim}, but latents_mean and latents_std have {len(config.latents_mean)} "
                 f"and {len(config.latents_std)} entries; give all three in the VAE's config.json."
+            )
+        widths = (config.base_dim, config.decoder_base_dim or config.base_dim, config.z_dim, *config.dim_mult)
+        levels = (LEVELS, LEVELS - 1, RES_BLOCKS)
+        found = (len(config.dim_mult), len(config.temperal_downsample), config.num_res_blocks)
+        if min(widths) < 1 or max(widths) > MOST_CHANNELS or found != levels:
+            raise InputError(
+                f"{name} is no Wan 2.1 VAE: it has widths {shown(widths, 80)}, {found[0]} levels, {found[1]} "
+                f"temperal_downsample and num_res_blocks {found[2]}; wanted are widths from 1 to {MOST_CHANNELS} and "
+                f"{levels[0]}, {levels[1]} and {levels[2]} of the others."
             )
         return config
 
@@ -80,9 +90,12 @@ class VAEConfig:
             "decoder.conv_out.weight",
             *(f"encoder.down_blocks.{last}.conv2.weight" for last in lasts),
         ]
-        absent = [name for name in needed if name not in state]
+        absent = [name for name in needed if name not in state or state[name].ndim != 5 or 0 in state[name].shape]
         if absent:
-            raise InputError(f"{source} is not a Wan 2.1 VAE: it lacks {some_names(absent)} (Diffusers' names).")
+            raise InputError(
+                f"{shown(source)} is not a Wan 2.1 VAE: it lacks {some_names(absent)} (Diffusers' names). "
+                f"{identify_hint(source)}"
+            )
         base = state["encoder.conv_in.weight"].shape[0]
         settings: dict[str, object] = {
             "base_dim": base,

@@ -19,9 +19,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from utils.errors import InputError
+from utils.errors import InputError, shown
 from utils.pinned_buffers import PinnedBuffers
-from wan.checkpoints.files import load_into, read_tensors, some_names, stripped_tensors
+from wan.checkpoints.files import some_names
+from wan.checkpoints.filling import load_into
+from wan.checkpoints.reading import read_tensors
+from wan.checkpoints.state import stripped_tensors
 from wan.geometry import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
 from wan.vae.feature_cache import FeatureCache
 from wan.vae.layers import as_frames, as_video, doubled
@@ -50,9 +53,12 @@ class PreviewConfig:
         stem, head = "decoder.1.weight", f"decoder.{HEAD}.weight"
         grows = [f"decoder.{_grow(level)}.conv.weight" for level in range(LEVELS)]
         changes = [f"decoder.{_grow(level) + 1}.weight" for level in range(LEVELS)]
-        absent = [name for name in (stem, *grows, *changes, head) if name not in state or state[name].ndim != 4]
+        layers = (stem, *grows, *changes, head)
+        absent = [name for name in layers if name not in state or state[name].ndim != 4 or 0 in state[name].shape]
         if absent:
-            raise InputError(f"{source} is no TAEHV decoder: it lacks the layers {some_names(absent)}. {SOURCE_HINT}")
+            raise InputError(
+                f"{shown(source)} is no TAEHV decoder: it lacks the layers {some_names(absent)}. {SOURCE_HINT}"
+            )
         shapes = {name: state[name].shape for name in (stem, head)}
         strides = tuple(state[name].shape[0] // state[name].shape[1] for name in grows)
         _require(source, "latent channels", shapes[stem][1], Z_DIM)
@@ -65,8 +71,8 @@ class PreviewConfig:
 def _require(source: Path, what: str, found: int, wanted: int) -> None:
     if found != wanted:
         raise InputError(
-            f"{source} is a TAEHV decoder of another model: it has {found} {what}, that of Wan 2.1 has {wanted}. "
-            f"{SOURCE_HINT}"
+            f"{shown(source)} is a TAEHV decoder of another model: it has {found} {what}, that of Wan 2.1 has "
+            f"{wanted}. {SOURCE_HINT}"
         )
 
 
@@ -160,7 +166,7 @@ class PreviewDecoder(LatentDecoder):
         """From taew2_1.pth or .safetensors; its encoder is left out. Raises InputError when names or shapes differ."""
         if "lighttae" in path.name.lower():
             # Names and shapes are those of taew2_1: nothing but the file's name can tell.
-            raise InputError(f"{path}: LightX2V's decoders take latents of another scale. {SOURCE_HINT}")
+            raise InputError(f"{shown(path)}: LightX2V's decoders take latents of another scale. {SOURCE_HINT}")
         tensors = stripped_tensors(read_tensors(path), path)
         state = {name: tensor for name, tensor in tensors.items() if name.startswith("decoder.")}
         config = PreviewConfig.of_state(state, path)

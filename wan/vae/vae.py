@@ -16,7 +16,10 @@ from torch import Tensor
 
 from utils.errors import InputError
 from utils.pinned_buffers import PinnedBuffers
-from wan.checkpoints.files import load_into, read_json, read_tensors, stripped_tensors
+from wan.checkpoints.files import read_json, weights_in
+from wan.checkpoints.filling import load_into
+from wan.checkpoints.reading import read_tensors
+from wan.checkpoints.state import VAE_PREFIXES, opened, stripped_tensors
 from wan.checkpoints.vae_names import to_diffusers
 from wan.vae.feature_cache import FeatureCache
 from wan.vae.layers import Upsample, run
@@ -24,8 +27,6 @@ from wan.vae.modules import VAEConfig, VAEModule
 from wan.vae.streaming import LatentDecoder, StreamingDecoder
 from wan.vae.tiles import TiledFrames, check_tile
 from wan.vae.untiled import DecoderStage, FrameDecoder, UntiledDecoder
-
-DIFFUSERS_WEIGHTS = "diffusion_pytorch_model.safetensors"
 
 
 class VAE(LatentDecoder):
@@ -46,13 +47,11 @@ class VAE(LatentDecoder):
 
     @classmethod
     def load(cls, path: Path, dtype: torch.dtype, device: torch.device | str) -> VAE:
-        """From Wan2.1_VAE.pth, or from a Diffusers `vae/` folder. Raises InputError."""
-        if not path.is_dir():
-            return cls.from_state(stripped_tensors(read_tensors(path), path), None, dtype, device, path)
-        index = path / f"{DIFFUSERS_WEIGHTS}.index.json"
-        weights = index if index.is_file() else path / DIFFUSERS_WEIGHTS
-        state = stripped_tensors(read_tensors(weights), weights)
-        return cls.from_state(state, read_json(path / "config.json"), dtype, device, weights)
+        """From a file in Wan's or Diffusers' names, or from a Diffusers `vae/` folder. Raises InputError."""
+        weights = weights_in(path) if path.is_dir() else path
+        config = read_json(path / "config.json") if path.is_dir() else None
+        state = stripped_tensors(opened(read_tensors(weights))[1], weights, VAE_PREFIXES)
+        return cls.from_state(state, config, dtype, device, weights)
 
     @classmethod
     def from_state(
