@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import re
 import shlex
 import shutil
@@ -53,6 +54,8 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
         with VideoWriter(folder / f"{name}.mp4", 48, 32) as writer:
             writer.write(frames[:count])
         (folder / f"{name}.mp4").rename(folder / name)
+    board = {"prompts": ["A red ball moves to the right.", "It grows."], "switch_frame_indices": [9]}
+    (folder / "storyboard.jsonl").write_text(json.dumps(board) + "\n")
     return folder
 
 
