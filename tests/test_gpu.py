@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import time
 import warnings
 from dataclasses import replace
 
@@ -12,10 +13,12 @@ from torch import Tensor
 
 from benchmarks.vae import random_vae
 from dummy.roles import HeadRoles
+from pipeline.runtime.decoding import BlockDecoder, DecodeStrategy
 from pipeline.runtime.engine import choose_engine, passes_of, start_engine
 from pipeline.runtime.generator import BlockGenerator
 from tests.test_generator import GEOMETRY, ROLES, generator, latents, start
 from tests.tiny import CONFIG, tiny_model
+from utils.profiler import Profiler
 from wan.transformer.graphs import GraphedPasses
 from wan.transformer.layers import FeedForward, gelu_product, has_gelu_product
 from wan.transformer.model import CausalWanModel
@@ -116,3 +119,17 @@ def test_recordings_share_their_memory() -> None:
         sizes.append(torch.cuda.memory_reserved() - before)
         del made
     assert sizes[1] < 2 * sizes[0] + (64 << 20)
+
+
+def test_waiting_for_frames_leaves_the_core_to_others() -> None:
+    device = torch.device("cuda")
+    decoder = BlockDecoder(random_vae(8, device, torch.float32), (32, 48), Profiler(device), DecodeStrategy())
+    busy = torch.rand(4096, 4096, device=device)
+    torch.cuda.synchronize(device)
+    for _ in range(200):
+        busy = torch.tanh(busy @ busy)
+    frames = decoder._to_host((busy[:32, :48] * 255).to(torch.uint8))
+    before, worked = time.perf_counter(), time.thread_time()
+    frames.wait()
+    waited = time.perf_counter() - before
+    assert waited < 0.05 or time.thread_time() - worked < 0.5 * waited

@@ -25,7 +25,7 @@ logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 600.0  # until all have begun: importing and listing a folder on a slow network disk take a while
 LOOK_S = 1.0  # between looks at the launcher
-GRACE_S = 10.0  # for tidying up once it is gone
+GRACE_S = 5.0  # for tidying up once it is gone
 
 _OF_EACH_PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 _OF_THE_STORE = ("MASTER_ADDR", "MASTER_PORT")
