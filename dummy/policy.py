@@ -1,7 +1,7 @@
 """Context policies: what every head keeps, before and after the roles of the heads are known.
 
-Full history, a window with sinks, prune and packed (arXiv 2601.20499, heterogeneous memory allocation) and any other
-head-wise method are retentions here and nothing else; neither the cache nor attention has a branch for them.
+Full history, a window with sinks, prune and packed (arXiv 2601.20499, heterogeneous memory allocation), calibrated and
+any other head-wise method are retentions here and nothing else; neither the cache nor attention has a branch for them.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ from dummy.budget import DummyBudget
 from dummy.config import DummyForcingConfig
 from dummy.equal_cost import EqualCost
 from dummy.frame_attention import regions
+from dummy.retentions import RetentionTable
 from dummy.roles import HeadRoles, Role
 from utils.errors import InputError
 from wan.attention.head_group import FULL_HISTORY, UNBOUNDED, HeadLayout, Retention
@@ -60,10 +61,7 @@ class HeadSplit:
     def layout(self, roles: HeadRoles) -> HeadLayout:
         """What every head keeps, with heads of a layer that keep equally much together."""
         by_role = self.retentions(roles)
-        ranked = sorted(Role, key=lambda role: (by_role[role].total, role))
-        orders = [sorted(range(len(row)), key=lambda head: ranked.index(row[head])) for row in roles.table]
-        segments = [[(row.count(role), by_role[role]) for role in ranked if role in row] for row in roles.table]
-        return HeadLayout(orders, segments)
+        return RetentionTable.of([[by_role[role] for role in row] for row in roles.table]).layout()
 
 
 @dataclass(frozen=True)
@@ -71,12 +69,22 @@ class ContextPolicy:
     """`initial` is what all heads keep until a split, if there is one, takes over.
 
     `window_sinks`: sink frames that count as part of the window of `local_attn_size` frames (window and prune).
+    `table`: what every head keeps from the first block on; then there is no split.
     """
 
     name: str
     initial: Retention
     split: HeadSplit | None = None
     window_sinks: int = 0
+    table: RetentionTable | None = None
+
+    def fixed_layout(self) -> HeadLayout | None:
+        """What every head keeps, where that holds from the first block on."""
+        if self.table is not None:
+            return self.table.layout()
+        if self.split is not None and self.split.from_start and self.split.roles is not None:
+            return self.split.layout(self.split.roles)
+        return None
 
     @property
     def bounded(self) -> bool:
@@ -96,6 +104,11 @@ def base_retention(local_attn_size: int, sink: int, block: int) -> Retention:
 def prune_by_role(base: Retention) -> dict[Role, Retention]:
     """Dummy heads see nothing earlier, all others what `base` keeps."""
     return {Role.SINK: base, Role.NEIGHBOR: base, Role.DUMMY: Retention(0, 0)}
+
+
+def policy_of_table(table: RetentionTable) -> ContextPolicy:
+    """Every head keeps what the table says from the first block on."""
+    return ContextPolicy("calibrated", table.largest(), table=table)
 
 
 def largest(by_role: Mapping[Role, Retention]) -> Retention:

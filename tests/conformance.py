@@ -25,7 +25,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dummy.config import DummyForcingConfig, RetentionConfig
-from dummy.policy import ContextPolicy, policy_from_config
+from dummy.policy import ContextPolicy, policy_from_config, policy_of_table
+from dummy.retentions import RetentionTable
 from dummy.roles import HeadRoles
 from pipeline.runtime.engine import WAYS, passes_of
 from pipeline.runtime.generator import BlockGenerator, FlowRecord
@@ -34,6 +35,7 @@ from pipeline.runtime.schedule import DenoisingSchedule
 from pipeline.session import Session
 from utils.errors import InputError
 from wan.attention.backends import AttentionName
+from wan.attention.head_group import Retention
 from wan.checkpoints.filling import load_into
 from wan.checkpoints.lora import merge_lora
 from wan.checkpoints.reading import read_tensors
@@ -105,14 +107,16 @@ def context_policy(case: Case) -> tuple[ContextPolicy, int | None]:
     block = int(case["frames_per_block"])
     given = dict(case["policy"])
     kind = given.pop("kind")
-    if kind not in ("full", "window", "prune", "packed"):
-        raise InputError(f"the case's policy.kind is {kind!r}; it is full, window, prune or packed")
+    if kind not in ("full", "window", "prune", "packed", "calibrated"):
+        raise InputError(f"the case's policy.kind is {kind!r}; it is full, window, prune, packed or calibrated")
     size = given.pop("local_attn_size", -1)
     window = ModelKwargs(local_attn_size=size, sink_size=given.pop("sink_size", 0))
     recache = case.get("recache", size)
     frames = None if recache in (-1, None) else int(recache)
     if kind in ("full", "window"):
         return policy_from_config(window, DummyForcingConfig(enabled=False), block), frames
+    if kind == "calibrated":
+        return policy_of_table(retention_table(given["table"], ModelConfig.from_mapping(case["model"]))), frames
     if "retention" in given:
         given["retention"] = RetentionConfig(**{role: tuple(kept) for role, kept in given["retention"].items()})
     given.setdefault("num_dummy", 0)
@@ -124,6 +128,22 @@ def context_policy(case: Case) -> tuple[ContextPolicy, int | None]:
     # Given roles hold from the first block on; in cases of kind prune after block ar_start, as observed ones do.
     split = replace(policy.split, roles=roles, from_start=kind == "packed")
     return replace(policy, split=split), frames
+
+
+def retention_table(numbers: Sequence[Sequence[Sequence[int]]], sizes: ModelConfig) -> RetentionTable:
+    """From [layers][heads][sink, recent]. Raises InputError for a table of another shape."""
+    try:
+        table = RetentionTable.of([[Retention(sink, recent) for sink, recent in row] for row in numbers])
+        kept = [number for one in table.counts() for number in (one.sink, one.recent)]
+        fits = all(type(number) is int and number >= 0 for number in kept)
+    except (TypeError, ValueError):
+        table, fits = RetentionTable(()), False
+    if not fits or [len(row) for row in table.rows] != [sizes.num_heads] * sizes.num_layers:
+        raise InputError(
+            "the case's policy.table is no list of [sink, recent], whole numbers from 0 on, for each of "
+            f"{sizes.num_layers} layers x {sizes.num_heads} heads"
+        )
+    return table
 
 
 def make_generator(case: Case, model: CausalWanModel, machine: Machine) -> BlockGenerator:

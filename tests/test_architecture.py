@@ -18,7 +18,7 @@ LIBRARY = [path for layer in LAYERS[1:] for path in sorted((ROOT / layer).glob("
 # Within a layer, from the ground up: a file imports from its own room or from a lower floor.
 FLOORS = {
     "wan": [{"geometry", "config", "cuda_graphs"}, {"attention", "checkpoints"}, {"text", "transformer", "vae"}],
-    "dummy": [{"budget", "presets"}, {"roles", "config", "frame_attention", "teacache"}],
+    "dummy": [{"budget", "presets", "retentions"}, {"roles", "config", "frame_attention", "teacache"}],
     "pipeline": [{"config"}, {"runtime"}, {"planning"}, {"session"}, {"assembly"}, {"video_files"}],
 }
 FLOORS["pipeline"] += [{"atlas", "vbench"}]

@@ -16,7 +16,7 @@ ROLLOUTS = [path for path in CASES if path.stem not in ("text_encoder", "vae")]
 
 
 def test_all_vectors_are_here() -> None:
-    assert len(CASES) == 15
+    assert len(CASES) == 16
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)
@@ -52,6 +52,16 @@ def test_roles_that_differ_decide_nothing_in_bf16(capsys: pytest.CaptureFixture[
     assert conformance.report({**expected, "head_roles": torch.tensor([[2, 1]])}, expected, "bf16")
     assert not conformance.report({**expected, "latents": 1.1 * torch.ones(4)}, expected, "bf16")
     assert "latents          1.00e-01  above 2e-02" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    "table",
+    [[], [[[0, 1]] * 4] * 2, [[[0, 1]] * 3] * 3, [[[0]] * 4] * 3, [[[0, -1]] * 4] * 3, [[[0, True]] * 4] * 3, [3], 7],
+)
+def test_a_table_that_is_not_one_retention_a_head_is_refused(table: object) -> None:
+    case, _ = conformance.read_case(VECTORS / "calibrated.safetensors")
+    with pytest.raises(conformance.InputError, match=r"policy.table is no list of \[sink, recent\]"):
+        conformance.context_policy({**case, "policy": {"kind": "calibrated", "table": table}})
 
 
 def test_a_wrong_expectation_fails(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -6,7 +6,7 @@ softmax in float64.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import get_args
 
 import pytest
@@ -16,12 +16,13 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dummy.config import DummyForcingConfig, RetentionConfig
-from dummy.policy import policy_from_config
+from dummy.policy import ContextPolicy, policy_from_config, policy_of_table
 from dummy.presets import PRESETS, PresetName
+from dummy.retentions import RetentionTable
 from dummy.roles import HeadRoles, Role
 from wan.attention.backends import sdpa
 from wan.attention.cache import KVCache
-from wan.attention.head_group import CacheShape, Retention
+from wan.attention.head_group import UNBOUNDED, CacheShape, Retention
 from wan.attention.varlen import ragged_backend
 from wan.config import ModelKwargs
 
@@ -57,6 +58,11 @@ class Case:
     own: bool  # a block joins the cache from its own slots
     ragged: bool = False  # one launch for all heads
     relative: int | None = None  # the window at whose start the first frames stand
+    table: tuple[tuple[int, int], ...] = ()  # calibrated: what each head keeps; roles are not looked at
+
+    @property
+    def heads(self) -> int:
+        return len(self.table or self.roles)
 
 
 @st.composite
@@ -85,8 +91,18 @@ def cases(draw: st.DrawFn) -> Case:
     )
 
 
-def kept(case: Case, index: int, role: Role) -> tuple[int, int]:
+@st.composite
+def calibrated_cases(draw: st.DrawFn) -> Case:
+    size = st.integers(0, 7)
+    table = draw(st.lists(st.tuples(size, size) | st.just((0, UNBOUNDED)), min_size=1, max_size=6))
+    return replace(draw(cases()), policy="calibrated", table=tuple(table))
+
+
+def kept(case: Case, index: int, head: int) -> tuple[int, int]:
     """How many of the first and of the last earlier frames a head sees in block `index`, from the table of policies."""
+    if case.policy == "calibrated":
+        return case.table[head]
+    role = case.roles[head]
     split = index > case.ar_start
     windowed = (0, 10**6) if case.window == -1 else (case.sink, case.window - case.sink - case.block)
     if case.policy in ("full", "window"):
@@ -120,6 +136,26 @@ def test_policy_equals_masked_attention(case: Case) -> None:
     check_against_the_twin(case)
 
 
+@settings(max_examples=100, deadline=None)
+@given(calibrated_cases())
+def test_a_table_of_retentions_equals_masked_attention(case: Case) -> None:
+    check_against_the_twin(case)
+
+
+def test_heads_that_keep_equally_many_frames_share_an_attention_call() -> None:
+    rows = [[Retention(*kept) for kept in ((0, 4), (1, 0), (0, 0), (1, 3), (0, 1), (0, 4))]]
+    table = RetentionTable.of(rows)
+    layout = table.layout()
+    (order,), (segments,) = layout.orders, layout.segments
+    assert order == [2, 1, 4, 3, 0, 5]
+    assert segments == [(1, Retention(0, 0)), (1, rows[0][1]), (1, rows[0][4]), (1, rows[0][3]), (2, rows[0][0])]
+    cache = KVCache(1, CacheShape(1, 6, WIDTH, 2, 1, 5), Retention(0, 0), sdpa, torch.empty(0), None, layout)
+    keys = torch.zeros(1, 10, 6, WIDTH)
+    cache.layers[0].commit(keys, keys, range(5))
+    assert [(first, stop) for first, stop, _ in cache.layers[0].state] == [(0, 1), (1, 3), (3, 6)]
+    assert table.lengths() == 3 and table.mean_frames(99) == 14 / 6 and table.mean_frames(3) == 11 / 6
+
+
 @pytest.mark.parametrize("local_blocks", [1, 2])
 @pytest.mark.parametrize("preset", PRESETS)
 def test_every_preset_equals_masked_attention(preset: str, local_blocks: int) -> None:
@@ -133,8 +169,9 @@ def test_every_preset_is_written_down_here_and_says_where_it_is_from() -> None:
         assert len(preset.source) > 20
 
 
-def check_against_the_twin(case: Case) -> None:
-    heads = len(case.roles)
+def policy_of(case: Case) -> ContextPolicy:
+    if case.policy == "calibrated":
+        return policy_of_table(RetentionTable.of([[Retention(*kept) for kept in case.table]]))
     enabled = case.policy in ("prune", "packed")
     retention = RetentionConfig(*case.retention) if case.retention is not None else None
     dummy = DummyForcingConfig(
@@ -145,13 +182,18 @@ def check_against_the_twin(case: Case) -> None:
         preset=case.preset,
         retention=retention,
     )
-    policy = policy_from_config(ModelKwargs(case.window, sink_size=case.sink), dummy, case.block)
+    return policy_from_config(ModelKwargs(case.window, sink_size=case.sink), dummy, case.block)
+
+
+def check_against_the_twin(case: Case) -> None:
+    heads, policy = case.heads, policy_of(case)
     past = (case.blocks - 1) * case.block
     shape = CacheShape(case.batch, heads, WIDTH, case.tokens, case.block, past)
     ragged = ragged_backend("varlen", torch.device("cpu"), torch.float32) if case.ragged else None
-    cache = KVCache(1, shape, policy.initial, sdpa, torch.empty(0), case.relative, ragged=ragged)
+    fixed = policy.fixed_layout()
+    order = list(range(heads)) if fixed is None else fixed.orders[0]
+    cache = KVCache(1, shape, policy.initial, sdpa, torch.empty(0), case.relative, fixed, ragged)
     layer = cache.layers[0]
-    order = list(range(heads))
     generator = torch.Generator().manual_seed(0)
     history_k = torch.zeros(case.batch, 0, heads, WIDTH)  # as keys are before they are turned
     history_v = torch.zeros(case.batch, 0, heads, WIDTH)
@@ -166,7 +208,7 @@ def check_against_the_twin(case: Case) -> None:
             q, turned_k = (turned(x, own).float() for x in (q, k))
             out = layer.attend(q[:, :, order], turned_k[:, :, order], v[:, :, order])
             for place, head in enumerate(order):
-                sink, recent = kept(case, index, case.roles[head])
+                sink, recent = kept(case, index, head)
                 mask = (frames < sink) | (frames >= start - recent)
                 moved = 0 if case.relative is None else max(0, stop - case.relative)
                 positions = torch.where(frames < min(sink, start), frames + moved, frames)

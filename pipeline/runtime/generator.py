@@ -156,10 +156,9 @@ class Rollout:
         self.record = FlowRecord(0)
         self.forwards = 0  # all of them, of which `skipped` did not run the layers
         self.skipped = 0
-        layout = None
-        if self._split is not None and self._split.from_start and self.roles is not None:
+        layout = settings.policy.fixed_layout()
+        if layout is not None:
             self._observed_block = None
-            layout = self._split.layout(self.roles)
         self.roles_pending = self._split is not None and layout is None
         """Whether head roles are yet to be observed, after which the cache is laid out anew."""
         self._batch = batch
