@@ -6,12 +6,16 @@ Conditions that involve the video's length or the model's size are not checked h
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields
 from typing import Literal, NamedTuple
 
 from dummy.budget import DummyBudget, Within
 from dummy.presets import PRESETS, PresetName
 from utils.errors import InputError
+
+_OF_CALIBRATION = ("calibration", "frames_per_head", "max_lengths")
+_OF_ROLES = ("retention", "equal_cost", "roles", "reclassify_on_switch")
 
 
 class HeadRetentions(NamedTuple):
@@ -53,12 +57,16 @@ class DummyForcingConfig:
     as a speed in pixel frames a second leaves room for, which the run measures when it starts, so that such videos
     differ from machine to machine.
 
+    Policy `calibrated` knows no roles: every head keeps what a calibration file says costs it least, with
+    `frames_per_head` earlier frames as a mean over all heads, or as many as `full`, `window` or a speed (16fps) leave
+    room for, which mean what they do in `equal_cost`.
+
     Raises:
         InputError: a value out of range, or a retention for a policy that has none.
     """
 
     enabled: bool = True
-    policy: Literal["packed", "prune"] = "packed"
+    policy: Literal["packed", "prune", "calibrated"] = "packed"
     denoise_start: int = 0  # denoising step from which heads are split; published programs work with 0 alone
     ar_start: int = 1  # block, counted from 0, in whose clean pass the head roles are found
     local_context_length: int = 1  # L, blocks that neighbour heads (before the split: all heads) look back
@@ -72,6 +80,9 @@ class DummyForcingConfig:
     equal_cost: Literal["full", "window"] | float | None = None  # see above
     roles: str | None = None  # file of saved head roles; null: observe them in every video
     reclassify_on_switch: bool = False  # find the roles anew after a prompt switch
+    calibration: str | None = None  # file of python -m pipeline.calibrate, for policy calibrated; so are the next two
+    frames_per_head: float | str | None = None  # earlier latent frames, window, full, or a speed such as 16fps
+    max_lengths: int | None = None  # different retentions in a layer, each an attention call (varlen: one for all)
     teacache_enabled: bool = False
     teacache_threshold: float = 0.2  # accumulated relative change below which a step is skipped
 
@@ -80,6 +91,11 @@ class DummyForcingConfig:
             return
         if self.denoise_start != 0:
             raise InputError(f"dummy_forcing.denoise_start: only 0 works, got {self.denoise_start}")
+        if self.teacache_threshold < 0:
+            raise InputError(f"dummy_forcing.teacache_threshold: must be 0 or more, got {self.teacache_threshold}")
+        self._check_calibrated()
+        if self.policy == "calibrated":
+            return
         observing = ("ar_start", "sink_score_frames") if self.roles is None else ()
         for name in ("local_context_length", *observing):
             if getattr(self, name) < 1:
@@ -90,8 +106,6 @@ class DummyForcingConfig:
                 "dummy_forcing.score_query_share: must be above 0 and at most 1 (all queries), "
                 f"got {self.score_query_share}"
             )
-        if self.teacache_threshold < 0:
-            raise InputError(f"dummy_forcing.teacache_threshold: must be 0 or more, got {self.teacache_threshold}")
         for name, default in (("retention", None), ("preset", "paper"), ("equal_cost", None)):
             if self.policy == "prune" and getattr(self, name) != default:
                 raise InputError(
@@ -103,6 +117,55 @@ class DummyForcingConfig:
                 "dummy_forcing.equal_cost: must be full, window, or a speed above 0 in pixel frames a second, "
                 f"got {self.equal_cost}"
             )
+
+    def _check_calibrated(self) -> None:
+        calibrated = self.policy == "calibrated"
+        foreign = _OF_ROLES if calibrated else _OF_CALIBRATION
+        for name in foreign:
+            default = next(field.default for field in fields(self) if field.name == name)
+            if getattr(self, name) != default:
+                raise InputError(
+                    f"dummy_forcing.{name}: policy {self.policy} would ignore it; remove it or use "
+                    f"dummy_forcing.policy={'packed' if calibrated else 'calibrated'}"
+                )
+        if not calibrated:
+            return
+        if self.calibration is None:
+            raise InputError(
+                "dummy_forcing.calibration: policy calibrated needs a file; make one with python -m pipeline.calibrate "
+                "--config_path YAML --out FILE"
+            )
+        if self.max_lengths is not None and self.max_lengths < 1:
+            raise InputError(
+                f"dummy_forcing.max_lengths: a layer's heads keep something, so it must be 1 or more, got "
+                f"{self.max_lengths}; or leave it out"
+            )
+        frames, speed = self.frames_per_head, self.speed
+        if isinstance(frames, float) and frames >= 0:
+            return
+        if frames not in ("window", "full") and (speed is None or not speed > 0):
+            raise InputError(
+                "dummy_forcing.frames_per_head: policy calibrated needs a number of earlier latent frames from 0 on, "
+                f"window, full, or a speed above 0 such as 16fps; got {_shown(frames)}"
+            )
+
+    @property
+    def finds_roles(self) -> bool:
+        """Whether head roles are observed in a video."""
+        return self.enabled and self.policy != "calibrated" and (self.roles is None or self.reclassify_on_switch)
+
+    @property
+    def cost_key(self) -> str:
+        """The key that says what blocks may cost."""
+        return "frames_per_head" if self.policy == "calibrated" else "equal_cost"
+
+    @property
+    def speed(self) -> float | None:
+        """The pixel frames a second that the run is to measure and meet, if it is."""
+        if self.policy != "calibrated":
+            return self.equal_cost if isinstance(self.equal_cost, float) else None
+        match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) *fps", str(self.frames_per_head), re.IGNORECASE)
+        return float(match[1]) if match else None
 
     def _check_budget(self) -> None:
         amount = self.num_dummy
@@ -133,3 +196,7 @@ class DummyForcingConfig:
             given.neighbor or preset.neighbor.frames(context),
             given.dummy or preset.dummy.frames(context),
         )
+
+
+def _shown(value: object) -> str:
+    return "nothing" if value is None else repr(value)[:40]

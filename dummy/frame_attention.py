@@ -44,8 +44,11 @@ class FrameAttention:
         self._entropies: dict[int, Tensor] = {}
         self.frames: list[int] = []
 
-    def __call__(self, layer: int, q: Tensor, keys: Tensor, context: Sequence[int]) -> None:
-        """q [B, L, H, D]; keys [B, S, H, D]: the pass's own frames first, then the frames numbered in `context`."""
+    def __call__(
+        self, layer: int, q: Tensor, keys: Tensor, context: Sequence[int], values: Tensor | None = None
+    ) -> None:
+        """q [B, L, H, D]; keys [B, S, H, D]: the pass's own frames first, then the frames numbered in `context`; values
+        are not looked at."""
         q = q[:, self._sample(q.shape[1]).to(q.device)]
         batch, queries, heads, width = q.shape
         mass = torch.zeros(heads, keys.shape[1] // self._tokens, device=q.device)
@@ -65,11 +68,7 @@ class FrameAttention:
         self.frames = list(context)
 
     def _sample(self, queries: int) -> Tensor:
-        """One query in each of as many equal stretches; its place in them follows the golden ratio, since a constant
-        step would meet the same few columns in every row of a frame."""
-        count = sampled(queries, self._query_share, self._most)
-        stretch = torch.arange(count, dtype=torch.float64)
-        return ((stretch + (0.5 + stretch * GOLDEN) % 1) * (queries / count)).long()
+        return evenly_spread(queries, sampled(queries, self._query_share, self._most))
 
     def by_frame(self) -> Tensor:
         """[layers, heads, context frames + 1]: attention to each context frame, oldest first, and to the block."""
@@ -86,6 +85,13 @@ class FrameAttention:
         """[layers, heads], nats; at most the logarithm of the number of keys."""
         assert self._with_entropy
         return torch.stack([self._entropies[layer] for layer in sorted(self._entropies)])
+
+
+def evenly_spread(queries: int, count: int) -> Tensor:
+    """`count` of that many queries, one in each of as many equal stretches; its place in them follows the golden ratio,
+    since a constant step would meet the same few columns in every row of a frame."""
+    stretch = torch.arange(count, dtype=torch.float64)
+    return ((stretch + (0.5 + stretch * GOLDEN) % 1) * (queries / count)).long()
 
 
 def sampled(queries: int, share: float, most: int | None = MOST_SAMPLED) -> int:

@@ -12,6 +12,7 @@ from dataclasses import dataclass, field, replace
 from torch import Tensor
 
 from dummy.budget import DummyBudget
+from dummy.calibration.dial import Allocation, Dial
 from dummy.config import DummyForcingConfig
 from dummy.equal_cost import EqualCost
 from dummy.frame_attention import regions
@@ -69,7 +70,8 @@ class ContextPolicy:
     """`initial` is what all heads keep until a split, if there is one, takes over.
 
     `window_sinks`: sink frames that count as part of the window of `local_attn_size` frames (window and prune).
-    `table`: what every head keeps from the first block on; then there is no split.
+    `table`: what every head keeps from the first block on; then there is no split. `dial` is what it was chosen by, if
+    it was, and `allocation` what that predicts.
     """
 
     name: str
@@ -77,6 +79,8 @@ class ContextPolicy:
     split: HeadSplit | None = None
     window_sinks: int = 0
     table: RetentionTable | None = None
+    dial: Dial | None = None
+    allocation: Allocation | None = None
 
     def fixed_layout(self) -> HeadLayout | None:
         """What every head keeps, where that holds from the first block on."""
@@ -111,21 +115,47 @@ def policy_of_table(table: RetentionTable) -> ContextPolicy:
     return ContextPolicy("calibrated", table.largest(), table=table)
 
 
+def calibrated_policy(dial: Dial, frames: float) -> ContextPolicy:
+    """Every head keeps what costs least with `frames` earlier frames a head. Raises InputError if that cannot be."""
+    allocation = dial.choose(frames)
+    return replace(policy_of_table(allocation.table), dial=dial, allocation=allocation)
+
+
+def frames_asked(dummy: DummyForcingConfig, base: Retention, dial: Dial) -> float:
+    """Earlier frames a head that policy calibrated may spend: as many as there are where it asks for more than that
+    without giving a number, and as few as can be where the run has yet to measure."""
+    least, most = dial.limits()
+    if isinstance(dummy.frames_per_head, float):
+        return dummy.frames_per_head
+    if dummy.speed is not None:
+        return least
+    return min(max(base.total, least), most) if dummy.frames_per_head == "window" else most
+
+
 def largest(by_role: Mapping[Role, Retention]) -> Retention:
     """What all heads keep until a packed split: enough for every role."""
     return Retention(max(r.sink for r in by_role.values()), max(r.recent for r in by_role.values()))
 
 
 def policy_from_config(
-    window: ModelKwargs, dummy: DummyForcingConfig, block: int, roles: HeadRoles | None = None
+    window: ModelKwargs,
+    dummy: DummyForcingConfig,
+    block: int,
+    roles: HeadRoles | None = None,
+    dial: Dial | None = None,
 ) -> ContextPolicy:
-    """The policy that the settings ask for, with blocks of `block` latent frames and given or observed roles.
+    """The policy that the settings ask for, with blocks of `block` latent frames and given or observed roles; policy
+    calibrated goes by the `dial`.
 
-    Raises InputError for an equal cost with given roles of which none is a neighbour head's.
+    Raises InputError for an equal cost with given roles of which none is a neighbour head's, and for frames a head that
+    the dial does not have.
     """
     base = base_retention(window.local_attn_size, window.sink_size, block)
     if not dummy.enabled:
         return ContextPolicy("full" if base == FULL_HISTORY else "window", base, window_sinks=base.sink)
+    if dummy.policy == "calibrated":
+        assert dial is not None
+        return calibrated_policy(dial, frames_asked(dummy, base, dial))
     if dummy.policy == "prune":
         by_role = prune_by_role(base)
     else:
@@ -168,3 +198,11 @@ def with_equal_cost(packed: ContextPolicy, frames: float, block: int) -> Context
     until_split = (packed.split.ar_start + 1) * block
     initial = Retention(packed.initial.sink, max(packed.initial.recent, until_split))
     return replace(packed, initial=initial, split=replace(packed.split, equal_cost=EqualCost(frames)))
+
+
+def with_frames(policy: ContextPolicy, frames: float, block: int) -> ContextPolicy:
+    """The policy with `frames` earlier frames a head, a cost that was measured and not given."""
+    if policy.dial is None:
+        return with_equal_cost(policy, frames, block)
+    least, most = policy.dial.limits()
+    return calibrated_policy(policy.dial, min(max(frames, least), most))

@@ -94,9 +94,9 @@ def assemble(config: InferenceConfig, prompts: Iterable[str], device: torch.devi
 
 def _measure_speed(generator: BlockGenerator, config: InferenceConfig, geometry: LatentGeometry) -> None:
     """Find out what heads may keep where the settings ask for a speed. Raises InputError if it cannot be had."""
-    speed = config.dummy_forcing.equal_cost
-    if config.dummy_forcing.enabled and isinstance(speed, float):
-        generator.settings = at_speed(generator, geometry, speed)
+    forcing = config.dummy_forcing
+    if forcing.enabled and forcing.speed is not None:
+        generator.settings = at_speed(generator, geometry, forcing.speed, forcing.cost_key)
 
 
 @contextmanager

@@ -45,6 +45,7 @@ logger = logging.getLogger(__name__)
 CAPTION_SEED, STORYBOARD_SEED = 31, 32  # unlike every seed of training
 SWITCHES = (6, 9, 12)  # latent frames
 CONFIG = "configs/shapes_demo.yaml"
+CALIBRATION = "checkpoints/shapes/calibration.safetensors"  # checkpoints/shapes/README.md has the command
 WINDOW = 7  # latent frames: the first, three recent ones, and the block: what a neighbour head and a sink head keep
 HALF = "dummy_forcing.num_dummy=12"  # of 24 heads
 POLICIES = {
@@ -59,6 +60,12 @@ POLICIES = {
     ],
     "packed": ["dummy_forcing.enabled=true", "dummy_forcing.policy=packed", "dummy_forcing.preset=paper", HALF],
     "anchored": ["dummy_forcing.enabled=true", "dummy_forcing.policy=packed", "dummy_forcing.preset=anchored", HALF],
+    "calibrated": [  # at the cost of packed: 32 frames for 24 heads
+        "dummy_forcing.enabled=true",
+        "dummy_forcing.policy=calibrated",
+        f"dummy_forcing.calibration={CALIBRATION}",
+        "dummy_forcing.frames_per_head=1.3334",
+    ],
 }
 
 

@@ -42,7 +42,19 @@ SHORT = (DENSE, ORIGINAL, "traded")
 FROM = pixel_frame(2 * BLOCK)  # the first block that a split after block 1 can change
 SHARES = (0.25, 0.75)  # of dummy heads, beside the usual half
 ANCHORED_AT_COST = (19, 20)  # dummy heads of 24 with which `anchor` costs no more than `paper` with 12
+# What costs the same (but for `calibrated 2`, which costs half of `window 7`), compared caption by caption.
+COMPARED = (
+    *(("calibrated 1.33", other) for other in (ORIGINAL, *(f"calibrated 1.33 R{n}" for n in (2, 3, 4)))),
+    ("calibrated 1.67", "anchor"),
+    ("calibrated 2", "window 5"),
+    ("calibrated 2", "window 7"),
+    ("calibrated 4", "window 7"),
+    *(("calibrated 4", f"calibrated 4 R{n}") for n in (2, 3, 4)),
+    ("calibrated 7", "window 10"),
+)
 LEAST_FRAMES = 4 * BLOCK  # latent frames of a video
+FRAMES = (1, 1.3334, 1.6667, 2, 4, 7)  # a head of the calibrated policy; in thirds, what 24 heads share exactly
+LENGTHS = (2, 3, 4)  # different retentions in a layer
 _WINDOWS = (5, 7, 10)  # latent frames, one sink and the block included
 
 
@@ -68,6 +80,11 @@ def points() -> dict[str, list[str]]:
     for share in (*SHARES, 0.5):
         prune = [*evaluate.POLICIES["prune"], f"dummy_forcing.num_dummy={share}"]
         found[f"prune {100 * share:.0f}%"] = prune
+    for frames in FRAMES:
+        calibrated = [*evaluate.POLICIES["calibrated"], f"dummy_forcing.frames_per_head={frames}"]
+        found[f"calibrated {frames:.3g}"] = calibrated
+        for lengths in LENGTHS if frames in (FRAMES[1], 4) else ():
+            found[f"calibrated {frames:.3g} R{lengths}"] = [*calibrated, f"dummy_forcing.max_lengths={lengths}"]
     return found
 
 
@@ -127,7 +144,8 @@ def run(args: argparse.Namespace, given: Sequence[str]) -> None:
         every = points()
         names = args.points or (SHORT if args.short else every)
         chosen = {name: every[name] for name in dict.fromkeys([DENSE, *names])}
-        content = {**evaluate.about("shapes.frontier", given), **summary(sweep(args.config, chosen, args), chosen)}
+        found = sweep(args.config, chosen, args)
+        content = {**evaluate.about("shapes.frontier", given), **summary(found, chosen, COMPARED)}
         write_atomic(args.out / "frontier.json", json.dumps(content, indent=1) + "\n")
     else:
         content = stored(args.stored)

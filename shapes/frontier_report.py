@@ -76,8 +76,11 @@ def best(rows: Mapping[str, Row], cost: str, measure: str) -> list[str]:
     return pareto(costs, {name: row[measure]["mean"] for name, row in with_it.items()}, MEASURES[measure][3])
 
 
-def summary(found: Mapping[str, Values], chosen: Mapping[str, Sequence[str]]) -> dict[str, Any]:
-    """What frontier.json holds: costs, measures, and differences from the original, caption by caption."""
+def summary(
+    found: Mapping[str, Values], chosen: Mapping[str, Sequence[str]], compared: Sequence[tuple[str, str]] = ()
+) -> dict[str, Any]:
+    """What frontier.json holds: costs, measures, and differences, caption by caption, from the original and between the
+    points `compared`, as far as they are there."""
     rows: dict[str, dict[str, Any]] = {}
     for name, values in found.items():
         row: dict[str, Any] = {"settings": list(chosen[name]), **{cost: values.cost(cost) for cost in COSTS}}
@@ -86,7 +89,13 @@ def summary(found: Mapping[str, Values], chosen: Mapping[str, Sequence[str]]) ->
             pairs = {m: interval(values.array(m) - found[ORIGINAL].array(m)) for m in MEASURES}
             row["against_original"] = {m: one for m, one in pairs.items() if one is not None}
         rows[name] = row
-    return {"points": rows}
+    pairs = [(one, other) for one, other in compared if one in found and other in found]
+    differences = {m: [found[one].array(m) - found[other].array(m) for one, other in pairs] for m in MEASURES}
+    between = [
+        {"one": one, "other": other, **{m: interval(differences[m][place]) for m in MEASURES}}
+        for place, (one, other) in enumerate(pairs)
+    ]
+    return {"points": rows, "compared": between}
 
 
 def better_at_the_cost(rows: Mapping[str, Row], judge: Callable[[list[int]], bool]) -> list[str]:
@@ -117,9 +126,26 @@ def better_in_one(signs: list[int]) -> bool:
 
 
 def table(content: Mapping[str, Any]) -> str:
-    """Markdown: every point's costs and measures, then the differences from the original if it is among the points."""
-    rows = content["points"]
-    return "\n".join([*_measured(rows), *(_compared(rows) if ORIGINAL in rows else [])]) + "\n"
+    """Markdown: every point's costs and measures, then the differences from the original if it is among the points, and
+    those of the pairs that were compared."""
+    rows, pairs = content["points"], content.get("compared", [])
+    return "\n".join([*_measured(rows), *(_compared(rows) if ORIGINAL in rows else []), *_between(rows, pairs)]) + "\n"
+
+
+def _between(rows: Mapping[str, Row], pairs: Sequence[Row]) -> list[str]:
+    """A row a pair; bold where the interval does not hold zero."""
+    if not pairs:
+        return []
+    lines = ["", "One less the other, caption by caption; bold: beyond the interval.", ""]
+    lines += _head(["frames a head", *(heading for heading, *_ in MEASURES.values())])
+    for pair in pairs:
+        one, other = pair["one"], pair["other"]
+        cells = [f"{rows[one]['context']:.2f}, {rows[other]['context']:.2f}"]
+        for measure in MEASURES:
+            bold = "**" if pair[measure] is not None and verdict(measure, pair[measure]) else ""
+            cells.append("-" if pair[measure] is None else f"{bold}{_difference(measure, pair[measure])}{bold}")
+        lines.append(f"| {one} - {other} | " + " | ".join(cells) + " |")
+    return lines
 
 
 def _measured(rows: Mapping[str, Row]) -> list[str]:

@@ -18,11 +18,11 @@ LIBRARY = [path for layer in LAYERS[1:] for path in sorted((ROOT / layer).glob("
 # Within a layer, from the ground up: a file imports from its own room or from a lower floor.
 FLOORS = {
     "wan": [{"geometry", "config", "cuda_graphs"}, {"attention", "checkpoints"}, {"text", "transformer", "vae"}],
-    "dummy": [{"budget", "presets", "retentions"}, {"roles", "config", "frame_attention", "teacache"}],
+    "dummy": [{"budget", "presets", "retentions", "passes"}, {"roles", "config", "frame_attention", "teacache"}],
     "pipeline": [{"config"}, {"runtime"}, {"planning"}, {"session"}, {"assembly"}, {"video_files"}],
 }
-FLOORS["pipeline"] += [{"atlas", "vbench"}]
-FLOORS["dummy"] += [{"equal_cost", "compare"}, {"policy"}, {"atlas"}]
+FLOORS["pipeline"] += [{"atlas", "vbench"}, {"calibrate"}]
+FLOORS["dummy"] += [{"equal_cost", "compare", "calibration"}, {"policy"}, {"atlas"}]
 ROOMED = [path for path in LIBRARY if path.relative_to(ROOT).parts[0] in FLOORS and path.name != "__init__.py"]
 SOURCES = [*LIBRARY, *(ROOT / name for name in SCRIPTS)]
 

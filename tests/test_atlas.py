@@ -286,9 +286,9 @@ class Weighed:
         self.recorder = recorder
         self.tracker = PeakTracker()
 
-    def __call__(self, layer: int, q: Tensor, keys: Tensor, context: Sequence[int]) -> None:
+    def __call__(self, layer: int, q: Tensor, keys: Tensor, context: Sequence[int], values: Tensor) -> None:
         with self.tracker:
-            self.recorder(layer, q, keys, context)
+            self.recorder(layer, q, keys, context, values)
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])

@@ -105,7 +105,7 @@ ONE_SIDED = "dummy_forcing.retention.neighbor"
         ("dummy_forcing=maybe", "dummy_forcing: expected a section with the keys enabled, policy"),
         (
             "dummy_forcing.policy=pack",
-            "dummy_forcing.policy: expected one of packed, prune, got the text 'pack'; did you",
+            "dummy_forcing.policy: expected one of packed, prune, calibrated, got the text 'pack'; did you",
         ),
         ("dummy_forcing.denoise_start=1", "dummy_forcing.denoise_start: only 0 works, got 1"),
         ("dummy_forcing.ar_start=0", "dummy_forcing.ar_start: must be 1 or more, got 0"),

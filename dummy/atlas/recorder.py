@@ -1,8 +1,5 @@
 """Watches whole videos being made and keeps what heads looked at in chosen passes (an observer, see
-wan.attention.cache).
-
-Passes are told apart by counting them, since a video without prompt switches always makes the same ones: for every
-block the denoising steps, then the clean pass. Nothing is read from the device until a video is finished.
+wan.attention.cache). Nothing is read from the device until a video is finished.
 """
 
 from __future__ import annotations
@@ -12,6 +9,7 @@ from collections.abc import Collection, Sequence
 from torch import Tensor
 
 from dummy.frame_attention import FrameAttention
+from dummy.passes import PassCount
 
 
 class PassRecorder:
@@ -28,15 +26,13 @@ class PassRecorder:
 
     def begin(self) -> None:
         """Forget; the next pass is the first of a new video."""
-        self._pass = -1
+        self._count = PassCount(self._passes_per_block)
         self.seen: dict[tuple[int, int], FrameAttention] = {}
 
-    def __call__(self, layer: int, q: Tensor, keys: Tensor, context: Sequence[int]) -> None:
-        if layer == 0:
-            self._pass += 1
-        key = divmod(self._pass, self._passes_per_block)
-        if key not in self._wanted:
+    def __call__(self, layer: int, q: Tensor, keys: Tensor, context: Sequence[int], values: Tensor) -> None:
+        self._count.see(layer)
+        if self._count.key not in self._wanted:
             return
-        if key not in self.seen:
-            self.seen[key] = FrameAttention(self._tokens, self._query_share, with_entropy=True, most=None)
-        self.seen[key](layer, q, keys, context)
+        if self._count.key not in self.seen:
+            self.seen[self._count.key] = FrameAttention(self._tokens, self._query_share, with_entropy=True, most=None)
+        self.seen[self._count.key](layer, q, keys, context)

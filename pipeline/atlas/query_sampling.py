@@ -76,9 +76,9 @@ class _Sampled:
         self.seconds = 0.0
         self.found: list[tuple[HeadRoles, Tensor]] = []
 
-    def __call__(self, layer: int, q: Tensor, keys: Tensor, context: Sequence[int]) -> None:
+    def __call__(self, layer: int, q: Tensor, keys: Tensor, context: Sequence[int], values: Tensor) -> None:
         begin = time.perf_counter()
-        self.recorder(layer, q, keys, context)
+        self.recorder(layer, q, keys, context, values)
         self.seconds += time.perf_counter() - begin
 
     def finish(self, split: HeadSplit) -> None:
@@ -101,9 +101,9 @@ def sampling_table(
     geometry = geometry_of(config, generator.model.config.in_dim)
     watched = [_Sampled(share, block, chosen.per_block, geometry) for share in shares]
 
-    def watch_all(layer: int, q: Tensor, keys: Tensor, context: Sequence[int]) -> None:
+    def watch_all(layer: int, q: Tensor, keys: Tensor, context: Sequence[int], values: Tensor) -> None:
         for one in watched:
-            one(layer, q, keys, context)
+            one(layer, q, keys, context, values)
 
     for job in jobs:
         watch(generator, geometry, job, embeds, watch_all, block)

@@ -76,8 +76,9 @@ def choose_passes(config: InferenceConfig, blocks: str | None, steps: str | None
 
 
 def role_settings(config: InferenceConfig) -> DummyForcingConfig:
-    """How roles would be found, also where they are given or Dummy Forcing is off (half of them are dummy then)."""
-    forcing = config.dummy_forcing if config.dummy_forcing.enabled else DummyForcingConfig(num_dummy=0.5)
+    """How roles would be found, also where they are given, or there are none (half of them are dummy then)."""
+    with_roles = config.dummy_forcing.enabled and config.dummy_forcing.policy != "calibrated"
+    forcing = config.dummy_forcing if with_roles else DummyForcingConfig(num_dummy=0.5)
     return replace(forcing, roles=None)
 
 

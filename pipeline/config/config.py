@@ -22,7 +22,7 @@ from utils.errors import InputError
 from wan.config import AdapterConfig, ModelConfig, ModelKwargs
 from wan.geometry import LatentGeometry
 
-PolicyName = Literal["full", "window", "packed", "prune"]
+PolicyName = Literal["full", "window", "packed", "prune", "calibrated"]
 
 # Rows of pixels -> latent rows and columns. 1080 is no multiple of 16: 1088 rows are made and 8 cropped.
 _LATENT_SIZES = {480: (60, 104), 720: (90, 160), 1080: (136, 240)}
@@ -104,7 +104,7 @@ class InferenceConfig:
 
     @property
     def policy(self) -> PolicyName:
-        """The context policy: `packed` or `prune` with Dummy Forcing on, else `full` or `window`."""
+        """The context policy: `packed`, `prune` or `calibrated` with Dummy Forcing on, else `full` or `window`."""
         if self.dummy_forcing.enabled:
             return self.dummy_forcing.policy
         return "full" if self.model_kwargs.local_attn_size == -1 else "window"
@@ -185,7 +185,7 @@ def geometry_of(config: InferenceConfig, channels: int) -> LatentGeometry:
 def check_against_model(config: InferenceConfig, model: ModelConfig) -> None:
     """The conditions that need the model's sizes. Raises InputError."""
     forcing = config.dummy_forcing
-    if not forcing.enabled or (forcing.roles is not None and not forcing.reclassify_on_switch):
+    if not forcing.finds_roles:
         return
     forcing.budget.check(model.num_layers, model.num_heads)
     least, heads = forcing.budget.possible(model.num_layers, model.num_heads)[0], model.num_layers * model.num_heads
@@ -301,13 +301,14 @@ def _check_context(config: InferenceConfig) -> None:
 
 def _check_dummy_forcing(config: InferenceConfig) -> None:
     forcing, block, blocks = config.dummy_forcing, config.num_frame_per_block, config.num_blocks
+    key = forcing.cost_key
     _require(
-        not forcing.enabled or forcing.equal_cost != "window" or config.model_kwargs.local_attn_size != -1,
-        "dummy_forcing.equal_cost: window is the cost of model_kwargs.local_attn_size, which is -1 (all frames); set "
-        "it (published: 12), or use dummy_forcing.equal_cost=full",
+        not forcing.enabled or getattr(forcing, key) != "window" or config.model_kwargs.local_attn_size != -1,
+        f"dummy_forcing.{key}: window is the cost of model_kwargs.local_attn_size, which is -1 (all frames); set "
+        f"it (published: 12), or use dummy_forcing.{key}=full",
     )
     # Roles found in the last block would never be used; roles from a file need no block to find them in.
-    if not forcing.enabled or forcing.roles is not None or forcing.ar_start <= blocks - 2:
+    if not forcing.finds_roles or forcing.roles is not None or forcing.ar_start <= blocks - 2:
         return
     remedies = [f"num_output_frames={(forcing.ar_start + 2) * block} or more", "dummy_forcing.enabled=false"]
     if blocks >= 3:

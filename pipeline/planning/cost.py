@@ -48,6 +48,8 @@ def split_frames(split: HeadSplit, roles: HeadRoles, past: int) -> float:
 def kept_frames(policy: ContextPolicy, sizes: ModelConfig, past: int) -> list[float]:
     """Of `past` earlier frames those that a head sees in a steady block, as a mean over all heads; the least and the
     most where the run finds out."""
+    if policy.table is not None:
+        return [policy.table.mean_frames(past)]
     if policy.split is None:
         return [min(policy.initial.total, past)]
     found = {split_frames(policy.split, roles, past) for roles in possible_roles(sizes, policy.split)}
@@ -76,7 +78,7 @@ def cost_lines(
     line = (
         f"Cost: {_range(f'{f:.2f}' for f in kept)} earlier frames a head on average, {_range(teraflops)} TFLOP a block"
     )
-    if policy.split is None:
+    if policy.split is None and policy.table is None:
         return [line]
     off = replace(config.dummy_forcing, enabled=False)
     (dense,) = kept_frames(policy_from_config(config.model_kwargs, off, geometry.frames_per_block), sizes, past)
@@ -95,7 +97,8 @@ def _range(texts: Iterable[str]) -> str:
 def _remarks(config: InferenceConfig, policy: ContextPolicy) -> list[str]:
     """What is assumed where the run has yet to find it out."""
     split, forcing = policy.split, config.dummy_forcing
-    assert split is not None
+    if split is None:
+        return _predictions(config, policy)
     remarks = []
     if split.roles is None:
         remarks.append("  (sink and neighbor heads: an even split is assumed; the run finds it out)")
@@ -109,5 +112,24 @@ def _remarks(config: InferenceConfig, policy: ContextPolicy) -> list[str]:
         remarks.append(
             f"  (neighbor heads: as many frames as {forcing.equal_cost:g} pixel frames/s allow, measured by the run; "
             "cost and memory here are without them)"
+        )
+    return remarks
+
+
+def _predictions(config: InferenceConfig, policy: ContextPolicy) -> list[str]:
+    """What a calibration says of the heads' retentions, and how far it is to be trusted."""
+    remarks = []
+    if policy.allocation is not None and policy.dial is not None and policy.table is not None:
+        one, measured = policy.allocation, policy.dial.calibration
+        spread = "" if len(measured.videos) == 1 else f" +- {100 * one.spread:.2g}"
+        remarks.append(
+            f"Predicted: heads' outputs lose {100 * one.error:.3g}{spread} % of their mean square, by a calibration "
+            f"of {len(measured.videos)} videos of {measured.subject.num_frames} latent frames; {one.frames:.3f} frames "
+            f"a head in the last block, at most {policy.table.lengths()} attention calls a layer"
+        )
+    if config.dummy_forcing.speed is not None:
+        remarks.append(
+            f"  (as many frames as {config.dummy_forcing.speed:g} pixel frames/s allow, measured by the run; cost and "
+            "memory here are those of the fewest)"
         )
     return remarks

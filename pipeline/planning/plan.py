@@ -147,7 +147,9 @@ class Planner:
         relative = settings.window if settings.relative_rope else None
         cache = self.model.new_cache(geometry, 1, settings.policy.initial, relative)
         before = None
-        if split is not None:
+        if settings.policy.table is not None:
+            cache.allocate(settings.policy.table.layout())
+        elif split is not None:
             before = None if split.from_start else cache.bytes()
             roles = assumed_roles(self.sizes, split, geometry.num_frames - geometry.frames_per_block)
             cache.allocate(split.layout(roles))
@@ -284,6 +286,8 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
 def head_contexts(settings: GeneratorSettings, sizes: ModelConfig) -> list[HeadContext]:
     """What each kind of head sees, before and after a split."""
     policy = settings.policy
+    if policy.table is not None:
+        return [HeadContext(policy.name, f"{count} heads", kept) for kept, count in policy.table.counts().items()]
     if policy.split is None:
         return [HeadContext(policy.name, "all heads", policy.initial)]
     split = policy.split

@@ -11,6 +11,7 @@ from torch import Tensor
 from dummy.policy import policy_from_config
 from dummy.roles import HeadRoles
 from pipeline.config.config import InferenceConfig, check_against_model
+from pipeline.runtime.calibrated import compare_checkpoints, load_dial
 from pipeline.runtime.engine import check_engine
 from pipeline.runtime.inputs import GeneratorSettings
 from pipeline.runtime.schedule import DenoisingSchedule
@@ -90,6 +91,7 @@ def needed_files(config: InferenceConfig) -> list[Path]:
         config.text_encoder_path,
         config.tokenizer_path / "tokenizer.json",
         _roles_path(config),
+        calibration_path(config),
     ]
     return [path for path in paths if path is not None]
 
@@ -104,11 +106,17 @@ def _roles_path(config: InferenceConfig) -> Path | None:
     return Path(forcing.roles) if forcing.enabled and forcing.roles is not None else None
 
 
+def calibration_path(config: InferenceConfig) -> Path | None:
+    forcing = config.dummy_forcing
+    return Path(forcing.calibration) if forcing.enabled and forcing.calibration is not None else None
+
+
 def require_files(config: InferenceConfig) -> None:
     """Raises InputError that names every missing file and how to get it."""
     by_hint: dict[str, list[str]] = {}
     own_hints = {
         _roles_path(config): "dummy_forcing.roles: give a roles file or remove the key.",
+        calibration_path(config): "dummy_forcing.calibration: make it with python -m pipeline.calibrate --out FILE.",
         config.preview_path: f"decoder: {SOURCE_HINT} decoder=wan does without.",
     }
     missing = [path for path in needed_files(config) if not path.exists()]
@@ -135,6 +143,8 @@ def check_before_loading(config: InferenceConfig, device: torch.device) -> tuple
     if config.precision == "fp8":
         check_fp8(device)
     _assemble(config, sizes, META, dtype)
+    if settings.policy.dial is not None:
+        compare_checkpoints(config, settings.policy.dial.calibration)
     load_encoder(config, load_decoder(config, META, dtype))
     _check_text_encoder(config, sizes, dtype)
     return sizes, settings
@@ -230,9 +240,11 @@ def load_encoder(config: InferenceConfig, decoder: LatentDecoder) -> VAE | None:
 
 
 def generator_settings(config: InferenceConfig, sizes: ModelConfig) -> GeneratorSettings:
-    """The loop's settings; reads the roles file if there is one."""
+    """The loop's settings; reads the file of roles or of a calibration if there is one. Raises InputError."""
     forcing = config.dummy_forcing
     roles = None
+    path = calibration_path(config)
+    dial = None if path is None else load_dial(config, sizes, path)
     if forcing.enabled and forcing.roles is not None:
         roles = HeadRoles.load(Path(forcing.roles), sizes.num_layers, sizes.num_heads)
     window = config.model_kwargs.local_attn_size
@@ -240,7 +252,7 @@ def generator_settings(config: InferenceConfig, sizes: ModelConfig) -> Generator
         schedule=DenoisingSchedule.build(
             config.denoising_step_list, config.model_kwargs.timestep_shift, config.warp_denoising_step
         ),
-        policy=policy_from_config(config.model_kwargs, forcing, config.num_frame_per_block, roles),
+        policy=policy_from_config(config.model_kwargs, forcing, config.num_frame_per_block, roles, dial),
         context_noise=float(config.context_noise),
         window=None if window == -1 else window,
         relative_rope=config.rope == "relative",

@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from dummy.policy import ContextPolicy, with_equal_cost
+from dummy.policy import ContextPolicy, with_frames
 from pipeline.runtime.generator import BlockGenerator, Rollout
 from pipeline.runtime.inputs import GeneratorSettings, Segment
 from utils.errors import InputError
@@ -27,22 +27,23 @@ logger = logging.getLogger(__name__)
 BLOCKS = 5  # a measurement, of which the first two are not counted: kernels are chosen and recorded in them
 
 
-def at_speed(generator: BlockGenerator, geometry: LatentGeometry, speed: float) -> GeneratorSettings:
-    """The generator's settings, with neighbour heads that keep as many frames as `speed` (pixel frames a second of
-    diffusion, the VAE not counted) allows. Raises InputError if blocks without any history are slower."""
+def at_speed(
+    generator: BlockGenerator, geometry: LatentGeometry, speed: float, key: str = "equal_cost"
+) -> GeneratorSettings:
+    """The generator's settings, with as many frames for neighbour heads (policy calibrated: for all heads) as `speed`
+    (pixel frames a second of diffusion, the VAE not counted) allows. Raises InputError, which names `key`, if blocks
+    without any history are slower."""
     block = geometry.frames_per_block
     short, long = (block_seconds(generator, geometry, frames) for frames in (block, 4 * block))
     frames = frames_in_time(pixel_frames(block, first=False) / speed, (block, short), (4 * block, long))
     if frames < 0:
         fastest = pixel_frames(block, first=False) / (short - (long - short) / 3)
         raise InputError(
-            f"dummy_forcing.equal_cost: {speed:g} pixel frames a second cannot be had here: blocks without any history "
+            f"dummy_forcing.{key}: {speed:g} pixel frames a second cannot be had here: blocks without any history "
             f"make {fastest:.3g}; use a lower speed, or window"
         )
-    logger.info(
-        "equal_cost: %g pixel frames/s leave %.2f earlier frames a head, as a mean over all heads", speed, frames
-    )
-    return replace(generator.settings, policy=with_equal_cost(generator.settings.policy, frames, block))
+    logger.info("%s: %g pixel frames/s leave %.2f earlier frames a head, as a mean over all heads", key, speed, frames)
+    return replace(generator.settings, policy=with_frames(generator.settings.policy, frames, block))
 
 
 def frames_in_time(seconds: float, one: tuple[float, float], other: tuple[float, float]) -> float:

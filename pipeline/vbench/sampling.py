@@ -120,9 +120,10 @@ def sample(
     `report` hears of all processes' progress after every batch of this one. Raises InputError for what the user must
     mend: settings other than those the folder was begun with, another run in it, a full disk, missing weights.
     """
-    if config.dummy_forcing.enabled and isinstance(config.dummy_forcing.equal_cost, float):
+    forcing = config.dummy_forcing
+    if forcing.enabled and forcing.speed is not None:
         raise InputError(
-            f"dummy_forcing.equal_cost: {config.dummy_forcing.equal_cost:g} pixel frames a second are measured by "
+            f"dummy_forcing.{forcing.cost_key}: {forcing.speed:g} pixel frames a second are measured by "
             "every process for itself, and these videos must not depend on that; use window, full or a retention"
         )
     if threads < 1:

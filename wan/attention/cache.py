@@ -24,8 +24,9 @@ from wan.attention.head_group import CacheBytes, CacheShape, HeadGroup, HeadLayo
 from wan.attention.rope import RotaryEmbedding, Rotation
 from wan.attention.varlen import RaggedFn, RaggedKV
 
-Observer = Callable[[int, Tensor, Tensor, Sequence[int]], None]
-"""(layer, q [B, L, H, D], keys [B, S, H, D], the frame number of every T keys), called before a layer attends."""
+Observer = Callable[[int, Tensor, Tensor, Sequence[int], Tensor], None]
+"""(layer, q [B, L, H, D], keys [B, S, H, D] of the pass and then of earlier frames, the numbers of those frames, values
+[B, S, H, D]), called before a layer attends."""
 
 
 @dataclass(frozen=True)
@@ -146,7 +147,7 @@ class LayerCache:
                 keys = torch.cat((k[:, :, heads], call.kv[0, :, own : call.visible]), dim=1)
                 values = torch.cat((v[:, :, heads], call.kv[1, :, own : call.visible]), dim=1)
             if self.observer is not None:
-                self._observe(q, keys)
+                self._observe(q, keys, values)
             result = self._attention(q[:, :, heads], keys, values)
             if out is None:
                 return result
@@ -160,9 +161,9 @@ class LayerCache:
             call.kv[0, :, : self._shape.block_tokens] = k[:, :, call.heads]
             call.kv[1, :, : self._shape.block_tokens] = v[:, :, call.heads]
 
-    def _observe(self, q: Tensor, keys: Tensor) -> None:
+    def _observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
         assert self.observer is not None and len(self.groups) == 1
-        self.observer(self._index, q, keys, self.groups[0].frames)
+        self.observer(self._index, q, keys, self.groups[0].frames, values)
 
     def commit(self, k: Tensor, v: Tensor, frames: range) -> None:
         """Keep what the retentions keep of `frames`; k, v [B, len(frames) * T, H, D]."""
@@ -312,7 +313,7 @@ class KVCache:
 
     @contextmanager
     def observed(self, observer: Observer) -> Iterator[None]:
-        """Within the context `observer` sees every layer's queries and keys before they attend."""
+        """Within the context `observer` sees every layer's queries, keys and values before they attend."""
         for layer in self.layers:
             layer.observer = observer
         try:

@@ -1,0 +1,165 @@
+"""What a calibration measured, and the file that holds it (safetensors), which is read with mistrust.
+
+Axes: V videos, B blocks, layers, heads, C candidates. The file says all that is needed to trust it: errors by video and
+by block, what they are to be compared with, and how, from what, and of which weights they were made.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from dummy.calibration.candidates import named, parse_candidates
+from utils.errors import InputError
+from utils.files import atomic_write
+from wan.attention.head_group import Retention
+
+KEY = "calibration"  # of the metadata
+VERSION = 1
+SIZES = ("num_layers", "num_heads", "head_dim")
+GEOMETRY = ("height", "width", "frames_per_block", "num_frames")
+
+
+@dataclass(frozen=True)
+class Subject:
+    """What was calibrated: the model's sizes, the latents' and the weights' identity. Heights and widths in latents."""
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    height: int
+    width: int
+    frames_per_block: int
+    num_frames: int
+    checkpoint: str
+
+    def fault(self, run: Subject) -> str | None:
+        """Why a run of `run` cannot go by this, or None; the video's length and the weights may differ."""
+        mine, other = (
+            f"{one.num_layers} layers of {one.num_heads} heads of {one.head_dim} channels" for one in (self, run)
+        )
+        if mine != other:
+            return f"is for a model of {mine}, this one has {other}"
+        mine, other = (f"latents of {one.height} x {one.width}" for one in (self, run))
+        if mine != other:
+            return f"is for {mine}, this video has {other}"
+        if self.frames_per_block != run.frames_per_block:
+            return f"is for blocks of {self.frames_per_block} latent frames, this video has blocks of " + str(
+                run.frames_per_block
+            )
+        return None
+
+
+@dataclass(frozen=True)
+class Calibration:
+    """`errors` [V, B, layers, heads, C]: the mean square of what a head's output, after its rows of the output
+    projection, loses if it keeps candidate c, over the sampled queries of the recorded passes of a block. `outputs` [V,
+    B, layers, heads]: the mean square of that output. `about`: whatever else is worth knowing."""
+
+    candidates: tuple[Retention, ...]
+    errors: Tensor
+    outputs: Tensor
+    blocks: tuple[int, ...]
+    passes: tuple[str, ...]
+    videos: tuple[str, ...]  # prompts
+    subject: Subject
+    about: Mapping[str, Any] = field(default_factory=dict)
+
+    def mean_errors(self) -> Tensor:
+        """[layers, heads, C] in float64, over videos and blocks."""
+        return self.errors.double().mean((0, 1))
+
+    def spread(self) -> Tensor:
+        """[layers, heads, C] in float64: the standard error of the mean over videos; NaN for one video."""
+        return self.errors.double().mean(1).std(0) / float(len(self.errors) ** 0.5)
+
+    def output(self) -> float:
+        """The sum over heads of the mean square output: what a sum of errors is a share of."""
+        return float(self.outputs.double().mean((0, 1)).sum())
+
+    def save(self, path: Path) -> None:
+        """Raises InputError if the file cannot be written."""
+        from safetensors.torch import save
+
+        content = {
+            "version": VERSION,
+            "candidates": [named(one) for one in self.candidates],
+            "blocks": list(self.blocks),
+            "passes": list(self.passes),
+            "videos": list(self.videos),
+            **{name: getattr(self.subject, name) for name in (*SIZES, *GEOMETRY, "checkpoint")},
+            **self.about,
+        }
+        tensors = {"errors": self.errors.contiguous(), "outputs": self.outputs.contiguous()}
+        with atomic_write(path) as partial:
+            partial.write_bytes(save(tensors, {KEY: json.dumps(content)}))
+
+    @classmethod
+    def load(cls, path: Path, field: str) -> Calibration:
+        """Raises InputError, which begins with `field`, for a file that is none, cut, or contradicts itself."""
+        from safetensors import safe_open
+
+        where = f"{field}: {path}"
+        with _readable(where), safe_open(path, framework="pt") as file:
+            metadata = (file.metadata() or {}).get(KEY)
+            if metadata is None:
+                raise InputError(f"{where} is no calibration; make one with python -m pipeline.calibrate --out FILE")
+            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+        about = _about(where, metadata)
+        candidates = parse_candidates(about.pop("candidates"), f"{where}: candidates")
+        subject = Subject(**{name: about.pop(name) for name in (*SIZES, *GEOMETRY, "checkpoint")})
+        blocks, passes, videos = (tuple(about.pop(name)) for name in ("blocks", "passes", "videos"))
+        heads = len(videos), len(blocks), subject.num_layers, subject.num_heads
+        for name, shape in (("errors", (*heads, len(candidates))), ("outputs", heads)):
+            _check_tensor(where, name, tensors.get(name), shape)
+        return cls(candidates, tensors["errors"], tensors["outputs"], blocks, passes, videos, subject, about)
+
+
+def _about(where: str, metadata: str) -> dict[str, Any]:
+    """What the file says of itself, of the right types. Raises InputError."""
+    try:
+        about: object = json.loads(metadata)
+    except (ValueError, RecursionError) as error:
+        raise _broken(where, f"its metadata is no JSON ({error})") from error
+    if not isinstance(about, dict):
+        raise _broken(where, f"its metadata is a {type(about).__name__}, not an object")
+    if about.pop("version", None) != VERSION:
+        raise InputError(f"{where} is of another version of this program; make it again")
+    for name in (*SIZES, *GEOMETRY):
+        if type(about.get(name)) is not int or about[name] < 1:
+            raise _broken(where, f"{name} is no number from 1 on")
+    for name, kind in (("candidates", str), ("passes", str), ("videos", str), ("blocks", int)):
+        values = about.get(name)
+        if not isinstance(values, list) or not values or not all(type(value) is kind for value in values):
+            raise _broken(where, f"{name} is no list of {'numbers' if kind is int else 'texts'}")
+    if not isinstance(about.get("checkpoint"), str):
+        raise _broken(where, "checkpoint is no text")
+    return about
+
+
+def _check_tensor(where: str, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
+    if tensor is None or tuple(tensor.shape) != shape:
+        raise _broken(where, f"{name} is {'missing' if tensor is None else list(tensor.shape)}, not {list(shape)}")
+    if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()):
+        raise _broken(where, f"{name} holds what is no number from 0 on")
+
+
+@contextmanager
+def _readable(where: str) -> Iterator[None]:
+    from safetensors import SafetensorError
+
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        raise InputError(f"{where} cannot be read as a calibration ({error}); make it again") from error
+
+
+def _broken(where: str, what: str) -> InputError:
+    return InputError(f"{where} is broken: {what}; make it again with python -m pipeline.calibrate --out FILE")
