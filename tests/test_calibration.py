@@ -43,7 +43,7 @@ def normal(*shape: int, seed: int = 0) -> Tensor:
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed))
 
 
-@pytest.mark.parametrize("piece_bytes", [1, 20_000, 128 << 20])
+@pytest.mark.parametrize("piece_bytes", [20_000, 128 << 20])
 def test_errors_are_those_of_plain_attention(piece_bytes: int) -> None:
     """Every candidate computed on its own, in float64, with the rows of the output projection themselves."""
     length, keys_length = OWN * TOKENS, (OWN + len(CONTEXT)) * TOKENS
@@ -226,8 +226,8 @@ def test_all_frames_are_full_history() -> None:
 BAD = {
     "frames_per_head=null": "frames_per_head: policy calibrated needs a number .* got nothing",
     "frames_per_head=-0.5": "frames_per_head: policy calibrated needs",
-    "frames_per_head=sixteen": "got 'sixteen'",
-    "frames_per_head=0fps": "a speed above 0",
+    "frames_per_head=sixteen": "frames_per_head: .* got 'sixteen'",
+    "frames_per_head=0fps": "frames_per_head: .* a speed above 0",
     "frames_per_head=.inf": "frames_per_head: expected a number",
     "frames_per_head=true": "frames_per_head: expected a number",
     "max_lengths=0": "max_lengths: .* must be 1 or more, got 0",
@@ -262,8 +262,8 @@ PROMPTS = ("A fox.", "A lighthouse at dusk.")
 
 def arguments(program: Program, *others: str, out: str = "c.safetensors") -> list[str]:
     """Of the command, for the program's small checkpoints."""
-    given = program.arguments(*RUN, *others, prompts=PROMPTS)
-    return [*given, "--out", str(program.folder / out), "--queries", "9", "--steps", "0,3"]
+    given = program.arguments(*RUN, prompts=PROMPTS)
+    return [*given, "--out", str(program.folder / out), "--queries", "9", "--steps", "0,3", *others]
 
 
 def test_the_command_goes_on_where_it_was_and_adds_videos(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
@@ -280,7 +280,7 @@ def test_the_command_goes_on_where_it_was_and_adds_videos(program: Program, caps
     assert "frames a head   error %" in capsys.readouterr().out
     for others, message in (
         (["--candidates", "0+0,0+all"], "candidates"),
-        (["seed=5"], "prompts, seeds or number of videos, settings \\(seed\\)"),
+        (["seed=5"], "settings \\(seed\\), prompts, seeds or number of videos"),
         (["--videos", "2"], "prompts, seeds or number of videos"),
         (["--blocks", "1"], "blocks"),
         (["resolution=[48,64]"], "model, weights or sizes, settings \\(resolution\\)"),
@@ -426,6 +426,9 @@ def test_the_curve_of_a_stored_calibration(stored: Path, tmp_path: Path, capsys:
     assert head.split()[:3] == ["frames", "a", "head"] and errors == sorted(errors, reverse=True) and errors[-1] == 0
     assert {path.name for path in tmp_path.iterdir()} == {"curve.svg", "curve.png"}
     assert command.main(["--curve", str(stored), "num_output_frames=24"]) == 0
-    assert capsys.readouterr().out.splitlines()[-1].split()[0] == "21.00"
+    assert capsys.readouterr().out.splitlines()[-1].split()[:2] == [
+        "6.00",
+        "0.000",
+    ]  # all there was to be lost in block 2
     assert command.main(["--curve", str(tmp_path / "curve.svg")]) == 2
     assert "--curve: " in capsys.readouterr().err

@@ -17,7 +17,6 @@ from torch import Tensor
 
 from dummy.calibration.measured import Calibration
 from dummy.calibration.recorder import CalibrationRecorder
-from dummy.config import DummyForcingConfig
 from pipeline.atlas.recording import ChosenPasses, choose_passes, watch, watched_generator, watched_policy
 from pipeline.config.config import InferenceConfig, as_dict, geometry_of
 from pipeline.config.jobs import NOT_OF_THE_VIDEO, STORYBOARD_SUFFIX, VideoJob, read_jobs
@@ -59,7 +58,7 @@ def over_full_history(config: InferenceConfig) -> InferenceConfig:
     listed = not config.data_path.endswith(STORYBOARD_SUFFIX)
     return replace(
         config,
-        dummy_forcing=DummyForcingConfig(enabled=False),
+        dummy_forcing=InferenceConfig().dummy_forcing,  # off
         model_kwargs=replace(config.model_kwargs, local_attn_size=-1),
         rope="absolute",
         precision="auto" if config.precision == "fp8" else config.precision,
