@@ -14,7 +14,9 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-PIECE_BYTES = 128 << 20  # of float32 scores at a time
+from utils.transfer import to_device
+
+PIECE_BYTES = 32 << 20  # of float32 scores at a time, and as much of their softmax
 MOST_SAMPLED = 256  # queries: their number is what the error of sampled scores depends on, not their share
 GOLDEN = 0.5 * 5**0.5 - 0.5  # of its multiples the fractional parts are as evenly spread as any
 
@@ -40,6 +42,7 @@ class FrameAttention:
         self._piece_bytes = piece_bytes
         self._with_entropy = with_entropy
         self._most = most
+        self._places: tuple[int, Tensor] | None = None  # of the sampled ones among so many queries, on their device
         self._layers: dict[int, Tensor] = {}
         self._entropies: dict[int, Tensor] = {}
         self.frames: list[int] = []
@@ -49,14 +52,15 @@ class FrameAttention:
     ) -> None:
         """q [B, L, H, D]; keys [B, S, H, D]: the pass's own frames first, then the frames numbered in `context`; values
         are not looked at."""
-        q = q[:, self._sample(q.shape[1]).to(q.device)]
+        if self._places is None or self._places[0] != q.shape[1]:
+            self._places = q.shape[1], to_device(self._sample(q.shape[1]), q.device)
+        q = q[:, self._places[1]]
         batch, queries, heads, width = q.shape
         mass = torch.zeros(heads, keys.shape[1] // self._tokens, device=q.device)
         entropy = torch.zeros(heads, device=q.device)
         per_query = heads * keys.shape[1] * 4
         for item in range(batch):
             k = keys[item].transpose(0, 1)  # [H, S, D]
-            k = k if k.is_cuda else k.float()  # once, and not for every piece
             for piece in torch.split(q[item], max(1, self._piece_bytes // per_query)):
                 scores = products(piece.transpose(0, 1), k).mul_(width**-0.5)  # [H, queries, S]
                 shares = scores.softmax(dim=-1)
@@ -74,8 +78,8 @@ class FrameAttention:
         """[layers, heads, context frames + 1]: attention to each context frame, oldest first, and to the block."""
         mass = torch.stack([self._layers[layer] for layer in sorted(self._layers)])
         own = mass.shape[-1] - len(self.frames)
-        ages = torch.tensor(self.frames, dtype=torch.long).argsort().to(mass.device) + own
-        return torch.cat((mass[..., ages], mass[..., :own].sum(-1, keepdim=True)), dim=-1)
+        ages = torch.tensor(self.frames, dtype=torch.long, device="cpu").argsort() + own
+        return torch.cat((mass[..., to_device(ages, mass.device)], mass[..., :own].sum(-1, keepdim=True)), dim=-1)
 
     def regions(self, sink_frames: int) -> Tensor:
         """[layers, heads, 3]: attention to the first `sink_frames` context frames, the other ones, and the block."""
@@ -90,7 +94,7 @@ class FrameAttention:
 def evenly_spread(queries: int, count: int) -> Tensor:
     """`count` of that many queries, one in each of as many equal stretches; its place in them follows the golden ratio,
     since a constant step would meet the same few columns in every row of a frame."""
-    stretch = torch.arange(count, dtype=torch.float64)
+    stretch = torch.arange(count, dtype=torch.float64, device="cpu")
     return ((stretch + (0.5 + stretch * GOLDEN) % 1) * (queries / count)).long()
 
 
@@ -102,7 +106,7 @@ def sampled(queries: int, share: float, most: int | None = MOST_SAMPLED) -> int:
 
 def products(q: Tensor, k: Tensor) -> Tensor:
     """q [H, Q, D], k [H, S, D] to float32 [H, Q, S]; half-precision inputs lose nothing, their products are exact."""
-    if q.is_cuda and q.dtype != torch.float32:
+    if q.device.type != "cpu" and q.dtype != torch.float32:
         return torch.bmm(q, k.transpose(1, 2), out_dtype=torch.float32)
     return q.float() @ k.float().transpose(1, 2)
 

@@ -2,14 +2,23 @@
 
 from __future__ import annotations
 
+import logging
+import sys
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
 import pytest
 import torch
 
+from tests.test_generator import GEOMETRY, ROLES, generator, latents, start
+from tests.tiny import segments, tiny_model
 from utils.errors import InputError
-from wan.attention.backends import attention_backend, choose_backend, sdpa
-from wan.attention.varlen import RaggedKV, flash, ragged_backend
+from utils.seed import ZeroNoise
+from wan.attention import backends, varlen
+from wan.attention.backends import FLASH_MODULES, attention_backend, choose_backend, flash_function, sdpa
+from wan.attention.varlen import RaggedKV, flash, flash3, ragged_backend
 
-CPU = torch.device("cpu")
+CPU, GPU = torch.device("cpu"), torch.device("cuda")
 
 
 @pytest.mark.parametrize(("queries", "keys"), [(5, 5), (4, 9), (7, 3)])
@@ -31,6 +40,69 @@ def test_a_cpu_takes_pytorchs_own() -> None:
 def test_what_cannot_run_says_so(name: str) -> None:
     with pytest.raises(InputError, match=rf"attention: '{name}' needs an NVIDIA GPU and bf16.*use 'auto'"):
         attention_backend(name, CPU, torch.float32)  # type: ignore[arg-type]
+
+
+@pytest.fixture
+def packages(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A folder from which packages are imported, seen by a Hopper GPU."""
+    monkeypatch.syspath_prepend(tmp_path)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: backends.HOPPER)
+    flash_function.cache_clear()
+    backends.usable.cache_clear()
+    yield tmp_path
+    for module in FLASH_MODULES.values():
+        sys.modules.pop(module, None)
+    flash_function.cache_clear()
+    backends.usable.cache_clear()
+
+
+BROKEN = {
+    "raise ImportError('flash_attn_3_cuda.so: undefined symbol: _ZN3c10')": "undefined symbol",
+    "raise OSError('libcudart.so.12: cannot open shared object file')": "cannot open shared object file",
+    "import flash_attn_3_cuda": "No module named 'flash_attn_3_cuda'",
+    "raise RuntimeError('FlashAttention needs a newer GPU\\nand more')": "needs a newer GPU",
+    "": "has no attribute 'flash_attn_func'",
+}
+
+
+@pytest.mark.parametrize("content", BROKEN)
+def test_a_package_that_does_not_load_is_passed_over(
+    content: str, packages: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    (packages / "flash_attn_interface.py").write_text(content)
+    for _ in range(3):
+        assert choose_backend(GPU, torch.bfloat16) == "cudnn"
+        assert ragged_backend("varlen", GPU, torch.bfloat16) is flash
+        assert attention_backend("auto", GPU, torch.bfloat16) is backends.cudnn
+    (record,) = caplog.records
+    assert record.levelno == logging.WARNING
+    assert record.message.startswith(
+        "attention: fa3 is passed over: it needs flash_attn_interface, which does not load"
+    )
+    assert BROKEN[content] in record.message and "\n" not in record.message
+    with pytest.raises(InputError, match=r"attention: 'fa3' needs the package flash_attn_interface, which does not"):
+        attention_backend("fa3", GPU, torch.bfloat16)
+
+
+def test_a_package_that_is_not_there_is_no_news(packages: Path, caplog: pytest.LogCaptureFixture) -> None:
+    assert choose_backend(GPU, torch.bfloat16) == "cudnn"
+    assert not caplog.records
+    with pytest.raises(InputError, match=r"flash_attn_interface, which is not installed; use 'auto'"):
+        attention_backend("fa3", GPU, torch.bfloat16)
+
+
+def test_a_package_that_loads_is_taken(packages: Path) -> None:
+    lines = (
+        "def flash_attn_func(q, k, v): return q + 1, None",
+        "def flash_attn_varlen_func(q, *_, **__): return q - 1",
+    )
+    (packages / "flash_attn_interface.py").write_text("\n".join(lines))
+    assert choose_backend(GPU, torch.bfloat16) == "fa3"
+    zeros = torch.zeros(2, 4, 3, 64)
+    assert torch.equal(attention_backend("auto", GPU, torch.bfloat16)(zeros, zeros, zeros), zeros + 1)
+    ragged = ragged_backend("varlen", GPU, torch.bfloat16)
+    assert ragged is not None
+    assert torch.equal(ragged(zeros, sequences("cpu", torch.float32)[1]), zeros - 1)
 
 
 @pytest.mark.gpu
@@ -77,10 +149,65 @@ def test_heads_of_different_lengths_in_one_call() -> None:
     torch.testing.assert_close(ragged(q, seen), one_by_one(q, seen))
 
 
-def test_pytorchs_flash_attention_takes_the_call() -> None:
-    """On the meta device, where its arguments are checked and shapes are found."""
+@pytest.mark.parametrize("public", [True, False])
+def test_pytorchs_flash_attention_takes_the_call(public: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On the meta device, where its arguments are checked and shapes are found; by the public name, where that takes
+    lengths, and by the operator below it."""
+    if public and not varlen._public_takes_lengths():
+        pytest.skip("this PyTorch's varlen_attn takes no lengths")
+    monkeypatch.setattr(varlen, "_public_takes_lengths", lambda: public)
     q, seen = sequences("meta", torch.bfloat16)
     assert flash(q, seen).shape == q.shape
+
+
+def unmasked(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, queries: torch.Tensor, starts: torch.Tensor, *_: int,
+    seqused_k: torch.Tensor,
+) -> torch.Tensor:  # fmt: skip
+    """FlashAttention 3's `flash_attn_varlen_func` in what it does with rows that are not seen: their scores are left
+    out, but their values are multiplied by zero."""
+    out = torch.empty_like(q)
+    for i, length in enumerate(seqused_k):
+        own, all_of_it = slice(*queries[i : i + 2]), slice(*starts[i : i + 2])
+        scores = q[own, 0] @ k[all_of_it, 0].T * q.shape[-1] ** -0.5
+        scores[:, length:] = -torch.inf
+        out[own, 0] = scores.softmax(-1) @ v[all_of_it, 0]
+    return out
+
+
+@pytest.fixture
+def memory_full_of_nan() -> Iterator[None]:
+    """Whatever is allocated and not written holds no numbers."""
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    assert torch.utils.deterministic.fill_uninitialized_memory
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize(
+    ("kind", "roles", "relative"),
+    [("full", None, False), ("window", None, True), ("packed", ROLES, False), ("packed", None, True)],
+)
+def test_rows_that_no_head_sees_are_numbers(memory_full_of_nan: None, kind: str, roles: object, relative: bool) -> None:
+    """A kernel without a mask on the values gives what the masked one does, for videos one after the other, of which
+    one ended in no numbers."""
+    assert torch.empty(3).isnan().all()
+    made = generator(tiny_model(), kind, roles, window=9, relative_rope=relative)  # type: ignore[arg-type]
+    made.model.use_attention("varlen")
+    expected = latents(start(made, 1, starts=(0, 6)))
+    other = generator(tiny_model(), kind, roles, window=9, relative_rope=relative)  # type: ignore[arg-type]
+    other.model.ragged = flash3(unmasked)
+    torch.testing.assert_close(latents(start(other, 1, starts=(0, 6))), expected, atol=1e-4, rtol=1e-4)
+    spoilt = other.start(GEOMETRY, segments(other.model), NoNumbers())
+    assert latents(spoilt).isnan().any()
+    torch.testing.assert_close(latents(start(other, 1, starts=(0, 6))), expected, atol=1e-4, rtol=1e-4)
+
+
+class NoNumbers(ZeroNoise):
+    """The noise of a video that goes wrong."""
+
+    def normal(self, shape: Sequence[int]) -> torch.Tensor:
+        return super().normal(shape) + torch.nan
 
 
 @pytest.mark.gpu

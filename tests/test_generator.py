@@ -217,3 +217,14 @@ def test_a_video_given_its_own_beginning_goes_on_as_it_did(kind: str, relative: 
         noise.normal(geometry.block_shape)
     rollout = made.start(geometry, segments(made.model), noise, prefix_latents=plain[:, :15])
     assert torch.equal(latents(rollout), plain)
+
+
+def test_until_roles_are_known_there_is_room_for_what_there_is_by_then() -> None:
+    """All heads keep the 3 frames before the block that is observed; its own join when each head has its place."""
+    for kind in ("packed", "prune"):
+        rollout = start(generator(tiny_model(), kind), 7, geometry=replace(GEOMETRY, num_frames=60))
+        frame = 3 * 4 * 12 * 6 * 2 * 4  # layers, heads, channels, tokens, keys and values, bytes
+        sizes = [rollout.cache.bytes().kept // frame for _ in rollout.blocks()]
+        assert sizes[:2] == [3, 3]
+        # 6 of 12 heads dummy; packed heads keep 1, 1 or 3 frames, with prune half of the heads keep all.
+        assert sizes[2] == (1 if kind == "packed" else 57 // 2)

@@ -20,9 +20,10 @@ from dummy.policy import ContextPolicy, policy_from_config, policy_of_table
 from dummy.presets import PRESETS, PresetName
 from dummy.retentions import RetentionTable
 from dummy.roles import HeadRoles, Role
+from utils.memory import PeakTracker
 from wan.attention.backends import sdpa
 from wan.attention.cache import KVCache
-from wan.attention.head_group import UNBOUNDED, CacheShape, Retention
+from wan.attention.head_group import UNBOUNDED, CacheShape, HeadLayout, Retention
 from wan.attention.varlen import ragged_backend
 from wan.config import ModelKwargs
 
@@ -192,7 +193,10 @@ def check_against_the_twin(case: Case) -> None:
     ragged = ragged_backend("varlen", torch.device("cpu"), torch.float32) if case.ragged else None
     fixed = policy.fixed_layout()
     order = list(range(heads)) if fixed is None else fixed.orders[0]
-    cache = KVCache(1, shape, policy.initial, sdpa, torch.empty(0), case.relative, fixed, ragged)
+    until_split = case.ar_start * case.block if policy.split is not None and case.own else None
+    cache = KVCache(
+        1, shape, policy.initial, sdpa, torch.empty(0), case.relative, fixed, ragged=ragged, most=until_split
+    )
     layer = cache.layers[0]
     generator = torch.Generator().manual_seed(0)
     history_k = torch.zeros(case.batch, 0, heads, WIDTH)  # as keys are before they are turned
@@ -218,14 +222,15 @@ def check_against_the_twin(case: Case) -> None:
                 torch.testing.assert_close(out[:, :, place].double(), twin, atol=1e-5, rtol=1e-5)
         if index == case.blocks - 1:
             break
-        if case.own:
+        due = policy.split is not None and index == case.ar_start
+        if case.own and not due:
             layer.append_current_block(range(start, stop))  # the clean pass was the last, so the block lies there
-        else:
+        elif not case.own:
             layer.commit(turned_k[:, :, order], clean[2][:, :, order], range(start, stop))
         history_k, history_v = torch.cat((history_k, clean[1]), 1), torch.cat((history_v, clean[2]), 1)
-        if policy.split is not None and index == case.ar_start:
+        if due and policy.split is not None:
             layout = policy.split.layout(HeadRoles((case.roles,)))
-            cache.split(layout)
+            cache.split(layout, range(start, stop) if case.own else range(0))
             order = list(layout.orders[0])
 
 
@@ -244,3 +249,19 @@ def test_sinks_that_stay_when_others_are_encoded_anew_are_turned_once() -> None:
     (group,) = cache.layers[0].groups
     assert group.frames[:3] == [0, 1, 2]
     torch.testing.assert_close(group.kv[0, :, 2:8].double(), turned(raw[:, :6], frames[:6] + 5), atol=1e-5, rtol=1e-5)
+
+
+def test_a_split_holds_no_more_than_what_a_layer_keeps_twice() -> None:
+    """Of a single layer, where it would be seen most."""
+    shape = CacheShape(1, 4, 64, 100, 3, 12)
+    layout = HeadLayout([[3, 1, 0, 2]], [[(2, Retention(0, 1)), (1, Retention(1, 0)), (1, Retention(0, 3))]])
+    with PeakTracker() as tracker:
+        cache = KVCache(1, shape, Retention(1, 3), sdpa, torch.empty(0, device="meta"), most=3)
+        before = cache.bytes().total
+        cache.append_current_block(range(3))
+        cache.split(layout, range(3, 6))
+        assert cache.bytes().total < before
+    frame = 100 * 64 * 2 * 4  # of one head
+    assert before == 6 * 4 * frame
+    assert tracker.peak <= before + (2 * 1 + 1 + 3) * frame + frame + 1024
+    assert [group.frames for group in cache.layers[0].groups] == [[5], [0], [3, 4, 5]]

@@ -81,13 +81,14 @@ class BlockGenerator:
         """
         if self._spare is not None and self._spare[:2] != (geometry, batch):
             self._spare = None
-        initial = self.settings.policy.initial
+        policy = self.settings.policy
+        until_split = None if policy.split is None else policy.split.ar_start * geometry.frames_per_block
         if self._spare is None:
-            relative_window = self.settings.window if self.settings.relative_rope else None
-            return self.model.new_cache(geometry, batch, initial, relative_window, layout)
+            window = self.settings.window if self.settings.relative_rope else None
+            return self.model.new_cache(geometry, batch, policy.initial, window, layout, until_split)
         cache, self._spare = self._spare[2], None
         if layout is None:
-            cache.reset(initial)
+            cache.reset(policy.initial, until_split)
         else:
             cache.allocate(layout)
         return cache
@@ -244,16 +245,17 @@ class Rollout:
         due = self._split is not None and index == self._observed_block
         observer = self._observer() if due and self.roles is None else None
         with self._profiler.span("clean"), self.cache.observed(observer) if observer else nullcontext():
-            self._encode(x0, text, start)
+            self._encode(x0, text, start, join=not due)
         if observer is not None and self._split is not None:
             self.roles, self.frame_attention = self._split.find_roles(observer.by_frame())
         if due:
-            self._apply_roles()
+            self._apply_roles(range(start, start + x0.shape[1]))
 
-    def _apply_roles(self) -> None:
-        """From here on every head keeps what its role keeps."""
+    def _apply_roles(self, current: range) -> None:
+        """From here on every head keeps what its role keeps; the frames `current` join the cache."""
         assert self._split is not None and self.roles is not None
-        self.cache.split(self._split.layout(self.roles))
+        last = current.stop == self._geometry.num_frames
+        self.cache.split(self._split.layout(self.roles), range(0) if last else current)
         self.roles_pending = False
 
     def _switch(self, start: int, index: int) -> None:
@@ -267,7 +269,7 @@ class Rollout:
             self._observed_block = index
             self.roles = None
             self.roles_pending = True
-            self.cache.reset(self._settings.policy.initial)
+            self.cache.reset(self._settings.policy.initial, start)  # heads are split again after this block
         window = self._settings.window or start
         keep_sinks = self._settings.global_sink and window < start and not observe_again
         count = min(window, start)
@@ -281,14 +283,19 @@ class Rollout:
         frames = torch.stack(list(self._past)[-count:], dim=1)
         self._encode(frames, self.text, first)
 
-    def _encode(self, latents: Tensor, text: TextContext, start: int) -> None:
-        """Let the keys and values of clean frames from `start` on join the cache, which has no room for the last."""
+    def _encode(self, latents: Tensor, text: TextContext, start: int, join: bool = True) -> None:
+        """Let the keys and values of clean frames from `start` on join the cache, which has no room for the last; or
+        leave them, a block's, in the own slots."""
         clean, last = self._generator.clean, start + latents.shape[1] == self._geometry.num_frames
         if self.record.open or last:
-            self._count(self._passes(latents, clean, text, self.cache, start, commit=not last), computed=True)
-        else:
+            flow = self._passes(latents, clean, text, self.cache, start, commit=join and not last)
+            self._count(flow, computed=True)
+            return
+        if join:
             self._passes.commit(latents, clean, text, self.cache, start)
-            self.forwards += 1
+        else:
+            self._model.encode(latents, clean, text, self.cache, self._model.rotation(latents, start))
+        self.forwards += 1
 
     def _observer(self) -> FrameAttention:
         assert self._split is not None

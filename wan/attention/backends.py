@@ -7,8 +7,9 @@ There are no masks: what a head may see is what it is given.
 from __future__ import annotations
 
 import importlib
-import importlib.util
+import logging
 from collections.abc import Callable
+from functools import cache
 from typing import Literal, cast
 
 import torch
@@ -18,6 +19,8 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from utils.errors import InputError
 
+logger = logging.getLogger(__name__)
+
 AttentionName = Literal["auto", "sdpa", "cudnn", "fa2", "fa3", "varlen"]
 """varlen: self-attention as in wan.attention.varlen, the rest as auto."""
 
@@ -26,7 +29,8 @@ AttentionFn = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 HOPPER = (9, 0)
 AMPERE = (8, 0)
-_MODULES = {"fa2": "flash_attn", "fa3": "flash_attn_interface"}
+FlashName = Literal["fa2", "fa3"]
+FLASH_MODULES: dict[FlashName, str] = {"fa2": "flash_attn", "fa3": "flash_attn_interface"}
 
 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -41,8 +45,35 @@ def cudnn(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         return sdpa(q, k, v)
 
 
-def _flash(name: Literal["fa2", "fa3"]) -> AttentionFn:
-    function = importlib.import_module(_MODULES[name]).flash_attn_func
+@cache
+def flash_function(name: FlashName, function: str = "flash_attn_func") -> Callable[..., object] | str:
+    """The function of the package of "fa2" or "fa3", or why there is none. A package that is there need not load: its
+    binary may be made for another PyTorch, CUDA or C library."""
+    module = FLASH_MODULES[name]
+    try:
+        found: Callable[..., object] = getattr(importlib.import_module(module), function)
+    except ModuleNotFoundError as error:
+        return "which is not installed" if error.name == module else f"which does not load ({error})"
+    except Exception as error:  # of loading a binary: ImportError, OSError, RuntimeError and what else it may run into
+        reason = (str(error).splitlines() or [""])[0].strip() or type(error).__name__
+        return f"which does not load ({reason})"
+    return found
+
+
+@cache
+def usable(name: FlashName) -> bool:
+    """Whether the package of "fa2" or "fa3" is there and loads; one that does not load is passed over aloud."""
+    found = flash_function(name)
+    if isinstance(found, str) and "not installed" not in found:
+        logger.warning("attention: %s is passed over: it needs %s, %s", name, FLASH_MODULES[name], found)
+    return not isinstance(found, str)
+
+
+def _flash(name: FlashName) -> AttentionFn:
+    """Raises InputError if its package is missing or does not load."""
+    function = flash_function(name)
+    if isinstance(function, str):
+        raise InputError(f"attention: {name!r} needs the package {FLASH_MODULES[name]}, {function}; use 'auto'")
 
     def flash(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         out = function(q, k, v)
@@ -51,21 +82,16 @@ def _flash(name: Literal["fa2", "fa3"]) -> AttentionFn:
     return flash
 
 
-def installed(name: str) -> bool:
-    """Whether the package of "fa2" or "fa3" is."""
-    return importlib.util.find_spec(_MODULES[name]) is not None
-
-
 def choose_backend(device: torch.device, dtype: torch.dtype) -> AttentionName:
-    """The fastest backend that this device, this dtype and this installation have."""
+    """The fastest backend that this device, this dtype and this installation have, once its package is loaded."""
     if device.type != "cuda" or dtype not in (torch.bfloat16, torch.float16):
         return "sdpa"
     capability = torch.cuda.get_device_capability(device)
-    if capability[0] == HOPPER[0] and installed("fa3"):
+    if capability[0] == HOPPER[0] and usable("fa3"):
         return "fa3"
     if capability >= HOPPER and torch.version.hip is None:
         return "cudnn"
-    if capability >= AMPERE and installed("fa2"):
+    if capability >= AMPERE and usable("fa2"):
         return "fa2"
     return "sdpa"
 
@@ -84,10 +110,6 @@ def attention_backend(name: AttentionName, device: torch.device, dtype: torch.dt
         )
     if chosen == "cudnn":
         return cudnn
-    if not installed(chosen):
-        raise InputError(
-            f"attention: {chosen!r} needs the package {_MODULES[chosen]}, which is not installed; use 'auto'"
-        )
     if chosen == "fa3" and torch.cuda.get_device_capability(device)[0] != HOPPER[0]:
         raise InputError(f"attention: 'fa3' runs on compute capability 9.x only, this is {device}; use 'auto'")
-    return _flash(cast(Literal["fa2", "fa3"], chosen))
+    return _flash(cast(FlashName, chosen))

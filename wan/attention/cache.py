@@ -5,14 +5,14 @@ equally much share one buffer, allocated once, and one attention call; wan.atten
 it. With a ragged attention (wan.attention.varlen) one call does for all heads. The block is written in place before it
 attends. Nothing here reads a value from the device, and nothing is concatenated in a block's passes. What a pass does
 to the device follows from `KVCache.buffer_epoch` and `KVCache.state` alone, so that it can be recorded once and
-replayed (wan/graphs.py). The file knows no head roles and no prompts; a policy is a retention per head.
+replayed (wan/transformer/graphs.py). The file knows no head roles and no prompts; a policy is a retention per head.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import groupby
 
 import torch
@@ -66,27 +66,32 @@ class LayerCache:
         self._ragged_kv: RaggedKV | None = None
         self._like = like
         self._relative = relative
-        self._segments: list[tuple[int, Retention]] = []
+        self._segments: tuple[list[tuple[int, Retention]], int] = [], 0  # that the buffers are made for, and `most`
         self.head_order: HeadOrder | None = None
         self._buffers: list[tuple[Tensor, list[HeadGroup]]] = []
         self._calls: list[AttentionCall] = []
         self.observer: Observer | None = None
 
-    def allocate(self, head_segments: Sequence[tuple[int, Retention]]) -> bool:
-        """Start empty with `head_segments`: (number of heads, what they keep) in head order. True if the buffers are
-        new ones; those at hand serve again if they were made for the same segments."""
-        if list(head_segments) == self._segments:
+    def allocate(self, head_segments: Sequence[tuple[int, Retention]], most: int) -> bool:
+        """Start empty with `head_segments`: (number of heads, what they keep) in head order; no head is asked to keep
+        more than `most` frames. True if the buffers are new ones; those at hand serve again if they were made for the
+        same."""
+        if (list(head_segments), most) == self._segments:
             self.forget(0)
+            if self._ragged_kv is not None:
+                self._ragged_kv.clear()
             return False
-        self._build(head_segments)
+        self._build(head_segments, most)
         return True
 
-    def _build(self, head_segments: Sequence[tuple[int, Retention]]) -> None:
+    @torch.inference_mode(False)  # so that they can be written in any mode, whichever they were made in
+    def _build(self, head_segments: Sequence[tuple[int, Retention]], most: int) -> None:
         assert sum(heads for heads, _ in head_segments) == self._shape.num_heads
-        self._segments = list(head_segments)
-        self._buffers, self._calls = [], []
+        self._segments = list(head_segments), most
+        self._buffers, self._calls, self._ragged_kv = [], [], None
+        shape = replace(self._shape, max_past=most)
         first = 0
-        alike = groupby((part for part in head_segments if part[0]), key=lambda part: self._shape.slots(part[1]))
+        alike = groupby((part for part in head_segments if part[0]), key=lambda part: shape.slots(part[1]))
         shared = [(slots, list(members)) for slots, members in alike]
         widths = [sum(heads for heads, _ in members) for _, members in shared]
         tokens = [(self._shape.frames_per_block + slots) * self._shape.tokens_per_frame for slots, _ in shared]
@@ -97,7 +102,7 @@ class LayerCache:
                 start = sum(group.heads.stop - group.heads.start for group in groups)
                 place = slice(first + start, first + start + heads)
                 part = buffer[:, :, :, start : start + heads]
-                groups.append(HeadGroup(place, retention, part, self._shape, self._relative))
+                groups.append(HeadGroup(place, retention, part, shape, self._relative))
             self._buffers.append((buffer, groups))
             first += width
         self._refresh()
@@ -117,14 +122,19 @@ class LayerCache:
     def groups(self) -> list[HeadGroup]:
         return [group for _, groups in self._buffers for group in groups]
 
-    def split(self, order: HeadOrder, head_segments: Sequence[tuple[int, Retention]]) -> None:
-        """Go over from one group, its heads in the order of the weights, to `head_segments` of heads in `order`."""
+    def split(self, order: HeadOrder, head_segments: Sequence[tuple[int, Retention]], current: range) -> None:
+        """Go over from one group, its heads in the order of the weights, to `head_segments` of heads in `order`. The
+        frames `current` are those of the block in the own slots, if it is to join what is kept."""
         (old,) = self.groups
         assert self.head_order is None
         self.head_order = order
-        self._build(head_segments)
-        for group in self.groups:
-            group.copy_from(old, order.order[group.heads])
+        parts = [part for part in head_segments if part[0]]
+        places = torch.split(order.order, [heads for heads, _ in parts])
+        excerpts = [old.excerpt(retention, heads, current) for (_, retention), heads in zip(parts, places, strict=True)]
+        del old  # of the old buffers no more than the excerpts is there beside the new ones
+        self._build(head_segments, self._shape.max_past)
+        for group, excerpt in zip(self.groups, excerpts, strict=True):
+            group.fill(*excerpt)
         self._refresh()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -222,10 +232,11 @@ class KVCache:
         relative_window: int | None = None,
         layout: HeadLayout | None = None,
         ragged: RaggedFn | None = None,
+        most: int | None = None,
     ) -> None:
-        """All heads keep `retention`, unless `layout` says what each keeps. `like` gives dtype and device;
-        `relative_window` (frames) turns on relative positions for the sinks; with `ragged` it runs all heads of a
-        block's layer at once, and `attention` what is longer."""
+        """All heads keep `retention`, `most` as in `reset`, unless `layout` says what each keeps. `like` gives dtype
+        and device; `relative_window` (frames) turns on relative positions for the sinks; with `ragged` it runs all
+        heads of a block's layer at once, and `attention` what is longer."""
         self._shape = shape
         self._window = relative_window
         self.device = like.device
@@ -237,13 +248,15 @@ class KVCache:
             for index in range(num_layers)
         ]
         if layout is None:
-            self.reset(retention)
+            self.reset(retention, most)
         else:
             self.allocate(layout)
 
-    def reset(self, retention: Retention) -> None:
-        """Forget everything; all heads of all layers, in the order of the weights, keep `retention` from now on."""
-        renewed = [layer.allocate([(self._shape.num_heads, retention)]) for layer in self.layers]
+    def reset(self, retention: Retention, most: int | None = None) -> None:
+        """Forget everything; all heads of all layers, in the order of the weights, keep `retention` from now on. With
+        `most` there is room for that many frames: for heads that are split, or reset, before more have come."""
+        room = self._shape.max_past if most is None else min(most, self._shape.max_past)
+        renewed = [layer.allocate([(self._shape.num_heads, retention)], room) for layer in self.layers]
         if any(renewed) or self._orders is not None:
             self.buffer_epoch = BufferEpoch()
         self._orders = None
@@ -252,26 +265,31 @@ class KVCache:
 
     def allocate(self, layout: HeadLayout) -> None:
         """Forget everything; heads are and keep what the layout says. Buffers at hand serve again if they suit it."""
-        renewed = [layer.allocate(segments) for layer, segments in zip(self.layers, layout.segments, strict=True)]
+        room = self._shape.max_past
+        renewed = [layer.allocate(segments, room) for layer, segments in zip(self.layers, layout.segments, strict=True)]
         if any(renewed) or self._orders is None:
             self.buffer_epoch = BufferEpoch()
             self._orders = None
         for layer, order in zip(self.layers, self._head_orders(layout), strict=True):
             layer.head_order = order
 
-    def split(self, layout: HeadLayout) -> None:
+    def split(self, layout: HeadLayout, current: range = range(0)) -> None:
         """Let heads that all kept the same go over to the layout, with what each keeps of what is there; layer by
-        layer, so that only one is ever held twice."""
+        layer, so that no more is ever held twice than what one of them keeps.
+
+        `current`: frames of a block whose keys and values the last pass has left in the own slots of all layers; it
+        joins here, and what was kept before needs no room for it.
+        """
         self.buffer_epoch = BufferEpoch()
         assert self._orders is None
         orders = self._head_orders(layout)
         for layer, order, segments in zip(self.layers, orders, layout.segments, strict=True):
-            layer.split(order, segments)
+            layer.split(order, segments, current)
 
     @torch.inference_mode()  # wherever it is called: to a compiler other tensors would be others
     def _head_orders(self, layout: HeadLayout) -> list[HeadOrder]:
         """The layout's orders on the device, for every layer; one copy for all, to where earlier ones lie if any do."""
-        orders = torch.tensor(layout.orders)
+        orders = torch.tensor(layout.orders, device="cpu")
         both = to_device(torch.stack((orders, orders.argsort(dim=1))), self.device)
         self._orders = both if self._orders is None else self._orders.copy_(both)
         return [HeadOrder(*pair) for pair in self._orders.unbind(1)]

@@ -156,12 +156,20 @@ class HeadGroup:
                     0, :, target.start : stop
                 ]
 
-    def _keys(self, slot: int) -> Tensor:
-        """[B, T, heads, D], as they came."""
-        if self._unrotated_sinks is None or slot >= self.retention.sink:
-            return self.kv[0, :, self._slots(slot, 1)]
+    def _kept_frame(self, frame: int) -> tuple[Tensor, Tensor]:
+        """Keys as they came and values of a frame, both [B, T, heads, D]."""
+        slot = self.frames.index(frame)
+        keys, values = self.kv[:, :, self._slots(slot, 1)]
+        if self._unrotated_sinks is not None and slot < self.retention.sink:
+            tokens = self._shape.tokens_per_frame
+            keys = self._unrotated_sinks[:, slot * tokens : (slot + 1) * tokens]
+        return keys, values
+
+    def _own_frame(self, index: int) -> tuple[Tensor, Tensor]:
+        """As `_kept_frame`, of frame `index` of the block in the own slots."""
         tokens = self._shape.tokens_per_frame
-        return self._unrotated_sinks[:, slot * tokens : (slot + 1) * tokens]
+        keys, values = self.kv[:, :, index * tokens : (index + 1) * tokens]
+        return keys, values
 
     def sink_shift(self, window_start: int) -> int:
         """Positions by which the sinks move if they stand at `window_start` once that is later than their own place."""
@@ -183,13 +191,21 @@ class HeadGroup:
     def forget(self, keep_sinks_before: int) -> None:
         self.frames = [frame for frame in self.frames[: self.retention.sink] if frame < keep_sinks_before]
 
-    def copy_from(self, source: HeadGroup, heads: Tensor) -> None:
-        """Fill an empty group with what its retention keeps of `source`, taking the source's heads by index [heads]."""
-        frames = self.retention.keep(sorted(source.frames))
-        for slot, frame in enumerate(frames):
-            old, new = source.frames.index(frame), self._slots(slot, 1)
-            self.kv[0, :, new] = source._keys(old).index_select(2, heads)
-            self.kv[1, :, new] = source.kv[1, :, source._slots(old, 1)].index_select(2, heads)
+    def excerpt(self, retention: Retention, heads: Tensor, current: range) -> tuple[list[int], Tensor]:
+        """What `retention` keeps of this group and of the block in its own slots, which is the frames `current`: the
+        frames, and their keys and values [2, B, len(frames) * T, heads, D] of the heads given by index [heads]."""
+        frames = list(retention.keep([*sorted(self.frames), *current]))
+        tokens = self._shape.tokens_per_frame
+        taken = self.kv.new_empty(2, self.kv.shape[1], len(frames) * tokens, len(heads), self.kv.shape[4])
+        for index, frame in enumerate(frames):
+            pair = self._own_frame(frame - current.start) if frame in current else self._kept_frame(frame)
+            for target, source in zip(taken[:, :, index * tokens : (index + 1) * tokens], pair, strict=True):
+                target.copy_(source.index_select(2, heads))
+        return frames, taken
+
+    def fill(self, frames: Sequence[int], kv: Tensor) -> None:
+        """Start anew with these frames, all of which the retention keeps; kv [2, B, len(frames) * T, heads, D]."""
+        self.kv[:, :, self._slots(0, len(frames))] = kv
         self.frames = list(frames)
         count = min(self.retention.sink, len(frames))
         if self._unrotated_sinks is not None and count:

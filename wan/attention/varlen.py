@@ -8,16 +8,18 @@ side by side, which costs a copy of the queries and one of the result.
 
 from __future__ import annotations
 
-import importlib
+import inspect
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cache
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from utils.errors import InputError
-from wan.attention.backends import AMPERE, HOPPER, AttentionName, installed
+from utils.transfer import to_device
+from wan.attention.backends import AMPERE, HOPPER, AttentionName, flash_function, usable
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,20 @@ class RaggedKV:
 
     @classmethod
     def of(cls, like: Tensor, batch: int, capacities: Sequence[int], head_dim: int, block_tokens: int) -> RaggedKV:
-        """Empty ones; capacities[h] rows for head h."""
-        kv = like.new_empty(2, batch, sum(capacities), head_dim)
-        ends = torch.tensor([0, *(list(capacities) * batch)]).cumsum(0)
-        queries = block_tokens * torch.arange(len(ends))
-        starts, queries = (part.to(like.device, torch.int32) for part in (ends, queries))
+        """Empty ones; capacities[h] rows for head h.
+
+        Rows are zeros from the start: FlashAttention multiplies values that a head does not see by 0, and whatever
+        memory held before may be no number.
+        """
+        kv = like.new_zeros(2, batch, sum(capacities), head_dim)
+        ends = torch.tensor([0, *(list(capacities) * batch)], device="cpu").cumsum(0)
+        queries = block_tokens * torch.arange(len(ends), device="cpu")
+        starts, queries = (to_device(part.int(), like.device) for part in (ends, queries))
         return cls(kv, starts, torch.zeros_like(starts[1:]), queries, block_tokens, max(capacities))
+
+    def clear(self) -> None:
+        """Be as new for another video: nothing that this one has left, a number or not, reaches it."""
+        self.kv.zero_()
 
     def set_lengths(self, heads: slice, tokens: int) -> None:
         """From now on these heads, of all videos, see `tokens` rows."""
@@ -67,24 +77,38 @@ def masked(q: Tensor, seen: RaggedKV) -> Tensor:
     return F.scaled_dot_product_attention(q.transpose(1, 2), keys, values, mask).transpose(1, 2)
 
 
+@cache
+def _public_takes_lengths() -> bool:
+    """Whether torch.nn.attention.varlen.varlen_attn takes `seqused_k` (from torch 2.12 or 2.13 on)."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    return "seqused_k" in inspect.signature(varlen_attn).parameters
+
+
 def flash(q: Tensor, seen: RaggedKV) -> Tensor:
-    """PyTorch's own FlashAttention. torch.nn.attention.varlen.varlen_attn calls the same operator, but does not take
-    the lengths in torch 2.11."""
+    """PyTorch's own FlashAttention."""
     keys, values = seen.kv.flatten(1, 2).unsqueeze(2)
-    out = torch.ops.aten._flash_attention_forward(
-        _side_by_side(q), keys, values, seen.queries, seen.starts, seen.block_tokens, seen.most, 0.0, False, False,
-        seqused_k=seen.lengths,
-    )[0]  # fmt: skip
+    sequences = seen.queries, seen.starts, seen.block_tokens, seen.most
+    if _public_takes_lengths():
+        from torch.nn.attention.varlen import varlen_attn
+
+        out = varlen_attn(_side_by_side(q), keys, values, *sequences, seqused_k=seen.lengths)
+    else:  # the operator below it does
+        operator = torch.ops.aten._flash_attention_forward
+        out = operator(_side_by_side(q), keys, values, *sequences, 0.0, False, False, seqused_k=seen.lengths)[0]
     return _as_heads(out, q)
 
 
-def flash3(q: Tensor, seen: RaggedKV) -> Tensor:
-    """FlashAttention 3, where its package is installed."""
-    function = importlib.import_module("flash_attn_interface").flash_attn_varlen_func
-    keys, values = seen.kv.flatten(1, 2).unsqueeze(2)
-    most = seen.block_tokens, seen.most
-    out = function(_side_by_side(q), keys, values, seen.queries, seen.starts, *most, seqused_k=seen.lengths)
-    return _as_heads(out[0] if isinstance(out, tuple) else out, q)
+def flash3(function: Callable[..., object]) -> RaggedFn:
+    """FlashAttention 3 by its package's `flash_attn_varlen_func`."""
+
+    def flash(q: Tensor, seen: RaggedKV) -> Tensor:
+        keys, values = seen.kv.flatten(1, 2).unsqueeze(2)
+        most = seen.block_tokens, seen.most
+        out = function(_side_by_side(q), keys, values, seen.queries, seen.starts, *most, seqused_k=seen.lengths)
+        return _as_heads(out[0] if isinstance(out, tuple) else out, q)
+
+    return flash
 
 
 def _side_by_side(q: Tensor) -> Tensor:
@@ -92,7 +116,8 @@ def _side_by_side(q: Tensor) -> Tensor:
     return q.transpose(1, 2).reshape(-1, 1, q.shape[-1])
 
 
-def _as_heads(out: Tensor, like: Tensor) -> Tensor:
+def _as_heads(out: object, like: Tensor) -> Tensor:
+    assert isinstance(out, Tensor)
     batch, length, heads, width = like.shape
     return out.view(batch, heads, length, width).transpose(1, 2)
 
@@ -109,4 +134,8 @@ def ragged_backend(name: AttentionName, device: torch.device, dtype: torch.dtype
             f"attention: 'varlen' needs bf16 and compute capability 8.0 or more, not {dtype} and "
             f"{capability[0]}.{capability[1]}; use 'auto'"
         )
-    return flash3 if capability[0] == HOPPER[0] and installed("fa3") else flash
+    if capability[0] == HOPPER[0] and usable("fa3"):
+        function = flash_function("fa3", "flash_attn_varlen_func")
+        if not isinstance(function, str):
+            return flash3(function)
+    return flash

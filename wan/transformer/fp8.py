@@ -8,6 +8,7 @@ torch.compile does. Everything outside the linear layers of the transformer's bl
 from __future__ import annotations
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from utils.errors import InputError
@@ -37,8 +38,17 @@ def quantise(x: Tensor) -> tuple[Tensor, Tensor]:
 def product(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, bias: Tensor) -> Tensor:
     """(a * a_scales) (b * b_scales)^T + bias in the dtype of `bias`; a [M, K] and b [N, K] e4m3, scales [M or N, 1]."""
     if a.is_cuda:
-        return torch._scaled_mm(a, b.t(), a_scales, b_scales.t(), bias, out_dtype=bias.dtype, use_fast_accum=True)
+        return _scaled_product(a, a_scales, b, b_scales, bias)
     return ((a.float() * a_scales) @ (b.float() * b_scales).t() + bias.float()).to(bias.dtype)
+
+
+def _scaled_product(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, bias: Tensor) -> Tensor:
+    """`product` by tensor cores."""
+    if not hasattr(F, "scaled_mm"):
+        return torch._scaled_mm(a, b.t(), a_scales, b_scales.t(), bias, out_dtype=bias.dtype, use_fast_accum=True)
+    each_row = F.ScalingType.RowWise
+    scales = a_scales, each_row, b_scales.t(), each_row
+    return F.scaled_mm(a, b.t(), *scales, bias=bias, output_dtype=bias.dtype, use_fast_accum=True)
 
 
 class Fp8Linear(nn.Module):

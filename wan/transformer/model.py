@@ -18,6 +18,7 @@ import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from utils.transfer import to_device
 from wan.attention.backends import AttentionFn, AttentionName, attention_backend, sdpa
 from wan.attention.cache import KVCache
 from wan.attention.head_group import CacheShape, HeadLayout, Retention
@@ -146,7 +147,7 @@ class CausalWanModel(nn.Module):
 
     def encode_text(self, embeds: Tensor) -> TextContext:
         """The keys and values of a prompt; `embeds` [B, text_len, text_dim], zero past the prompt."""
-        text = self.text_embedding(embeds.to(self.device, self.dtype))
+        text = self.text_embedding(to_device(embeds, self.device).to(self.dtype))
         pairs = [block.cross_attn.keys_and_values(text) for block in self.layers()]
         return TextContext(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
 
@@ -157,9 +158,10 @@ class CausalWanModel(nn.Module):
         retention: Retention,
         relative_window: int | None = None,
         layout: HeadLayout | None = None,
+        most: int | None = None,
     ) -> KVCache:
-        """An empty cache for `batch` videos of this geometry in which all heads keep `retention`, or each what `layout`
-        says."""
+        """An empty cache for `batch` videos of this geometry in which all heads keep `retention`, `most` as in
+        `KVCache.reset`, or each what `layout` says."""
         shape = CacheShape(
             batch,
             self.config.num_heads,
@@ -170,7 +172,7 @@ class CausalWanModel(nn.Module):
         )
         like = self.patch_embedding.weight
         return KVCache(
-            self.config.num_layers, shape, retention, self.attention, like, relative_window, layout, self.ragged
+            self.config.num_layers, shape, retention, self.attention, like, relative_window, layout, self.ragged, most
         )
 
     def forward(
