@@ -25,7 +25,7 @@ class FrameAttention:
     """Collects, per layer and head, the mean attention to each visible frame over queries and batch.
 
     `query_share` and `most` as in `sampled`. `with_entropy`: also the mean entropy of a query's attention over all
-    keys, in nats.
+    keys, in nats. Of a batch the first `videos` count.
     """
 
     def __init__(
@@ -35,6 +35,7 @@ class FrameAttention:
         piece_bytes: int = PIECE_BYTES,
         with_entropy: bool = False,
         most: int | None = MOST_SAMPLED,
+        videos: int | None = None,
     ) -> None:
         assert 0 < query_share <= 1
         self._tokens = tokens_per_frame
@@ -42,6 +43,7 @@ class FrameAttention:
         self._piece_bytes = piece_bytes
         self._with_entropy = with_entropy
         self._most = most
+        self._videos = videos
         self._places: tuple[int, Tensor] | None = None  # of the sampled ones among so many queries, on their device
         self._layers: dict[int, Tensor] = {}
         self._entropies: dict[int, Tensor] = {}
@@ -54,7 +56,7 @@ class FrameAttention:
         are not looked at."""
         if self._places is None or self._places[0] != q.shape[1]:
             self._places = q.shape[1], to_device(self._sample(q.shape[1]), q.device)
-        q = q[:, self._places[1]]
+        q = q[: self._videos, self._places[1]]
         batch, queries, heads, width = q.shape
         mass = torch.zeros(heads, keys.shape[1] // self._tokens, device=q.device)
         entropy = torch.zeros(heads, device=q.device)

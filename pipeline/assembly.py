@@ -60,6 +60,7 @@ class Parts(NamedTuple):
     encoder: VAE | None
     strategy: DecodeStrategy
     prompts: Callable[[str], Tensor]  # to embeddings [length, text_dim]; a PromptEncoder, or what stands for one
+    batch: int = 1  # videos that the engine is ready for; fewer at a time are filled up
 
 
 def assemble(config: InferenceConfig, prompts: Iterable[str], device: torch.device, batch: int = 1) -> Parts:
@@ -82,14 +83,14 @@ def assemble(config: InferenceConfig, prompts: Iterable[str], device: torch.devi
     use_compile_cache(None if config.compile_cache is None else Path(config.compile_cache))
     generator = BlockGenerator(load_transformer(config, sizes, device, dtype), settings)
     geometry = geometry_of(config, sizes.in_dim)
-    start_engine(generator, config.engine, geometry, batch)
+    engine_runs = start_engine(generator, config.engine, geometry, batch)
     _measure_speed(generator, config, geometry)
     strategy = choose_strategy(config, generator.settings, device)  # the settings now say how large the cache becomes
     vae = load_decoder(config, choose_vae_device(config, device), dtype)
     if strategy.on_side_stream and strategy.tile is None:
         latents = torch.zeros(batch, *geometry.block_shape, device=device)
         start_decoder(vae, choose_engine(config.engine, vae.device), config.engine != "auto", latents)
-    return Parts(generator, vae, load_encoder(config, vae), strategy, texts)
+    return Parts(generator, vae, load_encoder(config, vae), strategy, texts, batch if engine_runs else 1)
 
 
 def _measure_speed(generator: BlockGenerator, config: InferenceConfig, geometry: LatentGeometry) -> None:
@@ -120,6 +121,7 @@ class Pipeline:
         self.encoder = parts.encoder
         self.strategy = parts.strategy
         self.prompts = parts.prompts
+        self.batch = parts.batch
         self.geometry = geometry_of(config, self.generator.model.config.in_dim)
         self._others: dict[tuple[str, ...], BlockGenerator] = {}  # by the overrides of sessions
         self._lock = threading.RLock()
@@ -169,14 +171,16 @@ class Pipeline:
         generator = self._generator_for(tuple(overrides))
         seed = self.config.seed if seed is None else seed
         seeds = [video_seed(seed, 0, 0)] if noise_seeds is None else list(noise_seeds)
+        filled_up = max(self.batch - len(seeds), 0)
         prefix = None if start_from is None else self.prefix_latents(Path(start_from))
         return Session(
             generator,
             self._geometry_for(frames, generator.settings),
-            NoiseStream(seeds),
+            NoiseStream([*seeds, *seeds[-1:] * filled_up]),
             self.prompts,
-            lambda profiler: BlockDecoder(self.vae, self.config.pixel_size, profiler, self.strategy),
+            lambda profiler: BlockDecoder(self.vae, self.config.pixel_size, profiler, self.strategy, len(seeds)),
             batch=len(seeds),
+            filled_up=filled_up,
             prefix_latents=prefix,
             lock=self._lock,
             live=live,

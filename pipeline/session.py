@@ -30,6 +30,7 @@ from pipeline.runtime.generator import BlockGenerator, CleanBlock, Rollout
 from pipeline.runtime.inputs import NoiseSource
 from utils.errors import InputError
 from utils.profiler import Profiler
+from utils.transfer import to_device
 from wan.geometry import ENDLESS, LatentGeometry
 from wan.text import pad
 from wan.transformer.model import TextContext
@@ -99,12 +100,14 @@ class Session:
         decoder: Callable[[Profiler], BlockDecoder] | None = None,
         *,
         batch: int = 1,
+        filled_up: int = 0,
         prefix_latents: Tensor | None = None,
         lock: AbstractContextManager[object] | None = None,
         live: bool = True,
         keep_buffers: bool = False,
     ) -> None:
         """`embed` gives a prompt's embedding [length, text_dim]; without a `decoder` blocks have latents alone.
+        `filled_up`: so many videos more are made, which nobody gets, since the engine is ready for such a batch.
 
         `prefix_latents` [1 or B, F, C, h, w] are whole blocks that the videos begin with. While the `lock` is held, by
         this session or by others of the same model, a block is made. Sessions that are not `live` take no prompts
@@ -115,6 +118,7 @@ class Session:
         self._geometry = geometry
         self._embed = embed
         self._batch = batch
+        self._filled_up = filled_up
         self._lock = nullcontext() if lock is None else lock
         self._live = live
         self._keep_buffers = keep_buffers
@@ -127,9 +131,11 @@ class Session:
         self.profiler = Profiler(generator.model.device, keep=TIMED_BLOCKS if endless else None)
         with self._lock, torch.inference_mode():
             if prefix_latents is not None:
-                prefix_latents = prefix_latents.to(generator.model.device).expand(batch, -1, -1, -1, -1)
+                prefix_latents = to_device(prefix_latents, generator.model.device).expand(batch, -1, -1, -1, -1)
+                prefix_latents = torch.cat((prefix_latents, *[prefix_latents[-1:]] * filled_up))
+            size = batch + filled_up
             self.rollout: Rollout = generator.start(
-                geometry, [], noise, batch, self.profiler, prefix_latents, live=True
+                geometry, [], noise, size, self.profiler, prefix_latents, live=True, videos=batch
             )
             self._decoder = decoder(self.profiler) if decoder is not None else None
         self._blocks = self.rollout.blocks()
@@ -178,7 +184,8 @@ class Session:
     def _text(self, embeds: Sequence[Tensor]) -> TextContext:
         model = self._generator.model
         with self.profiler.span("init"), torch.inference_mode():
-            return model.encode_text(pad(list(embeds), model.config.text_len))
+            every = [*embeds, *[embeds[-1]] * self._filled_up]
+            return model.encode_text(pad(every, model.config.text_len))
 
     def __iter__(self) -> Iterator[SessionBlock]:
         return self
@@ -208,7 +215,8 @@ class Session:
 
     def _finished(self, block: CleanBlock, host: HostFrames | None, began: float) -> SessionBlock:
         prompt, roles = self._scenes[-1][1], self.rollout.roles
-        made = SessionBlock(block.index, block.start_frame, prompt, block.latents, roles, host, began)
+        latents = block.latents[: self._batch]
+        made = SessionBlock(block.index, block.start_frame, prompt, latents, roles, host, began)
         if host is None:
             made.seconds_to_host = time.perf_counter() - began
         return made

@@ -2,21 +2,23 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from dataclasses import replace
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields, replace
 
 import pytest
 import torch
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dummy.config import DummyForcingConfig
-from dummy.policy import ContextPolicy, policy_from_config
+from dummy.policy import ContextPolicy, HeadSplit, policy_from_config
 from dummy.roles import HeadRoles, Role
 from pipeline.runtime.generator import BlockGenerator, Rollout
 from pipeline.runtime.inputs import GeneratorSettings
 from pipeline.runtime.schedule import DenoisingSchedule
-from tests.tiny import segments, tiny_model
+from tests.tiny import random_embeds, segments, tiny_model
 from utils.seed import NoiseStream
 from wan.config import ModelKwargs
 from wan.geometry import LatentGeometry
@@ -228,3 +230,121 @@ def test_until_roles_are_known_there_is_room_for_what_there_is_by_then() -> None
         assert sizes[:2] == [3, 3]
         # 6 of 12 heads dummy; packed heads keep 1, 1 or 3 frames, with prune half of the heads keep all.
         assert sizes[2] == (1 if kind == "packed" else 57 // 2)
+
+
+def test_what_fills_a_batch_up_has_no_part_in_the_videos() -> None:
+    """Nor in the roles that they share, whatever it is."""
+    made = generator(tiny_model(), "packed")
+    alone = start(made, 7, 8)
+    expected = latents(alone)
+    text, noise = segments(made.model, batch=4), NoiseStream((7, 8, 9, 9))
+    filled = made.start(GEOMETRY, text, noise, 4, videos=2)
+    torch.testing.assert_close(latents(filled)[:2], expected, atol=1e-4, rtol=1e-4)
+    assert filled.roles == alone.roles
+    torch.testing.assert_close(filled.frame_attention, alone.frame_attention)
+
+
+class _NoBlockingCopies(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        name = func.overloadpacket.__name__
+        if name in ("_to_copy", "copy_"):
+            source = args[0] if name == "_to_copy" else args[1]
+            waits = not (kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
+            blocking = source.device.type == "cpu" and result.device.type == "meta" and waits
+            assert not blocking, f"{name} of {tuple(source.shape)} to a device: the host waits"
+        return result
+
+
+class _NoNumbersToDevices(TorchFunctionMode):
+    """torch.tensor and others like it copy out of sight of a dispatch mode."""
+
+    def __torch_function__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
+        result = func(*args, **(kwargs or {}))
+        if func in (torch.tensor, torch.as_tensor, torch.asarray, Tensor.new_tensor):
+            assert result.device.type != "meta", f"{func.__name__} on a device: the host waits"
+        return result
+
+
+@contextmanager
+def no_blocking_copies() -> Iterator[None]:
+    """Raises where numbers of the host would be copied to a device while the host waits; `meta` is the device."""
+    with _NoNumbersToDevices(), _NoBlockingCopies():
+        yield
+
+
+class KnownSplit(HeadSplit):
+    """Observes, but takes the roles from here: on `meta` there are no values to be read."""
+
+    def find_roles(self, by_frame: Tensor) -> tuple[HeadRoles, Tensor]:
+        return ROLES, by_frame
+
+
+def on_meta(kind: str, roles: HeadRoles | None, attention: str, **settings: object) -> BlockGenerator:
+    model = tiny_model().to("meta")
+    model.use_attention(attention)  # type: ignore[arg-type]
+    settings_of = GeneratorSettings(SCHEDULE, policy(kind, roles, score_query_share=0.25), **settings)  # type: ignore[arg-type]
+    split = settings_of.policy.split
+    if split is not None and roles is None:
+        known = KnownSplit(**{field.name: getattr(split, field.name) for field in fields(split)})
+        settings_of = replace(settings_of, policy=replace(settings_of.policy, split=known))
+    return BlockGenerator(model, settings_of)
+
+
+@pytest.mark.parametrize("attention", ["sdpa", "varlen"])
+@pytest.mark.parametrize(
+    ("kind", "roles", "settings"),
+    [
+        ("full", None, {}),
+        ("window", None, {"window": 9, "relative_rope": True}),
+        ("packed", ROLES, {}),
+        ("packed", None, {"window": 9, "relative_rope": True, "global_sink": True}),
+        ("prune", None, {}),
+        ("packed", None, {"window": 9, "reclassify_on_switch": True}),
+    ],
+)
+def test_nothing_in_the_loop_makes_the_host_wait_for_a_copy(
+    kind: str, roles: HeadRoles | None, settings: dict[str, object], attention: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From the first video on, with roles that are observed and prompts that change."""
+    # Where the order of heads is one of the weights, each layer copies its own.
+    monkeypatch.setattr(CausalWanModel, "set_head_order", lambda self, order: None, raising=False)
+    made = on_meta(kind, roles, attention, **settings)
+    texts = segments(made.model, (0, 9), 2)
+    with no_blocking_copies():
+        for _ in range(2):
+            rollout = made.start(GEOMETRY, texts, NoiseStream((1, 2)), 2)
+            assert latents(rollout).shape == (2, 15, 16, 4, 6)
+            made.model.encode_text(random_embeds(batch=2))  # as a prompt that comes while a video is made
+
+
+@pytest.mark.parametrize(
+    "copy",
+    [
+        lambda: torch.ones(3).to("meta"),
+        lambda: torch.tensor([1, 2], device="meta"),
+        lambda: torch.empty(3, device="meta").new_tensor([1.0]),
+        lambda: torch.empty(3, device="meta").copy_(torch.ones(3)),
+        lambda: torch.ones(3).to("meta", torch.float64),
+    ],
+)
+def test_copies_that_make_the_host_wait_are_noticed(copy: Callable[[], Tensor]) -> None:
+    with pytest.raises(AssertionError, match="the host waits"), no_blocking_copies():
+        copy()
+    with no_blocking_copies():
+        torch.ones(3).to("meta", non_blocking=True)
+        torch.empty(3, device="meta").copy_(torch.ones(3), non_blocking=True)
+
+
+@pytest.mark.parametrize("kind", ["window", "packed"])
+def test_caches_serve_inside_and_outside_of_inference_mode(kind: str) -> None:
+    """Whichever they were made in; with lengths as data, and roles that are found anew."""
+    made = generator(tiny_model(), kind, window=9, reclassify_on_switch=kind == "packed")
+    made.model.use_attention("varlen")
+    videos = []
+    for inside in (False, True, True, False):
+        with torch.inference_mode(inside):
+            videos.append(latents(start(made, 7, starts=(0, 3))))
+            made._spare[2].reset(made.settings.policy.initial, 3)  # type: ignore[index]
+    assert all(torch.equal(video, videos[0]) for video in videos)

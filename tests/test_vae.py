@@ -159,6 +159,22 @@ def test_a_closed_decoders_memory_serves_the_next_video(vae: VAE, vector: dict[s
         again.decode(vector["latents"])
 
 
+@pytest.mark.parametrize(("tile", "recorded"), [(None, False), (None, True), (16, False)])
+def test_a_decoders_memory_serves_inside_and_outside_of_inference_mode(
+    tile: int | None, recorded: bool, exact: VAE, vector: dict[str, Tensor]
+) -> None:
+    vae = VAE(exact.module, exact.config)
+    vae.module.lay_out(conv3d_as_conv2d=False)
+    if recorded:
+        vae.prepare(1, run, OperatorRecorder())
+    for inside in (True, False, True):
+        with torch.inference_mode(inside):
+            decoder = vae.decoder(tile=tile)
+            decoder.decode(vector["latents"][:, :2])
+        decoder.decode(vector["latents"][:, 2:4])
+        decoder.close()
+
+
 def test_the_steady_step_compiles_without_a_break(exact: VAE, vector: dict[str, Tensor]) -> None:
     """One graph for each of the three parts, for any number of calls and videos."""
     from torch._dynamo.testing import CompileCounterWithBackend

@@ -30,10 +30,13 @@ class CudaRecorder:
         self._device = device
         self._stream: torch.cuda.Stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call,unused-ignore]
         self._pool = torch.cuda.graph_pool_handle()
-        # A pool must not be used again after its last graph is gone, so there is one that stays.
-        one = torch.ones(1, device=device)
+        self._anchor = self._hold_pool()
+
+    def _hold_pool(self) -> Replay:
+        """A pool must not be used again after its last graph is gone, so there is one that stays."""
+        one = torch.ones(1, device=self._device)
         self.warm_up(one.clone)
-        self._anchor = self.record(one.clone)
+        return self.record(one.clone)
 
     def warm_up(self, function: Callable[[], object]) -> None:
         with self._on_side_stream():
@@ -55,18 +58,31 @@ class CudaRecorder:
                 function()
             except BaseException:
                 with suppress(RuntimeError):  # an error that follows from the first, which is the one to tell
-                    graph.capture_end()
+                    self._end(graph)
                 raise
-            graph.capture_end()
+            self._end(graph)
         return graph.replay
+
+    def _end(self, graph: torch.cuda.CUDAGraph) -> None:
+        """Where the driver ends a capture with an error, some releases of PyTorch leave the allocator's part of it
+        open: it would refuse to empty its cache from then on."""
+        try:
+            graph.capture_end()
+        except BaseException:
+            with suppress(RuntimeError):  # it is closed
+                torch._C._cuda_endAllocateToPool(self._device.index or 0, self._pool)
+                torch._C._cuda_releasePool(self._device.index or 0, self._pool)
+            raise
 
     @contextmanager
     def _on_side_stream(self) -> Iterator[None]:
         here = torch.cuda.current_stream(self._device)
         self._stream.wait_stream(here)
-        with torch.cuda.stream(self._stream):
-            yield
-        here.wait_stream(self._stream)
+        try:
+            with torch.cuda.stream(self._stream):
+                yield
+        finally:
+            here.wait_stream(self._stream)  # after an error too: what was done there may still be under way
 
 
 @contextmanager

@@ -6,8 +6,7 @@ meanwhile; the host only queues it and goes on. This file does not know how late
 
 from __future__ import annotations
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -15,6 +14,7 @@ from torch import Tensor
 
 from pipeline.runtime.engine import or_eager
 from utils.profiler import Profiler
+from utils.transfer import SideStream, has_streams, host_memory
 from utils.video import to_uint8
 from wan.cuda_graphs import CudaRecorder
 from wan.vae.layers import run
@@ -61,46 +61,35 @@ class BlockDecoder:
         pixel_size: tuple[int, int],
         profiler: Profiler,
         strategy: DecodeStrategy,
+        videos: int | None = None,
     ) -> None:
-        """`pixel_size` (height, width) is what is kept of a frame."""
+        """`pixel_size` (height, width) is what is kept of a frame; of a batch the first `videos` are."""
         self._vae = vae
+        self._videos = videos
         self._height, self._width = pixel_size
         self._profiler = profiler
         self._decoder = vae.decoder(strategy.frames, strategy.tile, strategy.frame_chunk, strategy.on_host)
-        self._stream: torch.cuda.Stream | None = None
-        if strategy.on_side_stream and vae.device.type == "cuda":
-            self._stream = vae.side_stream()
+        aside = strategy.on_side_stream and has_streams(vae.device)
+        self._stream: SideStream | None = vae.side_stream() if aside else None
 
     def decode(self, latents: Tensor) -> HostFrames:
         """The next latents [B, F, C, h, w], of any device."""
-        with self._on_side_stream(latents):
+        with nullcontext() if self._stream is None else self._stream.after(latents):
             with self._profiler.span("decode", self._vae.device):
                 video = self._decoder.decode(latents)[..., : self._height, : self._width]
-                frames = torch.stack([to_uint8(one) for one in video])
+                frames = torch.stack([to_uint8(one) for one in video[: self._videos]])
             with self._profiler.span("copy", self._vae.device):
                 return self._to_host(frames)
 
     def _to_host(self, frames: Tensor) -> HostFrames:
-        if frames.device.type != "cuda":
+        if not has_streams(frames.device):
             return HostFrames(frames.cpu())
-        host = torch.empty(frames.shape, dtype=frames.dtype, pin_memory=True)
+        host = host_memory(frames.shape, frames.dtype)
         host.copy_(frames, non_blocking=True)
         # Blocking: whoever waits for it sleeps, where by default a core would ask again and again.
         ready = torch.cuda.Event(blocking=True)  # type: ignore[no-untyped-call,unused-ignore]
         ready.record(torch.cuda.current_stream(frames.device))
         return HostFrames(host, ready)
-
-    @contextmanager
-    def _on_side_stream(self, latents: Tensor) -> Iterator[None]:
-        """Within the context work is queued on the stream aside, behind what made the latents."""
-        if self._stream is None:
-            yield
-            return
-        if latents.device.type == "cuda":
-            self._stream.wait_stream(torch.cuda.current_stream(latents.device))
-            latents.record_stream(self._stream)  # its memory is not to be used again before this stream is done
-        with torch.cuda.stream(self._stream):
-            yield
 
     def close(self) -> None:
         """Leave the decoder's memory to the next video."""
@@ -127,9 +116,12 @@ def start_decoder(vae: LatentDecoder, engine: str, required: bool, latents: Tens
         return
     frames = latents.shape[1]
     compiled, recorded = engine != "recorded", engine != "compiled"
-    with or_eager("engine of the VAE", engine, required, lambda: vae.prepare(frames, run)):
+
+    def make_ready() -> None:
         vae.prepare(frames, compiled_run() if compiled else run, CudaRecorder(vae.device) if recorded else None)
         warmup_decoder(vae, latents)
+
+    or_eager("engine of the VAE", engine, required, make_ready, lambda: vae.prepare(frames, run))
 
 
 def warmup_decoder(vae: LatentDecoder, latents: Tensor) -> None:

@@ -12,8 +12,8 @@ import importlib.util
 import logging
 import os
 import time
-from collections.abc import Callable, Iterator
-from contextlib import closing, contextmanager
+from collections.abc import Callable
+from contextlib import closing
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -80,20 +80,20 @@ def passes_of(model: CausalWanModel, engine: str, required: bool = True) -> Pass
     return GraphedPasses(model, CudaRecorder(model.device), required=required) if recorded else model
 
 
-def start_engine(generator: BlockGenerator, name: EngineName, geometry: LatentGeometry, batch: int = 1) -> None:
-    """Compile and record for videos of this geometry before the first is made.
+def start_engine(generator: BlockGenerator, name: EngineName, geometry: LatentGeometry, batch: int = 1) -> bool:
+    """Compile and record for `batch` videos of this geometry at a time before the first is made; False if passes run as
+    they are, for which nothing has to be made ready.
 
     An engine that "auto" has chosen and that does not run here gives way to eager, with a warning that says why. Raises
     InputError if the engine was asked for by name.
     """
     engine = choose_engine(name, generator.model.device)
-    if engine != "eager":
-        prepare(generator, engine, geometry, batch, required=name != "auto")
+    return engine != "eager" and prepare(generator, engine, geometry, batch, required=name != "auto")
 
 
 def prepare(
     generator: BlockGenerator, engine: EngineName, geometry: LatentGeometry, batch: int, required: bool
-) -> None:
+) -> bool:
     """`start_engine` for an engine that is not eager; `required`: it was asked for by name."""
     logger.info("engine: getting %s ready, which takes a minute or two where nothing is cached", engine)
     begin = time.perf_counter()
@@ -101,29 +101,36 @@ def prepare(
     def go_back() -> None:
         generator.model.compile_layers(False)
         generator.passes = generator.model
+        generator.drop_spare_cache()
 
-    with or_eager("engine", engine, required, go_back):
+    def make_ready() -> None:
         generator.passes = passes_of(generator.model, engine, required)
         warmup(generator, geometry, batch)
-        if generator.model.device.type == "cuda":
-            torch.cuda.empty_cache()  # what passes took that from now on are replayed, in memory of their own
+        torch.cuda.empty_cache()  # what passes took that from now on are replayed, in memory of their own
         logger.info("engine: %s is ready after %.1f s", engine, time.perf_counter() - begin)
 
+    return or_eager("engine", engine, required, make_ready, go_back)
 
-@contextmanager
-def or_eager(part: str, engine: str, required: bool, go_back: Callable[[], None]) -> Iterator[None]:
-    """What is done within the context makes an engine ready; if it does not run here, `go_back` is called, with a
-    warning that says why, or, if the engine is `required`, InputError is raised."""
+
+def or_eager(
+    part: str, engine: str, required: bool, make_ready: Callable[[], None], go_back: Callable[[], None]
+) -> bool:
+    """Make an engine ready. If it does not run here, `go_back` is called, with a warning that says why, or, if the
+    engine is `required`, InputError is raised. Whether it runs."""
     try:
-        yield
-    except torch.OutOfMemoryError:
+        make_ready()
+    except (InputError, MemoryError, torch.OutOfMemoryError):
         raise
-    except RuntimeError as error:
-        reason = next((line.strip() for line in str(error).splitlines() if line.strip()), type(error).__name__)
+    # Compilers, drivers and the tools that they start have errors of every kind, of which few are RuntimeErrors.
+    except Exception as error:
+        lines = [line.strip() for line in str(error).splitlines()]
+        reason = next(filter(None, lines), type(error).__name__)
         if required:
             raise InputError(f"{part}: {engine!r} does not run here ({reason}); use engine=eager") from error
         logger.warning("%s: eager, since %s does not run here (%s)", part, engine, reason)
         go_back()
+        return False
+    return True
 
 
 def warmup(generator: BlockGenerator, geometry: LatentGeometry, batch: int = 1) -> None:

@@ -63,8 +63,10 @@ class BlockGenerator:
         profiler: Profiler | None = None,
         prefix_latents: Tensor | None = None,
         live: bool = False,
+        videos: int | None = None,
     ) -> Rollout:
-        """A video, or `batch` of them with common head roles, made with one prompt a segment.
+        """A video, or `batch` of them with common head roles, made with one prompt a segment. The first `videos` of the
+        batch are meant; others, which fill it up to a size that the engine is ready for, have no part in the roles.
 
         `live` videos take prompts while they are made (`Rollout.prompt`); they may begin without segments.
 
@@ -72,7 +74,7 @@ class BlockGenerator:
         `profiler` receives a span "denoise" per block, in which a prompt switch is done too, and a span "clean".
         """
         profiler = profiler or Profiler(self.model.device)
-        return Rollout(self, geometry, tuple(segments), noise, batch, profiler, prefix_latents, live)
+        return Rollout(self, geometry, tuple(segments), noise, batch, profiler, prefix_latents, live, videos)
 
     def acquire_cache(self, geometry: LatentGeometry, batch: int, layout: HeadLayout | None) -> KVCache:
         """An empty cache in which heads keep what the layout says, or all of them what the policy begins with.
@@ -135,6 +137,7 @@ class Rollout:
         profiler: Profiler,
         prefix_latents: Tensor | None = None,
         live: bool = False,
+        videos: int | None = None,
     ) -> None:
         assert live or (segments and segments[0].start_frame == 0)
         self._generator = generator
@@ -163,6 +166,7 @@ class Rollout:
         self.roles_pending = self._split is not None and layout is None
         """Whether head roles are yet to be observed, after which the cache is laid out anew."""
         self._batch = batch
+        self._videos = batch if videos is None else videos
         self.cache = generator.acquire_cache(geometry, batch, layout)
 
     @property
@@ -299,7 +303,7 @@ class Rollout:
 
     def _observer(self) -> FrameAttention:
         assert self._split is not None
-        return FrameAttention(self._geometry.tokens_per_frame, self._split.query_share)
+        return FrameAttention(self._geometry.tokens_per_frame, self._split.query_share, videos=self._videos)
 
     def _count(self, flow: Tensor, computed: bool) -> None:
         self.record.add(flow)

@@ -103,6 +103,7 @@ class GraphedPasses:
         """Recordings there are now."""
         return sum(len(captured.replays) for captured in self._captured.values())
 
+    @torch.inference_mode()  # so that static inputs, made within, are what the model's own inputs are to a compiler
     def __call__(
         self,
         latents: Tensor,
@@ -123,6 +124,7 @@ class GraphedPasses:
             residual.value = outputs.residual.clone()
         return outputs.flow.clone()
 
+    @torch.inference_mode()
     def commit(self, latents: Tensor, time: TimeContext, text: TextContext, cache: KVCache, start_frame: int) -> None:
         """`CausalWanModel.commit`."""
         if self._run("encode", latents, time, text, cache, start_frame) is None:

@@ -8,16 +8,17 @@ heads of its layers can be handed to a cache in an order of its own. Whatever de
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 from functools import partial
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 import torch.nn.functional as F
 from einops import rearrange
 from torch import Tensor, nn
 
+from utils.compiled import compiled_by_size
 from utils.transfer import to_device
 from wan.attention.backends import AttentionFn, AttentionName, attention_backend, sdpa
 from wan.attention.cache import KVCache
@@ -71,6 +72,11 @@ _EAGER = _LayerParts(
 )
 
 
+def _size(block: TransformerBlock, x: Tensor, *others: Tensor | None) -> Hashable:
+    """Heads may be in an order of their own or not."""
+    return x.shape, x.dtype, tuple(other is None for other in others)
+
+
 class CausalWanModel(nn.Module):
     """The transformer; build it on the meta device and load weights into it, or initialise it with `random_`."""
 
@@ -120,16 +126,15 @@ class CausalWanModel(nn.Module):
         self.attention = attention_backend(name, self.device, self.dtype)
         self.ragged = ragged_backend(name, self.device, self.dtype)
 
-    def compile_layers(self, on: bool = True) -> None:
+    def compile_layers(self, on: bool = True, backend: str = "inductor") -> None:
         """Compile what lies between the attentions, once for all layers, without graph breaks; or go back from it.
 
         Attention and the cache stay outside: their shapes follow from what is kept, those of the compiled parts from
         the size of a block alone, so that a growing cache, new head roles or another prompt compile nothing anew.
         Passes that re-encode earlier frames have other sizes; they run as they are.
         """
-        # torch.compile has graphs of its own, which know nothing of those in wan/transformer/graphs.py.
-        whole = partial(torch.compile, fullgraph=True, dynamic=False, options={"triton.cudagraphs": False})
-        self._parts = _LayerParts(*map(whole, _EAGER)) if on else _EAGER
+        compiled: Callable[..., Any] = partial(compiled_by_size, size=_size, backend=backend)
+        self._parts = _LayerParts(*map(compiled, _EAGER)) if on else _EAGER
 
     def encode_time(self, timestep: float) -> TimeContext:
         """The modulations of one timestep, computed in float32 whatever the model's dtype is."""

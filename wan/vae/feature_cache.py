@@ -92,6 +92,7 @@ class FeatureCache:
         self._next += 1
         return self._kept[self._next - 1]
 
+    @torch.inference_mode(False)  # so that it can be written in any mode, whichever it was made in
     def _zeros(self, x: Tensor, frames: int) -> Tensor:
         if self._host is None or x.device.type == "meta":  # there, to find out what it takes, all places are one
             return empty(x, frames).zero_()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from utils.errors import InputError
 from utils.pinned_buffers import PinnedBuffers
+from utils.transfer import SideStream, has_streams
 from wan.vae.untiled import FrameDecoder, Run, Steady
 
 if TYPE_CHECKING:
@@ -44,7 +45,7 @@ class LatentDecoder(ABC):
         self.temporal_scale = temporal_scale
         self._steady: Steady | None = None
         self._spare: tuple[tuple[int, ...], FrameDecoder] | None = None
-        self._stream: torch.cuda.Stream | None = None
+        self._stream: SideStream | None = None
         self.lay_out_for(self.device)
 
     @abstractmethod
@@ -75,6 +76,7 @@ class LatentDecoder(ABC):
     def to(self: Self, device: torch.device | str) -> Self:
         """Move the parameters; live decoders keep their cache where it is, so move between videos."""
         self.module.to(device)
+        self._stream, self._spare = None, None  # of another device
         return self.lay_out_for(self.device)
 
     def lay_out_for(self: Self, device: torch.device) -> Self:
@@ -102,21 +104,27 @@ class LatentDecoder(ABC):
             self, frames_per_call, tile, self.frame_chunk if frame_chunk is None else frame_chunk, on_host
         )
 
-    def side_stream(self) -> torch.cuda.Stream:
-        """The one CUDA stream beside the current one on which this decodes, so that what a decoder leaves behind is
-        used again on the same stream."""
+    def side_stream(self) -> SideStream:
+        """The one stream beside the current one on which this decodes, so that what a decoder leaves behind is used
+        again on the same stream."""
         if self._stream is None:
-            self._stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call,unused-ignore]
+            self._stream = SideStream(self.device)
         return self._stream
 
     def acquire(self, key: tuple[int, ...], tile: int | None, frame_chunk: int, on_host: bool = False) -> FrameDecoder:
-        """A new FrameDecoder, or one that was given back under the same key (what its sizes depend on)."""
+        """A new FrameDecoder, or one that was given back under the same key: what its sizes depend on, and the stream
+        on which it is used."""
         spare, self._spare = self._spare, None
         if spare is not None and spare[0] == key:
             spare[1].clear()
             return spare[1]
         host = PinnedBuffers(page_locked=self.device.type == "cuda") if on_host else None
         return self.new_frames(tile, frame_chunk, host)
+
+    def current_stream(self) -> int:
+        """The CUDA stream on which work for this device is queued now; 0 on other devices. PyTorch's allocator gives
+        memory again to the stream on which it was made, so what is kept is used on that one alone."""
+        return torch.cuda.current_stream(self.device).cuda_stream if has_streams(self.device) else 0
 
     def forget(self) -> None:
         """Free what closed decoders have left for the next video."""
@@ -169,7 +177,8 @@ class StreamingDecoder:
         video = self._empty_video(latents)
         if self._frames is None:
             assert not self._started, "the decoder is closed"
-            self._key = (latents.shape[0], *latents.shape[3:], self._tile or 0, self._frame_chunk, self._on_host)
+            sizes = latents.shape[0], *latents.shape[3:], self._tile or 0, self._frame_chunk, self._on_host
+            self._key = *sizes, source.current_stream()
             self._frames = source.acquire(self._key, self._tile, self._frame_chunk, self._on_host)
         done = 0
         for start, stop in self._calls(latents.shape[1]):

@@ -7,13 +7,14 @@ video are cut into calls.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
 from torch import Tensor, nn
 
+from utils.compiled import compiled_by_size
 from utils.pinned_buffers import PinnedBuffers
 from wan.vae.feature_cache import FeatureCache
 from wan.vae.layers import run
@@ -89,7 +90,9 @@ class UntiledDecoder:
     def _replay(self, z: Tensor, video: Tensor, step: Run, recorder: Recorder) -> None:
         """`_decode` from its recording, which is made the first time."""
         if self._recorded is None:
-            given, made = z.clone(), torch.empty_like(video)
+            with torch.inference_mode(False):  # as the layers' memory
+                given, made = torch.empty_like(z), torch.empty_like(video)
+            given.copy_(z)
             recorder.warm_up(lambda: self._decode(given, made, step))
             video.copy_(made)
             self._recorded = given, made, recorder.record(lambda: self._decode(given, made, step))
@@ -124,8 +127,10 @@ class UntiledDecoder:
             history.clear()
 
 
-def compiled_run() -> Run:
-    """`wan.vae.layers.run` through torch.compile, whole, once for every size."""
-    # torch.compile has graphs of its own, which know nothing of those that are recorded here.
-    options: dict[str, str | int | bool | Callable[..., object]] = {"triton.cudagraphs": False}
-    return torch.compile(run, fullgraph=True, dynamic=False, options=options)
+def compiled_run(backend: str = "inductor") -> Run:
+    """`wan.vae.layers.run` through torch.compile, once for every stage and size."""
+
+    def size(layers: Sequence[nn.Module], x: Tensor, history: FeatureCache) -> Hashable:
+        return layers[0], x.shape, x.dtype, x.is_inference()
+
+    return compiled_by_size(run, size, backend)
