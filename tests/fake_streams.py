@@ -106,7 +106,7 @@ class OrderedStreams(TorchDispatchMode):
         else:
             result = func(*args, **(kwargs or {}))
         made = [leaf for leaf in tree_leaves(result) if isinstance(leaf, Tensor)]
-        if name in ("_to_copy", "copy_") and self._from_device_to_device(given, made):
+        if name in ("to", "_to_copy", "copy_") and self._from_device_to_device(given, made):
             return result
         arguments = {**dict(zip((a.name for a in func._schema.arguments), args, strict=False)), **(kwargs or {})}
         changed = [arguments.get(a.name) for a in func._schema.arguments if a.is_write]

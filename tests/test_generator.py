@@ -249,10 +249,11 @@ class _NoBlockingCopies(TorchDispatchMode):
         kwargs = kwargs or {}
         result = func(*args, **kwargs)
         name = func.overloadpacket.__name__
-        if name in ("_to_copy", "copy_"):
-            source = args[0] if name == "_to_copy" else args[1]
-            waits = not (kwargs.get("non_blocking") or (name == "copy_" and len(args) > 2 and args[2]))
-            blocking = source.device.type == "cpu" and result.device.type == "meta" and waits
+        if name in ("to", "_to_copy", "copy_"):  # in inference mode `to` is not taken apart
+            names = (argument.name for argument in func._schema.arguments)
+            given = {**dict(zip(names, args, strict=False)), **kwargs}
+            source = given["src"] if name == "copy_" else given["self"]
+            blocking = source.device.type == "cpu" and result.device.type == "meta" and not given.get("non_blocking")
             assert not blocking, f"{name} of {tuple(source.shape)} to a device: the host waits"
         return result
 
@@ -330,8 +331,13 @@ def test_nothing_in_the_loop_makes_the_host_wait_for_a_copy(
     ],
 )
 def test_copies_that_make_the_host_wait_are_noticed(copy: Callable[[], Tensor]) -> None:
-    with pytest.raises(AssertionError, match="the host waits"), no_blocking_copies():
-        copy()
+    for inference in (False, True):
+        with (
+            torch.inference_mode(inference),
+            no_blocking_copies(),
+            pytest.raises(AssertionError, match="the host waits"),
+        ):
+            copy()
     with no_blocking_copies():
         torch.ones(3).to("meta", non_blocking=True)
         torch.empty(3, device="meta").copy_(torch.ones(3), non_blocking=True)
