@@ -306,11 +306,9 @@ def on_meta(kind: str, roles: HeadRoles | None, attention: str, **settings: obje
     ],
 )
 def test_nothing_in_the_loop_makes_the_host_wait_for_a_copy(
-    kind: str, roles: HeadRoles | None, settings: dict[str, object], attention: str, monkeypatch: pytest.MonkeyPatch
+    kind: str, roles: HeadRoles | None, settings: dict[str, object], attention: str
 ) -> None:
     """From the first video on, with roles that are observed and prompts that change."""
-    # Where the order of heads is one of the weights, each layer copies its own.
-    monkeypatch.setattr(CausalWanModel, "set_head_order", lambda self, order: None, raising=False)
     made = on_meta(kind, roles, attention, **settings)
     texts = segments(made.model, (0, 9), 2)
     with no_blocking_copies():

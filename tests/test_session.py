@@ -217,3 +217,18 @@ def test_the_text_encoder_comes_and_goes(program: Program) -> None:
             assert (prompts._encoder is not None) == stays  # type: ignore[attr-defined]
         pipeline.close()
         assert prompts._encoder is None  # type: ignore[attr-defined]
+
+
+def test_a_batch_is_filled_up_to_what_the_engine_is_ready_for(program: Program) -> None:
+    """And nobody gets what fills it up, nor do roles come from it."""
+    with pipeline_of(program) as pipeline:
+        made = []
+        for pipeline.batch in (1, 4):
+            with pipeline.session(noise_seeds=[5, 6], frames=9, live=False) as session:
+                session.plan([(0, ("A red fox runs.", "A blue bird sings."))])
+                blocks = list(session)
+                assert session.rollout.cache._shape.batch == max(pipeline.batch, 2)
+            assert all(len(block.videos) == len(block.latents) == 2 for block in blocks)
+            made.append((torch.cat([block.latents for block in blocks], dim=1), session.roles))
+    torch.testing.assert_close(made[1][0], made[0][0], atol=1e-4, rtol=1e-4)
+    assert made[0][1] is not None and made[1][1] == made[0][1]
