@@ -6,18 +6,19 @@ sample, with a JSON of its settings and timings beside it.
 
 from __future__ import annotations
 
+from utils import interrupts
+
+if __name__ == "__main__":
+    interrupts.answer_at_once()
+
 import argparse
-import logging
-import signal
 import sys
-import threading
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
-from types import FrameType
 from typing import TYPE_CHECKING
 
-from utils.errors import InputError
+from utils import command
+from utils.user_paths import exists
 
 if TYPE_CHECKING:
     import torch
@@ -26,7 +27,6 @@ if TYPE_CHECKING:
     from pipeline.config.jobs import VideoJob
 
 SHOWN_JOBS = 10  # in a dry run
-PACKAGES = ("pipeline", "dummy", "wan", "utils")  # whose progress is told; of other libraries only warnings are
 
 
 def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
@@ -34,8 +34,7 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
     parser.add_argument("--config_path", "--config_file", dest="config_path", required=True, metavar="YAML")
     parser.add_argument("--dry_run", action="store_true", help="check the files, print the plan, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
-    # Not parse_args: that takes settings in one stretch only, and refuses `seed=1 --dry_run resolution=480`.
-    return parser.parse_intermixed_args(argv)
+    return command.parse(parser, argv)
 
 
 def run(arguments: argparse.Namespace) -> int:
@@ -81,8 +80,8 @@ def dry_run(config: InferenceConfig, jobs: Sequence[VideoJob], device: torch.dev
     planner = planner_for(config, device)
     print("\n".join(plan_lines(config, generator_settings(config, planner.sizes), planner, device)))
     print("Files:")
-    for path in needed_files(config):
-        print(f"  {'ok     ' if path.exists() else 'MISSING'} {path}")
+    for path, setting in needed_files(config).items():
+        print(f"  {'ok     ' if exists(path, setting) else 'MISSING'} {path}")
     print(f"Videos: {len(jobs)}")
     for job in jobs[:SHOWN_JOBS]:
         state = "kept" if is_kept(config, job) else "new "
@@ -115,43 +114,10 @@ def make_videos(config: InferenceConfig, jobs: Sequence[VideoJob], device: torch
             tqdm.write(f"{job.path}")
 
 
-def _interrupt(signum: int, frame: FrameType | None) -> None:
-    raise KeyboardInterrupt
-
-
-@contextmanager
-def sigterm_as_interrupt() -> Iterator[None]:
-    """Let a polite kill end the run as Ctrl-C does: the unfinished file is removed."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # only the main thread may set handlers; then they are its business
-        return
-    previous = signal.signal(signal.SIGTERM, _interrupt)
-    try:
-        yield
-    finally:
-        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
-
-
-def exit_status(program: Callable[[], int]) -> int:
-    """The status of `program`: its own, 2 for input that must be mended (said on stderr), 130 when interrupted."""
-    logging.basicConfig(level=logging.WARNING, format="%(levelname)s: %(message)s")
-    for name in PACKAGES:
-        logging.getLogger(name).setLevel(logging.INFO)
-    try:
-        with sigterm_as_interrupt():
-            return program()
-    except InputError as error:
-        print(f"error: {error}", file=sys.stderr)
-        return 2
-    except KeyboardInterrupt:
-        print("interrupted; finished videos are kept, the unfinished one is removed", file=sys.stderr)
-        return 130
-
-
 def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -> int:
-    """Returns the exit status, see `exit_status`."""
+    """Returns the exit status, see utils/command.py."""
     arguments = parse_arguments(argv, description)
-    return exit_status(lambda: run(arguments))
+    return command.run(lambda: run(arguments), ["pipeline.assembly"])
 
 
 if __name__ == "__main__":

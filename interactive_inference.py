@@ -6,6 +6,11 @@ As inference.py, for a `data_path` of storyboards (.jsonl): the prompt changes a
 
 from __future__ import annotations
 
+from utils import interrupts
+
+if __name__ == "__main__":
+    interrupts.answer_at_once()
+
 import sys
 from collections.abc import Sequence
 

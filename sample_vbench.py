@@ -6,12 +6,18 @@ output_folder, and seeds and logs into `{output_folder}.run` beside it. A second
 
 from __future__ import annotations
 
+from utils import interrupts
+
+if __name__ == "__main__":
+    interrupts.answer_at_once()
+
 import argparse
 import sys
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
-from inference import dry_run, exit_status
+from inference import dry_run
+from utils import command
 from utils.distributed import World, stop_with_launcher
 
 if TYPE_CHECKING:
@@ -27,8 +33,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     instead.add_argument("--dry_run", action="store_true", help="check the files, print the plan, and stop")
     instead.add_argument("--fetch", action="store_true", help="download the extended prompts, and stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
-    # Not parse_args: that takes settings in one stretch only, and refuses `seed=1 --check resolution=480`.
-    return parser.parse_intermixed_args(argv)
+    return command.parse(parser, argv)
 
 
 def run(arguments: argparse.Namespace, world: World) -> int:
@@ -70,7 +75,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         alone = arguments.check or arguments.dry_run or arguments.fetch  # one process does what needs no more
         return 0 if alone and world.rank else run(arguments, world)
 
-    return exit_status(program)
+    return command.run(program, ["pipeline.vbench.sampling"])
 
 
 if __name__ == "__main__":

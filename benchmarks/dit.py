@@ -26,6 +26,7 @@ from benchmarks.tables import compared, predicted
 from benchmarks.trace import CROSS, KINDS, SELF, Breakdown, labelled, traced
 from pipeline.runtime.engine import WAYS, passes_of
 from pipeline.runtime.inputs import Passes
+from utils import command
 from utils.errors import InputError
 from wan.attention.backends import AttentionName, choose_backend
 from wan.config import WAN_1_3B, ModelConfig
@@ -259,4 +260,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main, log_format=None))

@@ -35,6 +35,7 @@ from pipeline.runtime.generator import BlockGenerator
 from pipeline.runtime.inputs import GeneratorSettings
 from pipeline.runtime.schedule import DenoisingSchedule
 from pipeline.video_files import FrameWriter, deliver, profile_of
+from utils import command
 from utils.profiler import VideoProfile, format_profile
 from utils.video import VideoWriter
 from wan.geometry import pixel_frames
@@ -215,4 +216,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main, log_format=None))

@@ -20,6 +20,7 @@ from pipeline.config.config import InferenceConfig, load_config
 from pipeline.config.jobs import read_jobs
 from pipeline.video_files import write_videos
 from tests.small_checkpoints import write_small_checkpoints
+from utils import command
 from utils.video import probe
 
 CONFIG = Path(__file__).parents[1] / "configs" / "self_forcing_inference.yaml"
@@ -96,4 +97,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command.run(main, log_format=None))

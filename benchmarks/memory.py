@@ -21,6 +21,7 @@ from pipeline.config.config import InferenceConfig
 from pipeline.planning.plan import RESERVE, Planner
 from pipeline.runtime.decoding import DecodeStrategy
 from pipeline.runtime.loading import generator_settings
+from utils import command
 from wan.config import WAN_1_3B, ModelKwargs
 from wan.vae.vae import VAE
 
@@ -78,4 +79,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main, log_format=None))

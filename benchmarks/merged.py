@@ -21,6 +21,7 @@ from torch import Tensor
 from benchmarks.dit import BLOCK, LATENT_SIZES, model_config
 from benchmarks.machine import facts, seconds
 from benchmarks.steady import build_model
+from utils import command
 from wan.transformer.layers import TransformerBlock
 from wan.transformer.model import CausalWanModel
 
@@ -82,4 +83,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main, log_format=None))

@@ -20,6 +20,7 @@ from pathlib import Path
 import torch
 
 from benchmarks.steady import POLICIES, SteadyBlock, build_model
+from utils import command
 from utils.profiler import device_name
 from wan.config import ModelConfig
 from wan.geometry import LatentGeometry
@@ -95,4 +96,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main, log_format=None))

@@ -27,6 +27,7 @@ from benchmarks.machine import ceilings, facts, seconds
 from pipeline.config.config import InferenceConfig
 from pipeline.runtime.decoding import fastest_strategy, start_decoder
 from pipeline.runtime.prefix import load_prefix
+from utils import command
 from utils.memory import PeakTracker, format_bytes
 from wan.vae.modules import VAEConfig, VAEModule
 from wan.vae.preview import PreviewDecoder
@@ -248,4 +249,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main, log_format=None))

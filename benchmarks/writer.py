@@ -23,6 +23,7 @@ from torch import Tensor
 from benchmarks.dit import BLOCK
 from benchmarks.machine import facts
 from pipeline.config.config import InferenceConfig
+from utils import command
 from utils.video import VideoWriter, to_uint8
 from wan.geometry import pixel_frames
 
@@ -87,4 +88,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main, log_format=None))

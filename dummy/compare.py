@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from dummy.roles import HeadRoles, Role
+from utils.command import run
 from utils.errors import InputError
 
 
@@ -68,14 +69,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("a", type=Path, metavar="A")
     parser.add_argument("b", type=Path, metavar="B")
     arguments = parser.parse_args(argv)
-    try:
-        one, other = (HeadRoles.read(path, str(path)) for path in (arguments.a, arguments.b))
-        if one.shape != other.shape:
-            sizes = [f"{layers} layers of {heads} heads" for layers, heads in (one.shape, other.shape)]
-            raise InputError(f"{arguments.b}: is for {sizes[1]}, {arguments.a} for {sizes[0]}; give roles of one model")
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    return run(lambda: show(arguments.a, arguments.b))
+
+
+def show(a: Path, b: Path) -> int:
+    """Print how the roles of two files differ. Raises InputError for files that cannot be compared."""
+    one, other = (HeadRoles.read(path) for path in (a, b))
+    if one.shape != other.shape:
+        sizes = [f"{layers} layers of {heads} heads" for layers, heads in (one.shape, other.shape)]
+        raise InputError(f"{b}: is for {sizes[1]}, {a} for {sizes[0]}; give roles of one model")
     sys.stdout.write(text(compare(one, other)))
     return 0
 

@@ -12,7 +12,8 @@ from typing import Literal, NamedTuple
 
 from dummy.budget import DummyBudget, Within
 from dummy.presets import PRESETS, PresetName
-from utils.errors import InputError
+from utils.errors import InputError, require_range
+from wan.geometry import MOST_FRAMES
 
 _OF_CALIBRATION = ("calibration", "frames_per_head", "max_lengths")
 _OF_ROLES = ("retention", "equal_cost", "roles", "reclassify_on_switch")
@@ -46,6 +47,8 @@ class RetentionConfig:
                     f"dummy_forcing.retention.{field.name}: [sink, recent] must be 0 or more latent frames each, "
                     f"got {list(value)}"
                 )
+            if value is not None:
+                require_range(f"dummy_forcing.retention.{field.name}", max(value), 0, MOST_FRAMES, "latent frames")
 
 
 @dataclass(frozen=True)
@@ -98,8 +101,7 @@ class DummyForcingConfig:
             return
         observing = ("ar_start", "sink_score_frames") if self.roles is None else ()
         for name in ("local_context_length", *observing):
-            if getattr(self, name) < 1:
-                raise InputError(f"dummy_forcing.{name}: must be 1 or more, got {getattr(self, name)}")
+            require_range(f"dummy_forcing.{name}", getattr(self, name), 1, MOST_FRAMES)
         self._check_budget()
         if not 0 < self.score_query_share <= 1:
             raise InputError(

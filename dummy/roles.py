@@ -6,7 +6,6 @@ they can be written to a file and read back. The file knows nothing of caches an
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from enum import IntEnum
@@ -16,7 +15,8 @@ import torch
 from torch import Tensor
 
 from dummy.budget import DummyBudget
-from utils.errors import InputError
+from utils.errors import InputError, brief
+from utils.user_paths import read_json
 
 
 class Role(IntEnum):
@@ -83,8 +83,7 @@ class HeadRoles:
         Raises InputError if it cannot be read, contradicts itself, or is for a model with other numbers of layers and
         heads.
         """
-        field = f"dummy_forcing.roles: {path}"
-        roles = cls.read(path, field)
+        roles, field = cls.read(path, "dummy_forcing.roles"), f"dummy_forcing.roles: {path}"
         if roles.shape != (layers, heads):
             raise InputError(
                 f"{field} is for {roles.shape[0]} layers of {roles.shape[1]} heads, the model has {layers} of {heads}; "
@@ -93,16 +92,17 @@ class HeadRoles:
         return roles
 
     @classmethod
-    def read(cls, path: Path, field: str) -> HeadRoles:
-        """As `load`, for a model of any size; messages begin with `field`."""
-        table = _roles_table(path, field)
+    def read(cls, path: Path, setting: str = "") -> HeadRoles:
+        """As `load`, for a model of any size; messages begin with the `setting` that names the file, and it."""
+        field = f"{setting}: {path}" if setting else f"{path}"
+        table = _roles_table(path, setting)
         roles = _table_of_codes(table, field)
         found = roles.to_json()
         for key in ("layers", "heads", "counts"):
             if table.get(key, found[key]) != found[key]:
                 raise InputError(
-                    f"{field} says {key}: {table[key]}, but its table has {found[key]}; it was cut or changed by hand, "
-                    "so make it again or mend what it says"
+                    f"{field} says {key}: {brief(table[key])}, but its table has {found[key]}; it was cut or "
+                    "changed by hand, so make it again or mend what it says"
                 )
         if not _is_confidence(table.get("confidence"), roles.shape):
             raise InputError(
@@ -120,7 +120,7 @@ def _table_of_codes(table: Mapping[str, object], field: str) -> HeadRoles:
         raise InputError(f"{field} has layers of {widths} heads; all layers of a model have equally many")
     for code in (code for row in codes for code in row):
         if type(code) is not int or code not in list(Role):  # true and 1.0 equal 1 in Python
-            raise InputError(f"{field}: {code!r} is no code; codes are 0 sink, 1 neighbor, 2 dummy")
+            raise InputError(f"{field}: {brief(code)} is no code; codes are 0 sink, 1 neighbor, 2 dummy")
     return HeadRoles.from_codes(codes)
 
 
@@ -135,13 +135,8 @@ def _is_confidence(value: object, shape: tuple[int, int]) -> bool:
     )
 
 
-def _roles_table(path: Path, field: str) -> dict[str, object]:
-    try:
-        content = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise InputError(f"{field} cannot be read ({error.strerror}); give a roles file or remove the key") from error
-    except ValueError as error:
-        raise InputError(f"{field} is not a JSON file ({error}); give a roles file") from error
+def _roles_table(path: Path, setting: str) -> dict[str, object]:
+    content = read_json(path, setting, "roles file")
     table = content.get("head_roles", content) if isinstance(content, dict) else None
     return table if isinstance(table, dict) else {}
 

@@ -5,9 +5,13 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING
 
+from utils.interrupts import before_a_module_runs
+
 if TYPE_CHECKING:
     from pipeline.assembly import Pipeline
     from pipeline.session import Session, SessionBlock
+
+before_a_module_runs()
 
 __all__ = ["Pipeline", "Session", "SessionBlock"]
 

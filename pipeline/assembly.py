@@ -70,6 +70,7 @@ def assemble(config: InferenceConfig, prompts: Iterable[str], device: torch.devi
     Raises InputError, before anything large is read, if a file is missing or does not fit.
     """
     require_files(config)
+    use_compile_cache(None if config.compile_cache is None else Path(config.compile_cache))
     sizes, settings = check_before_loading(config, device)
     if config.preview_path is not None:
         logger.warning(
@@ -80,7 +81,6 @@ def assemble(config: InferenceConfig, prompts: Iterable[str], device: torch.devi
     texts = PromptEncoder(config, device, sizes.text_len)
     texts.prepare(prompts)
     dtype = choose_dtype(config, device)
-    use_compile_cache(None if config.compile_cache is None else Path(config.compile_cache))
     generator = BlockGenerator(load_transformer(config, sizes, device, dtype), settings)
     geometry = geometry_of(config, sizes.in_dim)
     engine_runs = start_engine(generator, config.engine, geometry, batch)

@@ -32,6 +32,7 @@ from shapes.measure import psnr
 from shapes.report import Report, check_gate, table, write_report
 from shapes.score import Score, score, score_later
 from shapes.world import Floats, as_floats
+from utils import command
 from utils.profiler import device_name
 from utils.seed import NoiseStream, video_seed
 from wan.geometry import LatentGeometry
@@ -235,4 +236,4 @@ def _timed(rollout: Rollout) -> Iterator[tuple[Tensor, float]]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command.run(main, log_format=None))

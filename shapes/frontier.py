@@ -33,6 +33,7 @@ from shapes.measure import psnr
 from shapes.report import quality
 from shapes.score import score
 from shapes.world import HEIGHT, WIDTH
+from utils import command
 from utils.errors import InputError
 from utils.files import ensure_writable_folder, write_atomic
 
@@ -137,8 +138,8 @@ def stored(path: Path) -> dict[str, Any]:
     return content
 
 
-def run(args: argparse.Namespace, given: Sequence[str]) -> None:
-    """Raises InputError."""
+def run(args: argparse.Namespace, given: Sequence[str]) -> int:
+    """Returns the exit status. Raises InputError."""
     ensure_writable_folder(args.out, "--out")
     if args.stored is None:
         every = points()
@@ -152,6 +153,7 @@ def run(args: argparse.Namespace, given: Sequence[str]) -> None:
     write_atomic(args.out / "frontier.md", table(content))
     draw(content).save(args.out, "frontier")
     sys.stdout.write(table(content))
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -160,12 +162,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(given)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     torch.set_num_threads(args.threads)
-    try:
-        run(args, given)
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
-    return 0
+    return command.run(lambda: run(args, given), log_format=None)
 
 
 def _arguments(argv: Sequence[str]) -> argparse.Namespace:

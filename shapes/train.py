@@ -17,6 +17,7 @@ from shapes.export import export
 from shapes.reading import ReadingRecipe, train_text
 from shapes.runs import log_to_stdout
 from shapes.vae import VAERecipe, train_vae
+from utils import command
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -48,4 +49,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command.run(main, log_format=None))

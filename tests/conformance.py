@@ -33,6 +33,7 @@ from pipeline.runtime.generator import BlockGenerator, FlowRecord
 from pipeline.runtime.inputs import GeneratorSettings, Passes
 from pipeline.runtime.schedule import DenoisingSchedule
 from pipeline.session import Session
+from utils import command
 from utils.errors import InputError
 from wan.attention.backends import AttentionName
 from wan.attention.head_group import Retention
@@ -294,4 +295,4 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main, log_format=None))

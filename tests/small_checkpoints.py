@@ -21,6 +21,8 @@ from safetensors.torch import save_file
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 from torch import Tensor
 
+from utils import command
+
 KEYS_FILE = Path(__file__).parent / "data" / "checkpoint_keys.json"
 FULL_VAE_WIDTH = 96  # the width in checkpoint_keys.json of which all other widths of the VAE are multiples
 VAE_WIDTH = 8
@@ -293,4 +295,4 @@ def _listing(root: Path) -> Iterable[str]:
 
 
 if __name__ == "__main__":
-    raise SystemExit(main())
+    raise SystemExit(command.run(main, log_format=None))

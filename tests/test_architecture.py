@@ -17,7 +17,7 @@ MAY_NOT_SEE |= {"dummy": {"pipeline"}, "pipeline": set()}
 LIBRARY = [path for layer in LAYERS[1:] for path in sorted((ROOT / layer).glob("**/*.py"))]
 # Within a layer, from the ground up: a file imports from its own room or from a lower floor.
 FLOORS = {
-    "wan": [{"geometry", "config", "cuda_graphs"}, {"attention", "checkpoints"}, {"text", "transformer", "vae"}],
+    "wan": [{"geometry", "cuda_graphs"}, {"config"}, {"attention", "checkpoints"}, {"text", "transformer", "vae"}],
     "dummy": [{"budget", "presets", "retentions", "passes"}, {"roles", "config", "frame_attention", "teacache"}],
     "pipeline": [{"config"}, {"runtime"}, {"planning"}, {"session"}, {"assembly"}, {"video_files"}],
 }

@@ -41,4 +41,4 @@ def test_files_that_cannot_be_compared(tmp_path: Path, capsys: pytest.CaptureFix
     assert main([a, b]) == 2
     assert "is for 1 layers of 3 heads" in capsys.readouterr().err
     assert main([a, str(tmp_path / "none.json")]) == 2
-    assert "none.json cannot be read" in capsys.readouterr().err
+    assert "none.json: there is no such roles file" in capsys.readouterr().err

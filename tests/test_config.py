@@ -264,3 +264,76 @@ def test_the_warning_names_all_keys_once(tmp_path: Path, caplog: pytest.LogCaptu
     assert [record.getMessage() for record in caplog.records] == [
         "keys without a use here are ignored: lr, wandb_key, reward_model"
     ]
+
+
+NEIGHBOURS = ROOT / "tests" / "data" / "neighbours"
+
+
+@pytest.mark.parametrize(
+    ("name", "told"),
+    [
+        ("fork_method", ["method (use dummy_forcing.enabled)", "forcing (use dummy_forcing)"]),
+        (
+            "training_keys",
+            ["full_training_steps, beta, checkpoint_path (use generator_ckpt), grad_accum", "discrete_cd_N"],
+        ),
+        ("sizes_ignored", ["num_frames (use num_output_frames,", "height (use resolution", "width (use resolution"]),
+        ("one_forcing", ["generator_fsdp_transformer_modules", "real_score_cpu_offload", "r1_weight", "gan_num_class"]),
+    ],
+)
+def test_files_of_neighbours_load_with_one_warning(
+    name: str, told: list[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    config = load_config(NEIGHBOURS / f"{name}.yaml")
+    assert config.extended_prompt_path is None and config.generator_ckpt is not None
+    (record,) = caplog.records
+    assert all(part in record.getMessage() for part in told), record.getMessage()
+
+
+@pytest.mark.parametrize(
+    ("name", "overrides", "expected"),
+    [
+        (
+            "first_chunk_steps",
+            [],
+            "denoising_step_list_first_chunk: a first block with denoising steps of its own is not",
+        ),
+        (
+            "fork_method",
+            ["first_frame_denoising_step_list=[1000,500]", "method=rolling_forcing"],
+            "first_frame_denoising_step_list: a first block with denoising steps of its own is not supported; "
+            "method: 'rolling_forcing' is not supported yet.",
+        ),
+        ("krea_server", [], "do_kv_recomp: a cache that is computed anew before each block is not supported yet."),
+        ("longlive_2", [], "checkpoints, data, inference, logging: sections of a file of LongLive 2.0, whose model"),
+        (
+            "fork_method",
+            ["beat=1", "num_output_frame=2"],
+            "2 unknown keys: beat, num_output_frame (did you mean num_out",
+        ),
+        ("fork_method", ["i2v=true"], "i2v: true is not supported"),
+        ("fork_method", ["is_causal=false"], "is_causal: false is not supported"),
+    ],
+)
+def test_what_neighbours_can_and_this_cannot_is_called_that(name: str, overrides: list[str], expected: str) -> None:
+    message = message_of(*overrides, path=NEIGHBOURS / f"{name}.yaml")
+    assert message.startswith(expected), message
+    assert "did you mean denoising_step_list" not in message
+
+
+def test_features_that_are_switched_off_are_no_error() -> None:
+    off = ["denoising_step_list_first_chunk=null", "reference_images=[]", "do_kv_recomp=false"]
+    assert load_config(SELF_FORCING, off) == load_config(SELF_FORCING)
+
+
+def test_none_as_python_writes_it_is_null() -> None:
+    nothing = ["lora_ckpt=None", "adapter=None", "start_from=none", "extended_prompt_path=None", "compile_cache=None"]
+    config = load_config(SELF_FORCING, [*nothing, "dummy_forcing.roles=None", "switch_frame_indices=None"])
+    assert config == load_config(
+        SELF_FORCING, [item.replace("None", "null") for item in ("lora_ckpt=None", "adapter=None")]
+    )
+    assert load_config(SELF_FORCING, ["dummy_forcing=None"]).policy == "window"
+
+
+def test_switch_frames_may_be_texts() -> None:
+    assert load_config(SELF_FORCING, ["switch_frame_indices=['6','12']"]).switch_frame_indices == (6, 12)

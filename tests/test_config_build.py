@@ -103,7 +103,7 @@ def test_build_says_which_value_is_missing() -> None:
 
 @given(st.one_of(st.none(), st.booleans(), st.integers(), st.floats(), st.text(), st.lists(st.integers())))
 def test_an_integer_field_takes_integers_and_nothing_else(value: object) -> None:
-    if type(value) is int:
+    if type(value) is int and value.bit_length() <= 64:
         assert build(Inner, {"count": value}).count == value
     else:
         with pytest.raises(InputError, match="count: expected an integer"):
@@ -147,12 +147,91 @@ def test_missing_and_binary_files_are_refused(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"absent\.yaml: no such configuration file"):
         load_mapping(tmp_path / "absent.yaml", [])
     (tmp_path / "binary.yaml").write_bytes(b"\xff\xfe\x00")
-    for path in (tmp_path / "binary.yaml", tmp_path):
-        with pytest.raises(InputError, match="cannot be read as UTF-8 text"):
-            load_mapping(path, [])
+    with pytest.raises(InputError, match=r"binary\.yaml: is not UTF-8 text: byte 0xff at offset 0 \(line 1\)"):
+        load_mapping(tmp_path / "binary.yaml", [])
+    with pytest.raises(InputError, match="is a folder, not a configuration file"):
+        load_mapping(tmp_path, [])
 
 
 @pytest.mark.parametrize("override", ["seed", "=3", "a..b=1", "seed={", "seed=???"])
 def test_malformed_overrides_are_refused(tmp_path: Path, override: str) -> None:
     with pytest.raises(InputError, match=r"expected key=value|not valid YAML|Missing mandatory value"):
         load_mapping(write(tmp_path, "seed: 1"), [override])
+
+
+def test_all_unknown_keys_are_named_at_once() -> None:
+    values = {"name": "x", "flga": True, "zzz": 1, "inner": {"cuont": 2, "qqq": 3}, "maybe": {"share": 1.0}}
+    with pytest.raises(InputError) as caught:
+        build(Outer, values)
+    assert str(caught.value) == (
+        "4 unknown keys: flga (did you mean flag?), zzz, inner.cuont (did you mean inner.count?), inner.qqq; "
+        "correct or remove them"
+    )
+
+
+def test_pythons_none_is_null_where_null_may_be() -> None:
+    assert build(Outer, {"name": "None", "maybe": "None", "limit": "none"}) == Outer("None", maybe=None, limit=None)
+
+
+@pytest.mark.parametrize(
+    ("values", "expected"),
+    [
+        ({"inner": {"count": 1 << 20_000}}, "inner.count: expected an integer, got a number of 6021 digits"),
+        ({"limit": 10**400}, "limit: expected a number or null, got a number of 401 digits"),
+        ({"inner": {"count": "x" * 5000}}, f"expected an integer, got the text '{'x' * 100}'... (5000 characters)"),
+        ({"many": ["x"] * 5000}, "many[0]: expected an integer, got the text 'x'"),
+        ({"inner": {"count": ["x" * 5000] * 5000}}, "'... (5000 characters), ...] (list)"),
+        ({"flag": {"\x1b[31m": "\x00"}}, r"expected true or false, got a section {'\x1b[31m': '\x00'}"),
+        ({"x" * 5000: 1}, f"'{'x' * 100}'... (5000 characters): unknown key; known here: name"),
+        ({"\x1b[31m": 1}, r"'\x1b[31m': unknown key"),
+    ],
+)
+def test_messages_stay_short_and_printable(values: dict[str, object], expected: str) -> None:
+    with pytest.raises(InputError) as caught:
+        build(Outer, {"name": "x", **values})
+    message = str(caught.value)
+    assert expected in message and message.isprintable() and len(message) < 2500
+
+
+def test_any_message_is_printable_and_bounded() -> None:
+    message = str(
+        InputError(f"output_folder: /a/\x1b[2J\u202e{'x' * 5000}/\ufeffb\nline two: {'word ' * 5000}\ud800 end")
+    )
+    first, second = message.split("\n")
+    assert first.startswith(r"output_folder: /a/\x1b[2J\u202exxx") and first.endswith(r"/\ufeffb") and len(first) < 500
+    assert second.startswith("line two: word ") and second.endswith(r"\ud800 end") and len(second) < 3100
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("many.0=5", "many.x=5", "many[0]=5", "many={}", "inner=[]", "many.0.x=1"),
+        *(
+            f"name={'9' * 5000}",
+            f"name={'[' * 3000}",
+            "name=\ud800",
+            "name=!!set {a}",
+            "name=!!timestamp x",
+            "name=!!bool x",
+        ),
+        *("name=!!python/object:os.system x", "name={null: 2}", "name={[1]: 2}", "name=${", "name=${foo:1}"),
+        *("name=${name}", "name=${oc.env:NOPE}", "name=\x00", "name=&a [*a]", "=", "a..b=1"),
+    ],
+)
+def test_overrides_that_no_settings_can_be_made_of(override: str) -> None:
+    base = {"name": "x", "many": [1, 2], "inner": {"count": 1}}
+    with pytest.raises(InputError) as caught:
+        load_mapping(base, [override])
+    message = str(caught.value)
+    assert override[:20].encode("unicode_escape").decode() in message or "stored settings: " in message, message
+    assert len(message) < 500 and message.isprintable()
+
+
+@pytest.mark.parametrize(
+    "override", ["inner=3", "many=3", "inner.count.x=1", "inner.count={}", "name=[1]", "a.b.c.d=1"]
+)
+def test_overrides_that_clash_in_type_are_refused_by_name(override: str) -> None:
+    base = {"name": "x", "many": [1, 2], "inner": {"count": 1}}
+    with pytest.raises(InputError) as caught:
+        build(Outer, load_mapping(base, [override]))
+    assert str(caught.value).startswith(override.split("=")[0].removesuffix(".x").split(".b")[0])

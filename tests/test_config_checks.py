@@ -12,6 +12,9 @@ from pathlib import Path
 import pytest
 
 from pipeline.config.config import InferenceConfig, check_against_model, load_config
+from pipeline.config.jobs import read_jobs
+from pipeline.runtime.loading import require_files
+from pipeline.vbench.prompts import read_vbench_jobs
 from utils.errors import InputError
 from wan.config import WAN_1_3B, ModelConfig
 
@@ -191,3 +194,48 @@ def test_num_dummy_is_bounded_by_the_model() -> None:
     with pytest.raises(InputError, match=r"dummy_forcing\.num_dummy: 360 is .* 3 layers x 2 heads = 6"):
         check_against_model(config, small)
     check_against_model(load_config(SELF_FORCING, ["dummy_forcing=off"]), small)
+
+
+@pytest.mark.parametrize(
+    ("name", "most"),
+    [("Wan2.1-T2V-1.3B", "30 layers x 12 heads = 360"), ("/x/Wan2.1-T2V-14B", "40 layers x 40 heads = 1600")],
+)
+def test_too_many_heads_for_a_published_model_are_told_before_its_files_are_missing(
+    tmp_path: Path, name: str, most: str
+) -> None:
+    overrides = [f"model_root={tmp_path}", f"model_name={name}"]
+    with pytest.raises(
+        InputError, match=rf"^dummy_forcing\.num_dummy: 1601 is more than the model has heads; .*{most}"
+    ):
+        require_files(load_config(SELF_FORCING, [*overrides, "dummy_forcing.num_dummy=1601"]))
+    with pytest.raises(InputError, match="does not exist"):
+        require_files(load_config(SELF_FORCING, overrides))
+
+
+@pytest.mark.parametrize("value", [2**32, 2**63, 10**40])
+@pytest.mark.parametrize(
+    "setting",
+    [
+        *("num_samples", "num_flickering_samples", "samples_per_batch", "fps", "adapter.rank", "num_output_frames"),
+        *("resolution", "switch_frame_indices", "video_crf", "vae_tile", "context_noise", "num_frame_per_block"),
+        *("model_kwargs.local_attn_size", "model_kwargs.sink_size", "dummy_forcing.ar_start", "denoising_step_list"),
+        *("dummy_forcing.local_context_length", "dummy_forcing.sink_score_frames", "dummy_forcing.retention.sink"),
+    ],
+)
+def test_sizes_that_no_machine_can_mean_are_refused(setting: str, value: int) -> None:
+    pairs = {"resolution": f"[{value},{value}]", "dummy_forcing.retention.sink": f"[{value},1]"}
+    given = pairs.get(setting, f"[{value}]" if setting == "denoising_step_list" else str(value // 48 * 48))
+    message = message_of(f"{setting}={given}")
+    assert message.startswith(setting), message
+
+
+def test_no_more_videos_are_planned_than_a_run_can_mean(tmp_path: Path) -> None:
+    (tmp_path / "p.txt").write_text("a red fox runs\n" * 200)
+    config = load_config(SELF_FORCING, [f"data_path={tmp_path / 'p.txt'}", "num_samples=1000"])
+    with pytest.raises(InputError, match=r"num_samples: 1000 for each prompt of data_path .* are 200000 videos"):
+        read_jobs(config)
+    assert len(read_jobs(dataclasses.replace(config, inference_iter=2))) == 2000
+    assert len(read_vbench_jobs(config)) == 1000  # the same prompt throughout
+    (tmp_path / "p.txt").write_text("".join(f"fox {number}\n" for number in range(200)))
+    with pytest.raises(InputError, match="are 200000 videos"):
+        read_vbench_jobs(config)

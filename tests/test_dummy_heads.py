@@ -154,7 +154,7 @@ def test_a_roles_file_that_cannot_be_used_says_why(tmp_path: Path, content: str,
 
 
 def test_a_missing_roles_file(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match="cannot be read"):
+    with pytest.raises(InputError, match="there is no such roles file"):
         HeadRoles.load(tmp_path / "none.json", 2, 3)
 
 

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 
 from tests.conftest import ROOT, Program
+from utils.interrupts import INTERRUPTED
 from utils.video import probe
 
 pytestmark = pytest.mark.skipif(sys.platform == "win32", reason="POSIX signals")
@@ -73,6 +74,36 @@ def test_a_run_that_is_ended_leaves_whole_videos(program: Program, number: signa
         assert program.unfinished == []
         assert b"Traceback" not in said and b"interrupted" in said
     goes_on(program, finished)
+
+
+COMMANDS = [f"{name} --config_path a.yaml" for name in ("inference.py", "interactive_inference.py", "sample_vbench.py")]
+COMMANDS += [
+    "-m pipeline.atlas",
+    "-m dummy.compare a b",
+    "-m utils.recover a",
+    "-m benchmarks.memory",
+    "-m shapes.train",
+]
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_an_interrupt_while_modules_are_imported_is_answered_in_one_line(command: str) -> None:
+    process = subprocess.Popen(
+        [sys.executable, "-X", "importtime", *command.split()],
+        cwd=ROOT,
+        text=True,
+        stderr=subprocess.PIPE,
+        stdout=subprocess.DEVNULL,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.default_int_handler),
+    )
+    assert process.stderr is not None
+    for line in process.stderr:  # modules, as they are imported
+        if " torch." in line or " numpy." in line:
+            break
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert [line for line in said.splitlines() if "import time:" not in line] == [INTERRUPTED]
 
 
 def test_no_video_has_its_name_before_its_metadata_is_there(program: Program) -> None:

@@ -14,8 +14,9 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from utils.errors import InputError
+from utils.file_names import output_stems
 from utils.files import partial_path
-from utils.prompts import Storyboard, output_stems, read_prompts, read_storyboards
+from utils.prompts import Storyboard, read_prompts, read_storyboards
 
 PROMPTS = Path(__file__).parent.parent / "prompts"
 
@@ -60,6 +61,68 @@ def test_missing_file_and_folder(tmp_path: Path) -> None:
         read_prompts(tmp_path)
 
 
+BOM, ZERO_WIDTH = "\ufeff", "\u200b\u2060\u00ad\u202a\u202c"
+
+
+def test_invisible_characters_are_dropped(tmp_path: Path) -> None:
+    path = _file(tmp_path, f"{BOM}a cat\n{BOM}a{ZERO_WIDTH} dog\nnul\0\x1b\n👩\u200d🚀 flies\nमैं\u200c\n")
+    assert read_prompts(path) == ["a cat", "a dog", "nul", "👩\u200d🚀 flies", "मैं\u200c"]
+
+
+@pytest.mark.parametrize(
+    "line",
+    [BOM, ZERO_WIDTH, "&nbsp;", " &nbsp;&#8203; ", "&amp;nbsp;", "\u00a0", "\u3000", "\u3164", "\u2800", "\ufe0f"],
+)
+def test_lines_on_which_nothing_can_be_seen_are_blank(
+    tmp_path: Path, line: str, caplog: pytest.LogCaptureFixture
+) -> None:
+    assert read_prompts(_file(tmp_path, f"a cat\n{line}\nTom &amp; Jerry\n")) == ["a cat", "Tom &amp; Jerry"]
+    assert "skipped 1 blank line" in caplog.text
+    with pytest.raises(InputError, match="holds no prompts"):
+        read_prompts(_file(tmp_path, line))
+    board = json.dumps({"prompts": ["a", line]})
+    with pytest.raises(InputError, match=r"prompts\[1\] must be a text that is not blank"):
+        read_storyboards(_file(tmp_path, board))
+
+
+@pytest.mark.parametrize("suffix", [".json", ".JSON", ".jsonl", ".Yaml", ".yml", ".csv", ".TSV", ".xml", ".parquet"])
+def test_structured_files_are_no_lists_of_prompts(tmp_path: Path, suffix: str) -> None:
+    path = tmp_path / f"prompts{suffix}"
+    path.write_text("a cat\n")
+    with pytest.raises(
+        InputError, match=rf"data_path: .*prompts\{suffix}: is a \{suffix.lower()} file.*one prompt a line"
+    ):
+        read_prompts(path, "data_path")
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        '[\n    {\n        "prompt_en": "a red fox"\n    }\n]\n',
+        '["a red fox", "a blue bird"]',
+        '{"prompts": ["a", "b"]}\n{"prompts": ["c", "d"]}\n',
+    ],
+)
+def test_json_under_another_name_is_no_list_of_prompts(tmp_path: Path, content: str) -> None:
+    with pytest.raises(InputError, match=r"input\.txt: is JSON, whose lines are no prompts\. .* ends in \.jsonl"):
+        read_prompts(_file(tmp_path, content))
+
+
+def test_brackets_alone_do_not_make_json(tmp_path: Path) -> None:
+    lines = ["[cinematic] a red fox", "{wide shot} a bird", "3", '"quoted"', "null"]
+    assert read_prompts(_file(tmp_path, "\n".join(lines))) == lines
+
+
+def test_storyboards_of_data_sets(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    first = {"id": 7, "prompts": ["a", "b", "c"], "switch_frame_indices": ["3", 6], "split": "test"}
+    path = _file(tmp_path, "\n".join(json.dumps(line) for line in (first, {**first, "switch_frame_indices": "3, 6"})))
+    assert read_storyboards(path) == [Storyboard(("a", "b", "c"), (3, 6))] * 2
+    (record,) = caplog.records
+    assert record.getMessage().endswith(
+        "keys without a use here are ignored: id, split. Known: prompts and switch_frame_indices"
+    )
+
+
 def test_not_utf8_names_the_place(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"byte 0xe9 at offset 9 \(line 2\)"):
         read_prompts(_file(tmp_path, b"first\ncaf\xe9\n"))
@@ -84,13 +147,14 @@ def test_storyboards(tmp_path: Path) -> None:
         ('{"prompts": ["  "]}', r"prompts\[0\] must be a text that is not blank"),
         ('{"prompts": ["\\ud800"]}', r"prompts\[0\] holds half a character"),
         ('{"promts": ["a"]}', "unknown key 'promts'. Did you mean prompts?"),
-        ('{"prompts": ["a"], "xyz": 1}', "Known keys: prompts, switch_frame_indices"),
         ('{"prompts": ["a", "b"], "switch_frame_indices": [1, 2]}', "2 prompts need 1 switch_frame_indices, not 2"),
         ('{"prompts": ["a", "b"], "switch_frame_indices": [0]}', "ascending whole numbers"),
-        ('{"prompts": ["a", "b"], "switch_frame_indices": [true]}', "ascending whole numbers"),
-        ('{"prompts": ["a", "b"], "switch_frame_indices": [1.5]}', "ascending whole numbers"),
+        ('{"prompts": ["a", "b"], "switch_frame_indices": [true]}', "expected latent frames such as 40"),
+        ('{"prompts": ["a", "b"], "switch_frame_indices": [1.5]}', "expected latent frames such as 40"),
         ('{"prompts": ["a", "b", "c"], "switch_frame_indices": [9, 9]}', "ascending whole numbers"),
-        ('{"prompts": ["a", "b"], "switch_frame_indices": 40}', "ascending whole numbers"),
+        ('{"prompts": ["a", "b"], "switch_frame_indices": {"a": 1}}', "expected latent frames such as 40"),
+        ('{"prompts": ["a", "b"], "switch_frame_indices": "40;80"}', "expected latent frames such as 40"),
+        ('{"prompts": ["a", "b"], "switch_frame_indices": ["9999999999"]}', "expected latent frames such as 40"),
     ],
 )
 def test_bad_storyboard_names_file_and_line(tmp_path: Path, line: str, message: str) -> None:

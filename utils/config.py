@@ -14,7 +14,7 @@ import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TypeGuard, TypeVar, Union, cast, get_args, get_origin, get_type_hints
 
-from utils.errors import InputError
+from utils.errors import FEW, InputError, brief, is_endless, quoted, shown_key
 
 if TYPE_CHECKING:
     from _typeshed import DataclassInstance
@@ -22,20 +22,23 @@ if TYPE_CHECKING:
 T = TypeVar("T", bound="DataclassInstance")
 
 _MISFIT = object()  # tells a value of another type from None, which is a value
+_CLOSE = 0.7  # likeness from which on a key is suggested (difflib)
 _NAMES = {int: ("an integer", "integers"), float: ("a number", "numbers"), str: ("text", "texts")}
 
 
 def build(cls: type[T], mapping: Mapping[str, object], where: str = "") -> T:
     """Makes dataclass `cls`, and those nested in it, from plain values; `where` is the dotted prefix in messages.
 
-    Values must have the annotated type: int, float (an integer will do, infinities will not), str, bool, None, Literal,
-    unions, tuple and list (from a list), or a dataclass (from a mapping). Nothing is converted beyond that.
+    Values must have the annotated type: int (of 64 bits), float (an integer will do, infinities will not), str, bool,
+    None (also written as Python does), Literal, unions, tuple and list (from a list), or a dataclass (from a mapping).
+    Nothing is converted beyond that.
 
     Raises:
-        InputError: an unknown key (the message suggests close ones, also from other sections), a missing one, a value
-            of another type, or whatever the dataclass itself refuses.
+        InputError: unknown keys, all of them (the message suggests close ones, also from other sections), a missing
+            one, a value of another type, or whatever the dataclass itself refuses.
     """
-    return _build(cls, mapping, where, tuple(_dotted_keys(cls, where)))
+    _refuse_unknown_keys(cls, mapping, where)
+    return _build(cls, mapping, where)
 
 
 def _dotted_keys(cls: type[DataclassInstance], prefix: str) -> Iterator[str]:
@@ -47,39 +50,64 @@ def _dotted_keys(cls: type[DataclassInstance], prefix: str) -> Iterator[str]:
                 yield from _dotted_keys(option, _join(prefix, name))
 
 
-def _build(cls: type[T], mapping: Mapping[str, object], where: str, known: Sequence[str]) -> T:
+def _refuse_unknown_keys(cls: type[DataclassInstance], mapping: Mapping[str, object], where: str) -> None:
+    found = list(_unknown_keys(cls, mapping, where))
+    if not found:
+        return
+    known = tuple(_dotted_keys(cls, where))
+    if len(found) == 1:
+        key, section, siblings = found[0]
+        close = _close_keys(key, section, siblings, known)
+        hint = f"; did you mean {' or '.join(close)}?" if close else "; remove it"
+        if not close and len(siblings) <= FEW:
+            hint = f"; known here: {', '.join(siblings)}"
+        raise InputError(f"{_join(section, shown_key(key))}: unknown key{hint}")
+    told = []
+    for key, section, siblings in found:
+        close = _close_keys(key, section, siblings, known)
+        told.append(_join(section, shown_key(key)) + (f" (did you mean {' or '.join(close)}?)" if close else ""))
+    raise InputError(f"{len(found)} unknown keys: {', '.join(told)}; correct or remove them")
+
+
+def _unknown_keys(
+    cls: type[DataclassInstance], mapping: Mapping[str, object], where: str
+) -> Iterator[tuple[str, str, tuple[str, ...]]]:
+    """Of a mapping and the sections in it: the key, its section, and the keys that the section has."""
     hints = get_type_hints(cls)
-    fields = {field.name: field for field in dataclasses.fields(cls) if field.init}
-    for key in mapping:
-        if key not in fields:
-            raise InputError(_unknown_key_message(str(key), tuple(fields), where, known))
-    for name, field in fields.items():
-        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
-        if name not in mapping and not has_default:
-            raise InputError(f"{_join(where, name)}: missing, expected {_describe(hints[name])}")
-    values = {str(key): _convert(hints[key], value, _join(where, key), known) for key, value in mapping.items()}
-    return cls(**values)
+    names = tuple(field.name for field in dataclasses.fields(cls) if field.init)
+    for key, value in mapping.items():
+        if key not in names:
+            yield str(key), where, names
+            continue
+        for option in _options(hints[key]):
+            if _is_dataclass(option) and isinstance(value, Mapping):
+                yield from _unknown_keys(option, value, _join(where, key))
 
 
-def _unknown_key_message(key: str, siblings: Sequence[str], where: str, known: Sequence[str]) -> str:
+def _close_keys(key: str, section: str, siblings: Sequence[str], known: Sequence[str]) -> list[str]:
     leaves = {dotted.rpartition(".")[2]: dotted for dotted in reversed(known)}
     if key in leaves:  # spelt right, in another section
-        close = [leaves[key]]
-    else:
-        close = [_join(where, name) for name in difflib.get_close_matches(key, siblings, n=3)]
-        close = close or [leaves[leaf] for leaf in difflib.get_close_matches(key, list(leaves), n=3)]
-    if close:
-        return f"{_join(where, key)}: unknown key; did you mean {' or '.join(close)}?"
-    return f"{_join(where, key)}: unknown key; known here: {', '.join(siblings)}"
+        return [leaves[key]]
+    close = [_join(section, name) for name in difflib.get_close_matches(key, siblings, n=3, cutoff=_CLOSE)]
+    return close or [leaves[leaf] for leaf in difflib.get_close_matches(key, list(leaves), n=3, cutoff=_CLOSE)]
 
 
-def _convert(annotation: object, value: object, where: str, known: Sequence[str]) -> object:
+def _build(cls: type[T], mapping: Mapping[str, object], where: str) -> T:
+    hints = get_type_hints(cls)
+    for field in dataclasses.fields(cls):
+        has_default = field.default is not dataclasses.MISSING or field.default_factory is not dataclasses.MISSING
+        if field.init and field.name not in mapping and not has_default:
+            raise InputError(f"{_join(where, field.name)}: missing, expected {_describe(hints[field.name])}")
+    return cls(**{key: _convert(hints[key], value, _join(where, key)) for key, value in mapping.items()})
+
+
+def _convert(annotation: object, value: object, where: str) -> object:
     for option in _options(annotation):
         if get_origin(option) in (tuple, list) and isinstance(value, (list, tuple)):
-            return _convert_sequence(option, value, where, known)
+            return _convert_sequence(option, value, where)
         if _is_dataclass(option) and isinstance(value, Mapping):
-            return _build(option, value, where, known)
-    for option in _options(annotation):
+            return _build(option, value, where)
+    for option in sorted(_options(annotation), key=lambda option: option is not type(None)):  # "None" is no text
         converted = _convert_scalar(option, value)
         if converted is not _MISFIT:
             return converted
@@ -88,6 +116,8 @@ def _convert(annotation: object, value: object, where: str, known: Sequence[str]
 
 def _convert_scalar(annotation: object, value: object) -> object:
     """The value where it has the type, a float for an integer where a float is due, else `_MISFIT`."""
+    if is_endless(value):
+        return _MISFIT
     if get_origin(annotation) is Literal:
         # True equals 1 in Python, so the type is compared too.
         fits = any(type(choice) is type(value) and choice == value for choice in get_args(annotation))
@@ -95,19 +125,21 @@ def _convert_scalar(annotation: object, value: object) -> object:
     if annotation is float and type(value) in (int, float):
         number = float(cast(float, value))
         return number if math.isfinite(number) else _MISFIT
+    if annotation is type(None) and isinstance(value, str) and value.lower() == "none":
+        return None
     return value if annotation in (int, str, bool, type(None)) and type(value) is annotation else _MISFIT
 
 
-def _convert_sequence(annotation: object, value: Sequence[object], where: str, known: Sequence[str]) -> object:
+def _convert_sequence(annotation: object, value: Sequence[object], where: str) -> object:
     arguments = get_args(annotation)
     if get_origin(annotation) is list:
-        return [_convert(arguments[0], item, f"{where}[{index}]", known) for index, item in enumerate(value)]
+        return [_convert(arguments[0], item, f"{where}[{index}]") for index, item in enumerate(value)]
     if arguments[-1] is Ellipsis:
         arguments = (arguments[0],) * len(value)
     if len(arguments) != len(value):
         raise InputError(_type_message(annotation, value, where))
     pairs = zip(arguments, value, strict=True)
-    return tuple(_convert(item_type, item, f"{where}[{index}]", known) for index, (item_type, item) in enumerate(pairs))
+    return tuple(_convert(item_type, item, f"{where}[{index}]") for index, (item_type, item) in enumerate(pairs))
 
 
 def _type_message(annotation: object, value: object, where: str) -> str:
@@ -123,8 +155,10 @@ def _show(value: object) -> str:
     if value is None or isinstance(value, bool):
         return {None: "null", True: "true", False: "false"}[value]
     if isinstance(value, str):
-        return f"the text {value!r}"
-    return f"a section {dict(value)}" if isinstance(value, Mapping) else f"{value} ({type(value).__name__})"
+        return f"the text {quoted(value)}"
+    if isinstance(value, Mapping):
+        return f"a section {brief(value)}"
+    return brief(value) + ("" if is_endless(value) else f" ({type(value).__name__})")
 
 
 def _describe(annotation: object) -> str:

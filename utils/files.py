@@ -15,6 +15,7 @@ import logging
 import os
 import platform
 import re
+import stat
 import sys
 import time
 from collections.abc import Iterator
@@ -22,6 +23,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from utils.errors import InputError
+from utils.user_paths import look, unreadable
 
 logger = logging.getLogger(__name__)
 
@@ -137,7 +139,8 @@ def ensure_writable_folder(path: Path, field: str) -> None:
     folder, for the message of the InputError that is raised if it cannot be used.
     """
     remedy = f"Set {field} to a folder that you may write to."
-    if path.exists() and not path.is_dir():
+    found = look(path, field, "folder")
+    if found is not None and not stat.S_ISDIR(found.st_mode):
         raise InputError(f"{field}: {path} is a file, not a folder. {remedy}")
     probe = path / f".write-test.{_host_tag()}.{os.getpid()}.partial"
     try:
@@ -179,7 +182,11 @@ def remove_stale_partials(folder: Path) -> list[Path]:
     if not folder.is_dir():
         raise InputError(f"{folder}: is not a folder, so there is nothing to tidy up. Check the path.")
     removed = []
-    for entry in sorted(folder.iterdir()):
+    try:
+        entries = sorted(folder.iterdir())
+    except OSError as error:
+        raise unreadable(folder, error, what="folder") from error
+    for entry in entries:
         match = _PARTIAL.match(entry.name)
         if match is None:
             continue
@@ -189,6 +196,6 @@ def remove_stale_partials(folder: Path) -> list[Path]:
                 removed.append(entry)
         except FileNotFoundError:
             logger.debug("%s was removed by another process", entry)
-        except PermissionError as error:
+        except OSError as error:
             logger.warning("%s is left over from a stopped run and cannot be deleted (%s)", entry, error.strerror)
     return removed

@@ -1,83 +1,113 @@
-"""Prompt files, storyboards, and file names made from prompts.
+"""Prompt files and storyboards.
 
-A prompt file holds one prompt a line; a storyboard file holds one JSON object a line. `output_stems` turns any list of
-prompts into file names that are legal and different on every file system. This file does not know how text is encoded,
-nor what is written under the names.
+A prompt file holds one prompt a line; a storyboard file holds one JSON object a line. This file does not know how text
+is encoded; `utils.file_names` makes file names of prompts.
 """
 
 from __future__ import annotations
 
 import difflib
-import hashlib
-import itertools
+import html
 import json
 import logging
 import re
 import unicodedata
-from collections import Counter
-from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from utils.errors import InputError
+from utils.errors import InputError, brief, quoted
+from utils.user_paths import read_text
 
 logger = logging.getLogger(__name__)
 
+STORYBOARD_SUFFIX = ".jsonl"
 _STORYBOARD_KEYS = ("prompts", "switch_frame_indices")
+_STRUCTURED = frozenset(
+    {".json", ".jsonl", ".ndjson", ".json5", ".yaml", ".yml", ".toml", ".ini", ".xml", ".html", ".htm"}
+    | {".csv", ".tsv", ".xls", ".xlsx", ".ods", ".parquet", ".arrow", ".db"}
+)
+_FRAME_DIGITS = 9
+_INVISIBLE_CATEGORIES = frozenset({"Cc", "Cf", "Mn", "Me", "Zs", "Zl", "Zp"})
+_FILLERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and a Braille pattern that are blank
 
-_MAX_CHARS = 100
-_MAX_BYTES = 180  # leaves room in the usual 255 for a sample number, suffixes and the marks of an unfinished file
-_SLUG_CHARS = 40
-_FORBIDDEN = frozenset('<>:"/\\|?*')  # on Windows; "/" everywhere
-# Control, format, surrogate and private characters, line and paragraph separators: invisible or not storable.
-_FORBIDDEN_CATEGORIES = frozenset({"Cc", "Cf", "Cs", "Co", "Zl", "Zp"})
-_RESERVED = re.compile(r"(con|prn|aux|nul|conin\$|conout\$|(com|lpt)[0-9¹²³]) *(\.|$)", re.IGNORECASE)
+
+def clean_line(line: str) -> str:
+    """The text without the white space around it and without invisible characters, which tools leave in files; "" if
+    nothing is left that can be seen, also where that is written as HTML (`&nbsp;`)."""
+    text = "".join(char for char in line if not _is_dropped(char)).strip()
+    return text if any(map(_is_visible, html.unescape(html.unescape(text)))) else ""
 
 
-def _read_lines(path: Path, what: str) -> list[str]:
-    """The lines of a UTF-8 text file, stripped; a byte-order mark is dropped. `what` the file should hold."""
-    if path.is_dir():
-        raise InputError(f"{path}: is a folder, not a file of {what}. Give the path of the file in it.")
-    try:
-        data = path.read_bytes()
-    except FileNotFoundError as error:
-        raise InputError(f"{path}: there is no such file of {what}. Check the path.") from error
-    except OSError as error:
-        reason = error.strerror or str(error)
-        raise InputError(f"{path}: the file of {what} cannot be read ({reason}). Check its permissions.") from error
-    try:
-        text = data.decode("utf-8")
-    except UnicodeDecodeError as error:
-        line = data.count(b"\n", 0, error.start) + 1
-        raise InputError(
-            f"{path}: is not UTF-8 text: byte 0x{data[error.start]:02x} at offset {error.start} (line {line}) "
-            "does not belong there. Save the file as UTF-8."
-        ) from error
+def _is_dropped(char: str) -> bool:
+    """Byte-order marks, zero-width spaces, marks of direction and the like; not what joins letters or emoji."""
+    return unicodedata.category(char) in ("Cf", "Cc") and char != "\t" and not _joins(char)
+
+
+def _joins(char: str) -> bool:
+    return char in "\u200c\u200d" or "\U000e0020" <= char <= "\U000e007f"  # the tags spell out flags
+
+
+def _is_visible(char: str) -> bool:
+    return unicodedata.category(char) not in _INVISIBLE_CATEGORIES and char not in _FILLERS
+
+
+def _read_lines(path: Path, setting: str, what: str) -> list[str]:
+    """The lines of a UTF-8 text file, cleaned. `what` the file should hold."""
+    text = read_text(path, setting, f"file of {what}")
     # Not str.splitlines, which would also cut a prompt at characters such as U+2028.
-    lines = re.split(r"\r\n|\n|\r", text.removeprefix("\ufeff"))
+    lines = re.split(r"\r\n|\n|\r", text)
     if not lines[-1]:
         lines.pop()
-    return [line.strip() for line in lines]
+    return [clean_line(line) for line in lines]
 
 
-def _numbered_content(path: Path, what: str) -> list[tuple[int, str]]:
+def _numbered_content(path: Path, setting: str, what: str) -> list[tuple[int, str]]:
     """The lines that hold something, with their numbers from 1; one warning counts the others."""
-    lines = _read_lines(path, what)
+    lines = _read_lines(path, setting, what)
     content = [(number, line) for number, line in enumerate(lines, start=1) if line]
     if not content:
-        raise InputError(f"{path}: holds no {what}, the file is empty or blank. Write one a line.")
+        raise InputError(f"{_named(path, setting)}: holds no {what}, the file is empty or blank. Write one a line.")
     blank = len(lines) - len(content)
     if blank:
         logger.warning("%s: skipped %d blank line%s", path, blank, "" if blank == 1 else "s")
     return content
 
 
-def read_prompts(path: Path) -> list[str]:
-    """The prompts of a UTF-8 text file, one a line, without the white space around them; blank lines are skipped.
+def _named(path: Path, setting: str) -> str:
+    return f"{setting}: {path}" if setting else f"{path}"
 
-    Raises InputError if the file is missing, a folder, not UTF-8, or holds no prompt.
+
+def read_prompts(path: Path, setting: str = "") -> list[str]:
+    """The prompts of a UTF-8 text file, one a line, cleaned as `clean_line` does; blank lines are skipped.
+
+    Raises InputError, which begins with `setting`, if the file is missing, no text, of another kind (JSON, YAML, a
+    table), or holds no prompt.
     """
-    return [line for _, line in _numbered_content(path, "prompts")]
+    if path.suffix.lower() in _STRUCTURED:
+        raise _not_a_list(path, setting, f"a {path.suffix.lower()} file")
+    prompts = [line for _, line in _numbered_content(path, setting, "prompts")]
+    if _is_json(prompts[0]) or (prompts[0][0] in "[{" and _is_json("\n".join(prompts))):
+        raise _not_a_list(path, setting, "JSON")
+    return prompts
+
+
+def _not_a_list(path: Path, setting: str, kind: str) -> InputError:
+    return InputError(
+        f"{_named(path, setting)}: is {kind}, whose lines are no prompts. Give a text file with "
+        f'one prompt a line, or storyboards, {{"prompts": [...]}} a line, in a file that ends in {STORYBOARD_SUFFIX}.'
+    )
+
+
+def _is_json(text: str) -> bool:
+    try:
+        return isinstance(json.loads(text), (list, dict))
+    except (ValueError, RecursionError):
+        return False
+
+
+def is_storyboard_file(path: Path) -> bool:
+    """Whether its name says so."""
+    return path.suffix.lower() == STORYBOARD_SUFFIX
 
 
 @dataclass(frozen=True)
@@ -92,15 +122,26 @@ class Storyboard:
     switch_frames: tuple[int, ...] | None = None
 
 
-def read_storyboards(path: Path) -> list[Storyboard]:
+def read_storyboards(path: Path, setting: str = "") -> list[Storyboard]:
     """The storyboards of a jsonl file: `{"prompts": [...], "switch_frame_indices": [...]}` a line, the second optional.
 
-    Raises InputError, which names the file and the line, for anything else.
+    Other keys, as lines of data sets have them, are named in one warning. Raises InputError, which names the file and
+    the line, for anything else.
     """
-    return [_storyboard(f"{path}, line {number}", line) for number, line in _numbered_content(path, "storyboards")]
+    boards, ignored = [], dict[str, None]()
+    for number, line in _numbered_content(path, setting, "storyboards"):
+        where = f"{_named(path, setting)}, line {number}"
+        record = _record(where, line)
+        ignored.update(dict.fromkeys(key for key in record if key not in _STORYBOARD_KEYS))
+        prompts = _storyboard_prompts(where, record.get("prompts"))
+        boards.append(Storyboard(prompts, _switch_frames(where, record.get("switch_frame_indices"), len(prompts))))
+    if ignored:
+        known = " and ".join(_STORYBOARD_KEYS)
+        logger.warning("%s: keys without a use here are ignored: %s. Known: %s", path, ", ".join(ignored), known)
+    return boards
 
 
-def _storyboard(where: str, line: str) -> Storyboard:
+def _record(where: str, line: str) -> dict[str, object]:
     try:
         record: object = json.loads(line)
     except (ValueError, RecursionError) as error:
@@ -108,130 +149,53 @@ def _storyboard(where: str, line: str) -> Storyboard:
     if not isinstance(record, dict):
         raise InputError(f'{where}: is a JSON {type(record).__name__}, not an object. Write {{"prompts": [...]}}.')
     for key in record:
-        if key not in _STORYBOARD_KEYS:
-            close = difflib.get_close_matches(key, _STORYBOARD_KEYS, n=1)
-            hint = f"Did you mean {close[0]}?" if close else f"Known keys: {', '.join(_STORYBOARD_KEYS)}."
-            raise InputError(f"{where}: unknown key {key!r}. {hint}")
-    prompts = _storyboard_prompts(where, record.get("prompts"))
-    return Storyboard(prompts, _switch_frames(where, record.get("switch_frame_indices"), len(prompts)))
+        close = difflib.get_close_matches(key, _STORYBOARD_KEYS, n=1)
+        if close and close[0] not in record:
+            raise InputError(f"{where}: unknown key {quoted(key)}. Did you mean {close[0]}?")
+    return record
 
 
 def _storyboard_prompts(where: str, value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not value:
-        raise InputError(f"{where}: prompts must be a list of at least one text, not {value!r}.")
+        raise InputError(f"{where}: prompts must be a list of at least one text, not {brief(value)}.")
     prompts = []
     for index, prompt in enumerate(value):
-        if not isinstance(prompt, str) or not prompt.strip():
-            raise InputError(f"{where}: prompts[{index}] must be a text that is not blank, not {prompt!r}.")
-        if any("\ud800" <= char <= "\udfff" for char in prompt):
+        text = clean_line(prompt) if isinstance(prompt, str) else ""
+        if not text:
+            raise InputError(f"{where}: prompts[{index}] must be a text that is not blank, not {brief(prompt)}.")
+        if any("\ud800" <= char <= "\udfff" for char in text):
             raise InputError(f"{where}: prompts[{index}] holds half a character (\\ud800 to \\udfff). Remove it.")
-        prompts.append(prompt.strip())
+        prompts.append(text)
     return tuple(prompts)
+
+
+def frame_list(value: object, where: str) -> list[int]:
+    """Latent frames from a list, one number, or the text `40, 80, 120` that published storyboards have; numbers may be
+    texts. Raises InputError, which begins with `where`, for anything else."""
+    parts = value.split(",") if isinstance(value, str) else value if isinstance(value, list) else [value]
+    frames = []
+    for part in parts:
+        digits = part.strip() if isinstance(part, str) else ""
+        if isinstance(part, int) and not isinstance(part, bool):
+            frames.append(part)
+        elif digits.isdecimal() and len(digits) <= _FRAME_DIGITS:
+            frames.append(int(digits))
+        else:
+            raise InputError(f"{where}: expected latent frames such as 40, 80, 120, got {brief(value)}")
+    return frames
 
 
 def _switch_frames(where: str, value: object, num_prompts: int) -> tuple[int, ...] | None:
     if value is None:
         return None
-    rule = f"{where}: switch_frame_indices must be a list of ascending whole numbers from 1 on, not {value!r}."
-    if not isinstance(value, list):
-        raise InputError(rule)
-    frames = tuple(frame for frame in value if isinstance(frame, int) and not isinstance(frame, bool))
-    if len(frames) != len(value) or any(late <= early for early, late in zip((0, *frames), frames, strict=False)):
-        raise InputError(rule)
+    frames = tuple(frame_list(value, f"{where}: switch_frame_indices"))
+    if any(late <= early for early, late in zip((0, *frames), frames, strict=False)):
+        raise InputError(
+            f"{where}: switch_frame_indices must be a list of ascending whole numbers from 1 on, not {brief(value)}."
+        )
     if len(frames) != num_prompts - 1:
         raise InputError(
             f"{where}: {num_prompts} prompts need {num_prompts - 1} switch_frame_indices, not {len(frames)}: "
             "one for each prompt but the first."
         )
     return frames
-
-
-def output_stems(prompts: Sequence[str], with_index: bool) -> list[str]:
-    """A file name without suffix for each prompt, all different, also to file systems that ignore case or normalise.
-
-    With index: `{index:03d}-{slug}`, the slug up to 40 letters and digits. Without: the prompt itself where that is a
-    legal name of at most 100 characters and 180 bytes; else what can be kept of it and `-{8 hex digits}` of its
-    BLAKE2b, which prompts that differ in case alone get too. Repetitions of a prompt get -2, -3 and so on.
-
-    The names depend on the whole list and its order: make them from all prompts, also when only some are run.
-    """
-    if with_index:
-        return [
-            f"{index:03d}-{slug}" if (slug := _slug(prompt)) else f"{index:03d}" for index, prompt in enumerate(prompts)
-        ]
-    return _named_by_prompt(prompts)
-
-
-def _slug(prompt: str) -> str:
-    """Words of letters and digits (with their accents) joined by dashes, in lower case."""
-    kept = "".join(
-        char if unicodedata.category(char)[0] in "LMN" else " " for char in unicodedata.normalize("NFKC", prompt)
-    )
-    return unicodedata.normalize("NFC", "-".join(kept.lower().split())[:_SLUG_CHARS].rstrip("-"))
-
-
-def _named_by_prompt(prompts: Sequence[str]) -> list[str]:
-    bodies = {prompt: _safe_name(prompt) for prompt in prompts}  # in order of first appearance
-    alike = Counter(_collision_key(body) for body in bodies.values())
-    as_it_is = {
-        prompt: body == unicodedata.normalize("NFC", prompt) and alike[_collision_key(body)] == 1
-        for prompt, body in bodies.items()
-    }
-    taken = {_collision_key(body) for prompt, body in bodies.items() if as_it_is[prompt]}
-    firsts = {
-        prompt: body if as_it_is[prompt] else _claim(body, _digest_tails(prompt), taken)
-        for prompt, body in bodies.items()
-    }
-    seen: Counter[str] = Counter()
-    stems = []
-    for prompt in prompts:
-        seen[prompt] += 1
-        number = seen[prompt]
-        stems.append(firsts[prompt] if number == 1 else _claim(firsts[prompt], _number_tails(number), taken))
-    return stems
-
-
-def _digest_tails(prompt: str) -> Iterable[str]:
-    """Ever longer digests: the second is needed only where a prompt spells out another's name."""
-    digest = hashlib.blake2b(prompt.encode("utf-8", "surrogatepass")).hexdigest()
-    return (f"-{digest[:length]}" for length in range(8, 65, 8))
-
-
-def _number_tails(number: int) -> Iterable[str]:
-    """-2 for the second of equal prompts, and numbers further on for where a prompt spells out that name."""
-    return (f"-{higher}" for higher in itertools.count(number))
-
-
-def _claim(body: str, tails: Iterable[str], taken: set[str]) -> str:
-    """`body`, cut to leave room, with the first tail that gives a name not yet in `taken`; adds it there."""
-    for tail in tails:
-        name = _cut(body, _MAX_CHARS - len(tail), _MAX_BYTES - len(tail)) + tail
-        key = _collision_key(name)
-        if key not in taken:
-            taken.add(key)
-            return name
-    raise AssertionError(f"no free name for {body!r}")
-
-
-def _collision_key(name: str) -> str:
-    """Equal for names that some file system takes for the same (canonical caseless matching, Unicode section 3.13)."""
-    for _ in range(2):
-        name = unicodedata.normalize("NFD", name).casefold()
-    return unicodedata.normalize("NFD", name)
-
-
-def _safe_name(prompt: str) -> str:
-    """`prompt` as a legal file name of bounded length, never empty: equal to its NFC form if that is one."""
-    visible = "".join(
-        "_" if char in _FORBIDDEN or unicodedata.category(char) in _FORBIDDEN_CATEGORIES else char
-        for char in unicodedata.normalize("NFC", prompt)
-    )
-    # A leading dot hides a file, a leading dash looks like an option; Windows drops dots and spaces at the end.
-    name = _cut(visible.lstrip(" .-"), _MAX_CHARS, _MAX_BYTES) or "prompt"
-    return _cut(f"_{name}", _MAX_CHARS, _MAX_BYTES) if _RESERVED.match(name) else name
-
-
-def _cut(text: str, max_chars: int, max_bytes: int) -> str:
-    """The longest beginning of `text` within both limits, whole characters, without dots and spaces at its end."""
-    within = text[:max_chars].encode("utf-8")[:max_bytes].decode("utf-8", "ignore")
-    return within.rstrip(" .")

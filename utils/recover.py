@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from utils.command import run
 from utils.errors import InputError
 from utils.growing import recover
 from utils.video_probe import probe
@@ -19,8 +20,14 @@ def main(argv: Sequence[str] | None = None) -> int:
         description="Make ordinary videos, x.recovered.mp4, from the growing files that killed runs left.",
     )
     parser.add_argument("files", nargs="+", type=Path, metavar="FILE", help="a file that ends in .growing.mp4")
+    arguments = parser.parse_args(argv)
+    return run(lambda: recover_all(arguments.files))
+
+
+def recover_all(files: Sequence[Path]) -> int:
+    """Returns the exit status: 2 if one could not be recovered."""
     status = 0
-    for growing in parser.parse_args(argv).files:
+    for growing in files:
         try:
             path = recover(growing)
             sys.stdout.write(f"{path}: {probe(path).frames} frames\n")

@@ -12,7 +12,10 @@ from dataclasses import dataclass, fields
 from typing import Literal
 
 from utils.config import build
-from utils.errors import InputError, shown
+from utils.errors import InputError, require_range, shown
+from wan.geometry import MOST_FRAMES
+
+MOST_RANK = 65536  # wider than any layer
 
 # The largest sizes of any model that could be meant: what lies beyond is a slip or an attack, and to build such a model
 # would take minutes.
@@ -126,8 +129,8 @@ class ModelKwargs:
             raise InputError(
                 f"model_kwargs.timestep_shift: must be above 0 (published: 5.0), got {self.timestep_shift}"
             )
-        if self.sink_size < 0:
-            raise InputError(f"model_kwargs.sink_size: must be 0 or more latent frames, got {self.sink_size}")
+        require_range("model_kwargs.local_attn_size", self.local_attn_size, -1, MOST_FRAMES)
+        require_range("model_kwargs.sink_size", self.sink_size, 0, MOST_FRAMES, "latent frames")
 
 
 @dataclass(frozen=True)
@@ -144,7 +147,7 @@ class AdapterConfig:
     apply_to_critic: bool = False
 
     def __post_init__(self) -> None:
-        if self.rank is not None and self.rank < 1:
-            raise InputError(f"adapter.rank: must be 1 or more, got {self.rank}")
+        if self.rank is not None:
+            require_range("adapter.rank", self.rank, 1, MOST_RANK)
         if self.alpha is not None and self.alpha <= 0:
             raise InputError(f"adapter.alpha: must be above 0, got {self.alpha}")

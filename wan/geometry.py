@@ -10,6 +10,7 @@ from dataclasses import dataclass, replace
 
 TEMPORAL_COMPRESSION = 4  # pixel frames per latent frame of the Wan VAE, after the first
 SPATIAL_COMPRESSION = 8  # pixels per latent row or column
+MOST_FRAMES = 100_000  # latent frames in a setting, 7 hours; more is a slip of the keyboard, and some are lists
 
 
 ENDLESS = 1 << 40  # about this many latent frames have a video that ends only when nobody wants more

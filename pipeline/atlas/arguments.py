@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import argparse
+import os
 from collections.abc import Sequence
-from pathlib import Path
 
+from utils.command import parse
 from utils.errors import InputError
 from utils.files import create_partial, ensure_writable_folder
+from utils.prompts import clean_line
+from utils.user_paths import user_path
 
 OF_RECORDING = ("prompts", "texts", "blocks", "steps", "context", "query_share", "dry_run")
 OF_AN_ATLAS = ("out", "plot", "report", "roles")
@@ -20,7 +23,7 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config_path", "--config_file", dest="config_path", metavar="YAML")
-    source.add_argument("--atlas", type=Path, metavar="FILE", help="a stored atlas, instead of recording one")
+    source.add_argument("--atlas", metavar="FILE", help="a stored atlas, instead of recording one")
     parser.add_argument("--prompts", metavar="FILE", help="instead of data_path; of a storyboard the first prompt")
     parser.add_argument(
         "--blocks", help="numbers such as 1,3,5 (default: all that see earlier ones and have all passes)"
@@ -34,20 +37,28 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
     )
     parser.add_argument("--query_share", type=float, help="queries that are sampled (default: score_query_share)")
     parser.add_argument("--dry_run", action="store_true", help="say what recording would cost, check the files, stop")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="store the atlas (safetensors)")
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw it, SVG and PNG")
-    parser.add_argument("--report", type=Path, metavar="HTML", help="one page with all of it")
-    parser.add_argument("--roles", type=Path, metavar="JSON", help="a roles file that all videos agree on")
+    parser.add_argument("--out", metavar="FILE", help="store the atlas (safetensors)")
+    parser.add_argument("--plot", metavar="FOLDER", help="draw it, SVG and PNG")
+    parser.add_argument("--report", metavar="HTML", help="one page with all of it")
+    parser.add_argument("--roles", metavar="JSON", help="a roles file that all videos agree on")
     parser.add_argument(
         "--sampling", nargs="?", const="", metavar="JSON", help="how far sampled queries are from all queries"
     )
     parser.add_argument(
         "words", nargs="*", metavar="key=value or prompt", help="settings that replace those of the file, and prompts"
     )
-    arguments = parser.parse_intermixed_args(argv)
+    arguments = parse(parser, argv)
     arguments.overrides = [word for word in arguments.words if is_setting(word)]
-    arguments.texts = [word.strip() for word in arguments.words if not is_setting(word)]
+    arguments.texts = [clean_line(word) for word in arguments.words if not is_setting(word)]
     return arguments
+
+
+def expand_paths(arguments: argparse.Namespace) -> None:
+    """Turn the options that name files and folders into paths. Raises InputError for what cannot be one."""
+    for name in ("atlas", "prompts", "out", "plot", "report", "roles", "sampling"):
+        value = getattr(arguments, name)
+        if value:  # --sampling may stand without a file
+            setattr(arguments, name, user_path(value, f"--{name}"))
 
 
 def is_setting(word: str) -> bool:
@@ -85,13 +96,16 @@ def _refuse(arguments: argparse.Namespace, names: Sequence[str], reason: str) ->
 def check_outputs(arguments: argparse.Namespace) -> None:
     """Make the folders that are written to. Raises InputError if a file or folder cannot be, or is asked for twice."""
     files = {f"--{name}": getattr(arguments, name) for name in ("out", "report", "roles")}
-    files["--sampling"] = Path(arguments.sampling) if arguments.sampling else None
+    files["--sampling"] = arguments.sampling or None
     given = {option: path for option, path in files.items() if path is not None}
-    taken: dict[Path, str] = {}
+    taken: dict[str, str] = {}
     for option, path in given.items():
         ensure_writable_folder(path.parent, option)
-        create_partial(path).unlink()
-        first = taken.setdefault(path.resolve(), option)
+        try:
+            create_partial(path).unlink()
+        except InputError as error:
+            raise InputError(f"{option}: {error}") from error
+        first = taken.setdefault(os.path.realpath(path), option)
         if first != option:
             raise InputError(f"{option}: {path} is what {first} is to write; give them different names")
     if arguments.plot is not None:

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import json
-import logging
 import shlex
 import sys
 from collections.abc import Callable, Sequence
@@ -22,7 +21,7 @@ from dummy.atlas.plots import save_all
 from dummy.atlas.report import facts, write_report
 from dummy.atlas.stability import consensus, require_role_pass
 from dummy.atlas.table import Atlas
-from pipeline.atlas.arguments import check_arguments, check_outputs, parse_arguments
+from pipeline.atlas.arguments import check_arguments, check_outputs, expand_paths, parse_arguments
 from pipeline.atlas.cost import cost_lines
 from pipeline.atlas.query_sampling import sampling_table
 from pipeline.atlas.recording import Recording, choose_passes, jobs_of, record, role_settings
@@ -30,20 +29,24 @@ from pipeline.atlas.stored import load_stored, run_facts
 from pipeline.config.config import InferenceConfig, as_dict, load_config
 from pipeline.planning.plan import planned_sizes
 from pipeline.runtime.loading import check_before_loading, choose_device, model_sizes, require_files
+from utils import command
 from utils.errors import InputError
 from utils.files import write_atomic
+from utils.user_paths import require_file
 
 
 def run(arguments: argparse.Namespace, command: str) -> int:
     """Returns the exit status; raises InputError."""
+    expand_paths(arguments)
     check_arguments(arguments)
     if arguments.atlas is not None:
+        require_file(arguments.atlas, "--atlas", "stored atlas")
         atlas, config = load_stored(arguments.atlas, arguments.overrides)
         if arguments.roles is not None:
             require_role_pass(atlas.blocks, atlas.passes, atlas.forcing.ar_start)
         check_outputs(arguments)
     else:
-        data = [] if arguments.prompts is None else [f"data_path={arguments.prompts}"]
+        data = [] if arguments.prompts is None else [f"data_path={json.dumps(str(arguments.prompts))}"]
         config = load_config(arguments.config_path, [*arguments.overrides, *data])
         if config.start_from is not None:
             raise InputError(
@@ -141,7 +144,7 @@ def write_sampling(config: InferenceConfig, arguments: argparse.Namespace, comma
     sys.stdout.write(table.text())
     if arguments.sampling:
         content = {"command": command, "torch": torch.__version__, **table.as_dict()}
-        write_atomic(Path(arguments.sampling), json.dumps(content, indent=1) + "\n")
+        write_atomic(arguments.sampling, json.dumps(content, indent=1) + "\n")
     return 0
 
 
@@ -149,9 +152,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 2 for input that must be mended, which is said on stderr."""
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = parse_arguments(given, __doc__)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        return run(arguments, shlex.join(["python", "-m", "dummy.atlas", *given]))
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    line = shlex.join(["python", "-m", "pipeline.atlas", *given])
+    return command.run(lambda: run(arguments, line), log_format="%(message)s")

@@ -20,7 +20,7 @@ from dummy.atlas.table import CLEAN, Atlas
 from dummy.config import DummyForcingConfig
 from dummy.policy import ContextPolicy, policy_from_config
 from pipeline.config.config import InferenceConfig, geometry_of
-from pipeline.config.jobs import VideoJob, read_jobs
+from pipeline.config.jobs import VideoJob, check_count, read_jobs
 from pipeline.runtime.generator import BlockGenerator
 from pipeline.runtime.inputs import GeneratorSettings
 from pipeline.runtime.loading import (
@@ -31,7 +31,7 @@ from pipeline.runtime.loading import (
 from pipeline.runtime.prompts import PromptEncoder
 from pipeline.session import Session
 from utils.errors import InputError
-from utils.prompts import output_stems
+from utils.file_names import output_stems
 from utils.seed import NoiseStream, video_seed
 from wan.attention.cache import Observer
 from wan.geometry import LatentGeometry
@@ -108,6 +108,7 @@ def jobs_of(config: InferenceConfig, texts: Sequence[str]) -> list[VideoJob]:
     chosen = list(enumerate(zip(texts, stems, strict=True)))
     if config.inference_iter != -1:
         chosen = chosen[: config.inference_iter]
+    check_count(config, len(chosen) * config.num_samples)
     folder, samples = Path(config.output_folder), range(config.num_samples)
     return [
         VideoJob((text,), (0,), index, sample, video_seed(config.seed, index, sample), folder / f"{stem}-{sample}.mp4")

@@ -19,10 +19,11 @@ from dummy.calibration.measured import Calibration
 from dummy.calibration.recorder import CalibrationRecorder
 from pipeline.atlas.recording import ChosenPasses, choose_passes, watch, watched_generator, watched_policy
 from pipeline.config.config import InferenceConfig, as_dict, geometry_of
-from pipeline.config.jobs import NOT_OF_THE_VIDEO, STORYBOARD_SUFFIX, VideoJob, read_jobs
+from pipeline.config.jobs import NOT_OF_THE_VIDEO, VideoJob, read_jobs
 from pipeline.runtime.calibrated import checkpoint_identity, subject_of
 from pipeline.runtime.loading import model_sizes
 from utils.errors import InputError
+from utils.prompts import is_storyboard_file
 from wan.attention.head_group import Retention
 from wan.config import ModelConfig
 from wan.transformer.model import CausalWanModel
@@ -55,7 +56,7 @@ def over_full_history(config: InferenceConfig) -> InferenceConfig:
 
     FP8 gives way to the precision below it: the rows of the output projection are wanted as they are.
     """
-    listed = not config.data_path.endswith(STORYBOARD_SUFFIX)
+    listed = not is_storyboard_file(Path(config.data_path))
     return replace(
         config,
         dummy_forcing=InferenceConfig().dummy_forcing,  # off

@@ -17,17 +17,17 @@ from typing import Literal
 from dummy.config import DummyForcingConfig
 from pipeline.config import paths
 from pipeline.config.published_keys import expand_overrides, translate
+from pipeline.config.resolution import MOST_PIXELS, check_resolution, latent_size, pixel_size
 from utils.config import build
-from utils.errors import InputError
+from utils.errors import InputError, quoted, require_range
 from wan.config import AdapterConfig, ModelConfig, ModelKwargs
-from wan.geometry import LatentGeometry
+from wan.geometry import MOST_FRAMES, LatentGeometry
 
 PolicyName = Literal["full", "window", "packed", "prune", "calibrated"]
 
-# Rows of pixels -> latent rows and columns. 1080 is no multiple of 16: 1088 rows are made and 8 cropped.
-_LATENT_SIZES = {480: (60, 104), 720: (90, 160), 1080: (136, 240)}
-_VAE_STRIDE = 8  # pixels a latent side
-_PIXEL_MULTIPLE = 16  # a latent side of the VAE (8 pixels) times the patch's side (2)
+# What no run can mean, though it may be a slip of the keyboard; each of these is built as a list somewhere.
+_MOST = {"num_samples": 10_000, "num_flickering_samples": 10_000, "samples_per_batch": 1_000}
+_MOST_FPS = 1000
 
 
 @dataclass(frozen=True)
@@ -112,16 +112,12 @@ class InferenceConfig:
     @property
     def latent_size(self) -> tuple[int, int]:
         """Latent height and width (h, w)."""
-        if isinstance(self.resolution, int):
-            return _LATENT_SIZES[self.resolution]
-        return self.resolution[0] // _VAE_STRIDE, self.resolution[1] // _VAE_STRIDE
+        return latent_size(self.resolution)
 
     @property
     def pixel_size(self) -> tuple[int, int]:
         """Height and width (H, W) of the written video, after the crop from 1088 to 1080 rows at `resolution: 1080`."""
-        if isinstance(self.resolution, int):
-            return self.resolution, _LATENT_SIZES[self.resolution][1] * _VAE_STRIDE
-        return self.resolution
+        return pixel_size(self.resolution)
 
     @property
     def model_folder(self) -> Path:
@@ -173,7 +169,8 @@ def load_config(source: str | Path | Mapping[str, object], overrides: Sequence[s
     """
     from utils.settings_file import load_mapping  # the rest of the program does without OmegaConf
 
-    return build(InferenceConfig, translate(load_mapping(source, expand_overrides(overrides))))
+    settings = translate(load_mapping(source, expand_overrides(overrides)))
+    return build(InferenceConfig, paths.expand_paths(settings))
 
 
 def geometry_of(config: InferenceConfig, channels: int) -> LatentGeometry:
@@ -233,28 +230,20 @@ def _check_schedule(config: InferenceConfig) -> None:
 
 def _check_video(config: InferenceConfig) -> None:
     frames, block = config.num_output_frames, config.num_frame_per_block
-    _require(block >= 1, f"num_frame_per_block: must be 1 or more, got {block}")
+    require_range("num_frame_per_block", block, 1, MOST_FRAMES)
     below, above = max(frames // block, 1) * block, max(frames // block + 1, 1) * block
     _require(
         frames >= 1 and frames % block == 0,
         f"num_output_frames: {frames} is no positive multiple of num_frame_per_block {block}; use "
         + (f"{below} or {above}" if below < above else f"{below}"),
     )
-    _require(config.fps >= 1, f"fps: must be 1 or more pixel frames a second, got {config.fps}")
+    _require(
+        frames <= MOST_FRAMES,
+        f"num_output_frames: {frames} latent frames are more than 7 hours; use {MOST_FRAMES // block * block} or less",
+    )
+    require_range("fps", config.fps, 1, _MOST_FPS, "pixel frames a second")
     _require(0 <= config.video_crf <= 51, f"video_crf: must be from 0 to 51, got {config.video_crf}")
-    if isinstance(config.resolution, int):
-        _require(
-            config.resolution in _LATENT_SIZES,
-            f"resolution: {config.resolution} is none of 480, 720, 1080; write any other size as [height, width]",
-        )
-        return
-    for side in config.resolution:
-        near = max(round(side / _PIXEL_MULTIPLE), 1) * _PIXEL_MULTIPLE
-        _require(
-            side > 0 and side % _PIXEL_MULTIPLE == 0,
-            f"resolution: {list(config.resolution)}: {side} pixels is no positive multiple of {_PIXEL_MULTIPLE}; "
-            f"{near} is near (resolution: 1080 is cropped from 1088 rows by itself)",
-        )
+    check_resolution(config.resolution)
 
 
 def _check_run(config: InferenceConfig) -> None:
@@ -262,12 +251,12 @@ def _check_run(config: InferenceConfig) -> None:
         config.inference_iter == -1 or config.inference_iter >= 1,
         f"inference_iter: must be -1 (all prompts) or 1 or more, got {config.inference_iter}",
     )
-    for name in ("num_flickering_samples", "samples_per_batch", "num_samples"):
-        _require(getattr(config, name) >= 1, f"{name}: must be 1 or more videos, got {getattr(config, name)}")
+    for name, most in _MOST.items():
+        require_range(name, getattr(config, name), 1, most, "videos")
     tile = config.vae_tile
     _require(
-        isinstance(tile, str) or (tile >= 128 and tile % 16 == 0),
-        f"vae_tile: must be auto, never, or a multiple of 16 pixels from 128 on, got {tile}",
+        isinstance(tile, str) or (128 <= tile <= MOST_PIXELS and tile % 16 == 0),
+        f"vae_tile: must be auto, never, or a multiple of 16 pixels from 128 to {MOST_PIXELS}, got {tile}",
     )
     preview = config.preview_path
     _require(
@@ -277,7 +266,7 @@ def _check_run(config: InferenceConfig) -> None:
     _require(0 <= config.seed < 2**63, f"seed: must be from 0 to 2**63 - 1, got {config.seed}")
     for name in ("device", "vae_device"):
         fits = re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", getattr(config, name))
-        told = f"expected auto, cpu, cuda, cuda:1 or the like, got {getattr(config, name)!r}"
+        told = f"expected auto, cpu, cuda, cuda:1 or the like, got {quoted(getattr(config, name))}"
         _require(fits is not None, f"{name}: {told}")
 
 

@@ -5,20 +5,22 @@ Prompt files become jobs here; nothing is loaded or generated. A single prompt i
 
 from __future__ import annotations
 
-import json
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from pipeline.config.config import InferenceConfig, as_dict, check_switches
 from utils.errors import InputError
-from utils.prompts import Storyboard, output_stems, read_prompts, read_storyboards
+from utils.file_names import output_stems
+from utils.prompts import STORYBOARD_SUFFIX, Storyboard, is_storyboard_file, read_prompts, read_storyboards
 from utils.seed import video_seed
+from utils.user_paths import exists, is_folder, read_json, require_file, start_of_relative, user_path
 
 logger = logging.getLogger(__name__)
 
-STORYBOARD_SUFFIX = ".jsonl"
+MOST_VIDEOS = 100_000
 # Settings that say which videos are made, where, how fast and in what memory; all others decide what they look like.
 WHICH = ("data_path", "extended_prompt_path", "inference_iter", "num_samples", "num_flickering_samples")
 WHERE = ("output_folder", "save_with_index", "save_metadata", "contact_sheet", "overwrite", "model_root")
@@ -51,7 +53,7 @@ def read_jobs(config: InferenceConfig) -> list[VideoJob]:
     be used.
     """
     path = Path(config.data_path)
-    boards = read_storyboards(path) if path.suffix == STORYBOARD_SUFFIX else _single_prompts(config, path)
+    boards = read_storyboards(path, "data_path") if is_storyboard_file(path) else _single_prompts(config, path)
     stems = output_stems([board.prompts[0] for board in boards], config.save_with_index)
     chosen = list(zip(boards, stems, strict=True))
     if config.inference_iter > len(chosen):
@@ -59,6 +61,7 @@ def read_jobs(config: InferenceConfig) -> list[VideoJob]:
     elif config.inference_iter != -1:
         chosen = chosen[: config.inference_iter]
     generated = _generated_from(config, boards)[: len(chosen)]
+    check_count(config, len(chosen) * config.num_samples)
     given = prefix_files(config, len(chosen))
     return [
         _job(config, board, index, sample, stem, start)
@@ -67,13 +70,22 @@ def read_jobs(config: InferenceConfig) -> list[VideoJob]:
     ]
 
 
+def check_count(config: InferenceConfig, videos: int) -> None:
+    """Raises InputError for more videos than a run can mean; all of them are planned before the first is made."""
+    if videos > MOST_VIDEOS:
+        raise InputError(
+            f"num_samples: {config.num_samples} for each prompt of data_path {config.data_path} are {videos} videos; "
+            f"a run makes at most {MOST_VIDEOS}, so use fewer or set inference_iter"
+        )
+
+
 def _single_prompts(config: InferenceConfig, path: Path) -> list[Storyboard]:
     if config.switch_frame_indices:
         raise InputError(
             f"switch_frame_indices: {list(config.switch_frame_indices)} need storyboards, but data_path {path} is a "
             f"list of prompts; give a {STORYBOARD_SUFFIX} file or remove the key"
         )
-    return [Storyboard((prompt,), None) for prompt in read_prompts(path)]
+    return [Storyboard((prompt,), None) for prompt in read_prompts(path, "data_path")]
 
 
 def _generated_from(config: InferenceConfig, boards: Sequence[Storyboard]) -> Sequence[Storyboard]:
@@ -83,7 +95,7 @@ def _generated_from(config: InferenceConfig, boards: Sequence[Storyboard]) -> Se
     """
     if config.extended_prompt_path is None:
         return boards
-    extended = read_prompts(Path(config.extended_prompt_path))
+    extended = read_prompts(Path(config.extended_prompt_path), "extended_prompt_path")
     if any(len(board.prompts) > 1 for board in boards):
         raise InputError(
             f"extended_prompt_path: {config.extended_prompt_path} has one prompt a line, but data_path "
@@ -127,10 +139,10 @@ def stale_reason(config: InferenceConfig, job: VideoJob) -> str:
         "seed": job.noise_seed,
     }
     try:
-        made = json.loads(job.metadata_path.read_text(encoding="utf-8"))
+        made: Any = read_json(job.metadata_path, "", "video's metadata")
         switches, seed = made["starts"][1:], made["noise_seed"]
         then = {**made["config"], "prompts": made["prompts"], "switch_frame_indices": switches, "seed": seed}
-    except (OSError, ValueError, KeyError, TypeError):
+    except (InputError, KeyError, TypeError):
         return ""  # no metadata, or not ours: nothing is known of the file
     others = [key for key, value in now.items() if then.get(key, value) != value]
     return f" although it was made with other {', '.join(others)}; overwrite=true makes it again" if others else ""
@@ -145,23 +157,26 @@ def prefix_files(config: InferenceConfig, prompts: int) -> list[Path | None]:
     if config.start_from is None:
         return [None] * prompts
     source = Path(config.start_from)
-    names: list[object] = [config.start_from] * prompts
-    if source.suffix == ".json":
-        try:
-            content = json.loads(source.read_text(encoding="utf-8"))
-        except (OSError, ValueError) as error:
-            raise InputError(f"start_from: {source} cannot be read as JSON ({error}); give a list of files") from error
-        if not isinstance(content, list) or not all(name is None or isinstance(name, str) for name in content):
-            raise InputError(f"start_from: {source} is not a list of file names and nulls, one for each prompt")
-        if len(content) < prompts:
-            raise InputError(
-                f"start_from: {source} names {len(content)} files for {prompts} prompts; give one for each"
-            )
-        names = content[:prompts]
-    files = [None if name is None else Path(str(name)) for name in names]
-    for file in files:
-        if file is not None and file.is_dir():
+    names: Sequence[object] = [config.start_from] * prompts
+    if source.suffix.lower() == ".json":
+        names = _listed_names(source, prompts)
+    files = [None if name is None else user_path(str(name), "start_from") for name in names]
+    for file in dict.fromkeys(files):
+        if file is None:
+            continue
+        if not exists(file, "start_from"):
+            where = start_of_relative(file)
+            raise InputError(f"start_from: {file} does not exist; give an image or a video file{where}")
+        if is_folder(file, "start_from"):
             raise InputError(f"start_from: {file} is a folder; give the image or video file in it")
-        if file is not None and not file.is_file():
-            raise InputError(f"start_from: {file} does not exist; give an image or a video file")
+        require_file(file, "start_from", "image or video file")
     return files
+
+
+def _listed_names(source: Path, prompts: int) -> list[object]:
+    content = read_json(source, "start_from", "JSON list of files")
+    if not isinstance(content, list) or not all(name is None or isinstance(name, str) for name in content):
+        raise InputError(f"start_from: {source} is not a list of file names and nulls, one for each prompt")
+    if len(content) < prompts:
+        raise InputError(f"start_from: {source} names {len(content)} files for {prompts} prompts; give one for each")
+    return content[:prompts]

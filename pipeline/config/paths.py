@@ -1,16 +1,26 @@
 """Where the files of a model lie: one root, one folder a repository, absolute paths as they are.
 
 Nothing is opened here, and a path that leads nowhere is returned all the same: the loader that needs the file says
-what is missing. Knows the file names of Wan's own repositories and of their Diffusers conversions.
+what is missing. Knows the file names of Wan's own repositories and of their Diffusers conversions, and which settings
+are paths.
 """
 
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
-from utils.errors import InputError
+from utils.errors import InputError, quoted
+from utils.user_paths import exists, require_searchable, user_path
+
+REQUIRED = ("data_path", "output_folder", "model_name", "model_root")
+OPTIONAL = (
+    *("extended_prompt_path", "generator_ckpt", "lora_ckpt", "vae_ckpt", "text_encoder_ckpt"),
+    *("compile_cache", "start_from", "roles", "calibration"),
+)
+EMPTY_IS_NULL = ("extended_prompt_path", "lora_ckpt")  # so files of neighbours write it
+PREVIEW = "taehv"
 
 # The same weights as their publishers call them: Wan-AI first, then the conversions for ComfyUI.
 VAE_NAMES = (
@@ -33,18 +43,45 @@ def default_model_root() -> str:
     return os.environ.get(ROOT_VARIABLE) or DEFAULT_ROOT
 
 
+def expand_paths(settings: Mapping[str, object]) -> dict[str, object]:
+    """The settings with `~` expanded in all that are paths; those that may be null are null where they are empty.
+
+    Raises InputError for what cannot be a path.
+    """
+    expanded = {key: _expanded(key, value, key) for key, value in settings.items()}
+    forcing = settings.get("dummy_forcing")
+    if isinstance(forcing, Mapping):
+        expanded["dummy_forcing"] = {
+            key: _expanded(key, value, f"dummy_forcing.{key}") for key, value in forcing.items()
+        }
+    decoder = settings.get("decoder")
+    if isinstance(decoder, str) and decoder.startswith(f"{PREVIEW}:"):
+        expanded["decoder"] = f"{PREVIEW}:{user_path(decoder.removeprefix(f'{PREVIEW}:'), f'decoder: {PREVIEW}')}"
+    return expanded
+
+
+def _expanded(key: str, value: object, setting: str) -> object:
+    if key not in (*REQUIRED, *OPTIONAL) or not isinstance(value, str):
+        return value  # a path of another type is reported when the dataclass is built
+    if key in OPTIONAL and value.lower() == "none":
+        return None
+    if key in EMPTY_IS_NULL and not value.strip():
+        return None
+    return str(user_path(value, setting))
+
+
 def resolve_path(value: str, model_root: str, field: str) -> Path:
     """An absolute path as it is; a relative one from the current folder where that exists, else under the root.
 
     Raises:
-        InputError: an empty path; `field` names the setting.
+        InputError: an empty path, or one that the system does not look up; `field` names the setting.
     """
-    if not value.strip():
-        raise InputError(f"{field}: the path is empty; give a path, absolute or relative to {model_root}")
-    path = Path(value).expanduser()
-    if path.is_absolute() or path.exists():
+    path = user_path(value, field)
+    if path.is_absolute() or exists(path, field):
         return path
-    return Path(model_root).expanduser() / path
+    root = user_path(model_root, "model_root")
+    require_searchable(root, "model_root")
+    return root / path
 
 
 def vae_path(model_folder: Path, given: str | None, model_root: str) -> Path:
@@ -59,9 +96,9 @@ def preview_path(decoder: str, model_root: str) -> Path | None:
     kind, _, name = decoder.partition(":")
     if decoder == "wan":
         return None
-    if kind != "taehv":
-        raise InputError(f"decoder: must be wan or taehv:FILE (such as taehv:taew2_1.pth), got {decoder!r}")
-    return resolve_path(name, model_root, "decoder: taehv")
+    if kind != PREVIEW:
+        raise InputError(f"decoder: must be wan or taehv:FILE (such as taehv:taew2_1.pth), got {quoted(decoder)}")
+    return resolve_path(name, model_root, f"decoder: {PREVIEW}")
 
 
 def text_encoder_path(model_folder: Path, given: str | None, model_root: str) -> Path:
@@ -79,4 +116,4 @@ def tokenizer_path(model_folder: Path) -> Path:
 def _native_or_diffusers(model_folder: Path, native: Sequence[str], diffusers: str) -> Path:
     """The first there is of the native names and the folder of the Diffusers layout; else the first native one."""
     choices = [*(model_folder / name for name in native), model_folder / diffusers]
-    return next((path for path in choices if path.exists()), choices[0])
+    return next((path for path in choices if exists(path, "model_name")), choices[0])

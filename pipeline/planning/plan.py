@@ -24,13 +24,16 @@ from pipeline.runtime.loading import (
     model_config_file,
     model_sizes,
     needs_vae,
+    published_sizes,
     read_sized_generator,
+    require_readable,
 )
 from utils.memory import PeakTracker, format_bytes, memory_of
+from utils.user_paths import exists, is_folder, look
 from wan.attention.cache import KVCache
 from wan.attention.head_group import CacheBytes, Retention
 from wan.checkpoints.files import container_of
-from wan.config import WAN_1_3B, WAN_14B, ModelConfig
+from wan.config import WAN_1_3B, ModelConfig
 from wan.geometry import LatentGeometry, pixel_frames
 from wan.transformer.model import CausalWanModel
 from wan.vae.memory import decode_bytes
@@ -231,6 +234,7 @@ class Planner:
 
 def planner_for(config: InferenceConfig, device: torch.device) -> Planner:
     """A planner for the model that the configuration names; files that are missing count at their published sizes."""
+    require_readable(config)
     dtype = choose_dtype(config, device)
     sizes = planned_sizes(config)
     place = choose_vae_device(config, device)
@@ -245,32 +249,33 @@ def planned_sizes(config: InferenceConfig) -> ModelConfig:
 
     They are compared with the generator's file if that is there, before anything of these sizes is built.
     """
-    if model_config_file(config).is_file():
+    if exists(model_config_file(config), "model_name"):
         sizes = model_sizes(config)
         source = config.generator_path
         if source.is_file() and container_of(source) != "legacy pickle":  # that would be read whole
             read_sized_generator(config, sizes)
         return sizes
-    sizes = WAN_14B if "14B" in config.model_name else WAN_1_3B
+    sizes = published_sizes(config) or WAN_1_3B
     check_against_model(config, sizes)
     return sizes
 
 
 def _vae(config: InferenceConfig, dtype: torch.dtype) -> VAE:
-    return VAE.load(config.vae_path, dtype, META) if config.vae_path.exists() else VAE.published(dtype)
+    return VAE.load(config.vae_path, dtype, META) if exists(config.vae_path, "model_name") else VAE.published(dtype)
 
 
 def _decoder(config: InferenceConfig, dtype: torch.dtype) -> LatentDecoder:
     path = config.preview_path
     if path is None:
         return _vae(config, dtype)
-    return PreviewDecoder.load(path, dtype, META) if path.exists() else PreviewDecoder.published(dtype)
+    return PreviewDecoder.load(path, dtype, META) if exists(path, "decoder") else PreviewDecoder.published(dtype)
 
 
 def _text_encoder_bytes(config: InferenceConfig, device: torch.device) -> int:
     """Of Wan's file, which holds bf16 and little else; the published size where it is another layout or missing."""
     path = config.text_encoder_path
-    stored = path.stat().st_size if path.is_file() else PUBLISHED_TEXT_ENCODER
+    found = look(path, "model_name")
+    stored = found.st_size if found is not None and not is_folder(path) else PUBLISHED_TEXT_ENCODER
     return stored * choose_dtype(config, device).itemsize // torch.bfloat16.itemsize
 
 

@@ -24,7 +24,7 @@ from dummy.roles import HeadRoles, Role
 from pipeline.runtime.generator import BlockGenerator
 from pipeline.runtime.inputs import Passes, Segment
 from utils.errors import InputError
-from utils.files import write_error
+from utils.files import ensure_writable_folder
 from utils.seed import ZeroNoise
 from wan.cuda_graphs import CudaRecorder
 from wan.geometry import LatentGeometry
@@ -63,10 +63,7 @@ def use_compile_cache(folder: Path | None) -> None:
     """Keep what torch.compile makes in `folder`, from which later processes take it. Raises InputError."""
     if folder is None:
         return
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise write_error(folder, error) from error
+    ensure_writable_folder(folder, "compile_cache")
     os.environ["TORCHINDUCTOR_CACHE_DIR"] = str(folder.absolute())  # Triton's cache goes there too
 
 

@@ -16,6 +16,7 @@ from pipeline.runtime.engine import check_engine
 from pipeline.runtime.inputs import GeneratorSettings
 from pipeline.runtime.schedule import DenoisingSchedule
 from utils.errors import InputError, shown
+from utils.user_paths import exists, is_folder, require_file, require_folder
 from wan.attention.backends import attention_backend
 from wan.attention.varlen import ragged_backend
 from wan.checkpoints.diffusers_layout import read_generator, read_model_config
@@ -24,7 +25,7 @@ from wan.checkpoints.filling import load_into
 from wan.checkpoints.kinds import require_sizes
 from wan.checkpoints.lora import merge_lora
 from wan.checkpoints.reading import read_tensors
-from wan.config import AdapterConfig, ModelConfig
+from wan.config import WAN_1_3B, WAN_14B, AdapterConfig, ModelConfig
 from wan.text import TextEncoder
 from wan.transformer.fp8 import check_fp8, to_fp8
 from wan.transformer.model import CausalWanModel
@@ -35,6 +36,7 @@ from wan.vae.vae import VAE
 logger = logging.getLogger(__name__)
 
 META = torch.device("meta")
+PUBLISHED_SIZES = {"14B": WAN_14B, "1.3B": WAN_1_3B}  # by what the name of the model's folder holds
 TEXT_ENCODER_HEADROOM = 12 << 30  # bytes free on the device from which on the 10.6 GiB text encoder goes there
 
 
@@ -77,23 +79,24 @@ def choose_dtype(config: InferenceConfig, device: torch.device) -> torch.dtype:
 def model_config_file(config: InferenceConfig) -> Path:
     """The file with the transformer's sizes, of Wan's layout or of Diffusers'."""
     native, diffusers = (config.model_folder / part / "config.json" for part in (".", "transformer"))
-    return diffusers if diffusers.exists() and not native.exists() else native
+    return diffusers if exists(diffusers, "model_name") and not exists(native, "model_name") else native
 
 
-def needed_files(config: InferenceConfig) -> list[Path]:
-    """Every file (or folder of shards) that the run will open, whether it is there or not."""
-    paths = [
-        model_config_file(config),
-        config.generator_path,
-        config.lora_path,
-        config.vae_path if needs_vae(config) else None,
-        config.preview_path,
-        config.text_encoder_path,
-        config.tokenizer_path / "tokenizer.json",
-        _roles_path(config),
-        calibration_path(config),
-    ]
-    return [path for path in paths if path is not None]
+def needed_files(config: InferenceConfig) -> dict[Path, str]:
+    """Every file (or folder of shards) that the run will open, whether it is there or not, and its setting."""
+    settings = {
+        "generator_ckpt": config.generator_path,
+        "lora_ckpt": config.lora_path,
+        "decoder": config.preview_path,
+        "dummy_forcing.roles": _roles_path(config),
+        "dummy_forcing.calibration": calibration_path(config),
+    }
+    of_the_model = [model_config_file(config), config.text_encoder_path, config.tokenizer_path / "tokenizer.json"]
+    if needs_vae(config):
+        of_the_model.insert(1, config.vae_path)
+    named = dict.fromkeys(of_the_model, "model_name")
+    named.update({path: setting for setting, path in settings.items() if path is not None and path not in named})
+    return named
 
 
 def needs_vae(config: InferenceConfig) -> bool:
@@ -113,18 +116,43 @@ def calibration_path(config: InferenceConfig) -> Path | None:
 
 def require_files(config: InferenceConfig) -> None:
     """Raises InputError that names every missing file and how to get it."""
+    check_published_sizes(config)
+    require_readable(config)
     by_hint: dict[str, list[str]] = {}
     own_hints = {
-        _roles_path(config): "dummy_forcing.roles: give a roles file or remove the key.",
-        calibration_path(config): "dummy_forcing.calibration: make it with python -m pipeline.calibrate --out FILE.",
-        config.preview_path: f"decoder: {SOURCE_HINT} decoder=wan does without.",
+        "dummy_forcing.roles": "dummy_forcing.roles: give a roles file or remove the key.",
+        "dummy_forcing.calibration": "dummy_forcing.calibration: make it with python -m pipeline.calibrate --out FILE.",
+        "decoder": f"decoder: {SOURCE_HINT} decoder=wan does without.",
     }
-    missing = [path for path in needed_files(config) if not path.exists()]
-    for path in missing:
-        by_hint.setdefault(own_hints.get(path) or download_hint(path), []).append(f"{shown(path)} does not exist.")
+    missing = {path: setting for path, setting in needed_files(config).items() if not exists(path, setting)}
+    for path, setting in missing.items():
+        hint = own_hints.get(setting) or download_hint(path)
+        by_hint.setdefault(hint, []).append(f"{setting}: {shown(path)} does not exist.")
     if by_hint:
         lines = [line for hint, lines in by_hint.items() for line in (*lines, hint)]
         raise InputError("\n".join(lines) + relative_hint(*missing).replace(" ", "\n", 1))
+
+
+def require_readable(config: InferenceConfig) -> None:
+    """Raises InputError for a file or folder that is there and cannot be read."""
+    for path, setting in needed_files(config).items():
+        if is_folder(path, setting):
+            require_folder(path, setting)  # which of its files is wanted is the loader's business
+        elif exists(path, setting):
+            require_file(path, setting)
+
+
+def published_sizes(config: InferenceConfig) -> ModelConfig | None:
+    """The sizes that the name of the model's folder promises, if it is that of a published one."""
+    folder = Path(config.model_name).name
+    return next((sizes for name, sizes in PUBLISHED_SIZES.items() if name in folder), None)
+
+
+def check_published_sizes(config: InferenceConfig) -> None:
+    """What no model of that name can have is told before its files are asked for. Raises InputError."""
+    sizes = published_sizes(config)
+    if sizes is not None and not exists(model_config_file(config), "model_name"):
+        check_against_model(config, sizes)
 
 
 def check_before_loading(config: InferenceConfig, device: torch.device) -> tuple[ModelConfig, GeneratorSettings]:

@@ -17,11 +17,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from pipeline.config.config import InferenceConfig
-from pipeline.config.jobs import STORYBOARD_SUFFIX, VideoJob
-from utils.errors import InputError
-from utils.files import partial_path, write_atomic
-from utils.prompts import read_prompts
+from pipeline.config.jobs import VideoJob, check_count
+from utils.errors import InputError, quoted
+from utils.files import ensure_writable_folder, partial_path, write_atomic
+from utils.prompts import is_storyboard_file, read_prompts
 from utils.seed import video_seed
+from utils.user_paths import exists, is_folder
 from utils.video_probe import NotAWholeVideo, probe
 from wan.geometry import pixel_frames
 
@@ -48,22 +49,25 @@ def read_vbench_jobs(config: InferenceConfig) -> list[VideoJob]:
     lists that cannot be used and prompts that cannot be file names.
     """
     _require_text_alone(config)
-    prompts = read_prompts(Path(config.data_path))
+    prompts = read_prompts(Path(config.data_path), "data_path")
     generated = _extended(config, prompts)
     if config.inference_iter > len(prompts):
         logger.warning("inference_iter: %d, but %s has %d", config.inference_iter, config.data_path, len(prompts))
     chosen = prompts if config.inference_iter == -1 else prompts[: config.inference_iter]
     first_lines = {prompt: index for index, prompt in reversed(list(enumerate(chosen)))}
     flickering = frozenset(read_prompts(FLICKERING_LIST))
+    flickers, others = range(config.num_flickering_samples), range(config.num_samples)
+    samples = {prompt: flickers if prompt in flickering else others for prompt in first_lines}
+    check_count(config, sum(map(len, samples.values())))
     return [
         _job(config, prompt, generated[index], index, sample)
         for prompt, index in sorted(first_lines.items(), key=lambda item: item[1])
-        for sample in range(config.num_flickering_samples if prompt in flickering else config.num_samples)
+        for sample in samples[prompt]
     ]
 
 
 def _require_text_alone(config: InferenceConfig) -> None:
-    if Path(config.data_path).suffix == STORYBOARD_SUFFIX or config.switch_frame_indices:
+    if is_storyboard_file(Path(config.data_path)) or config.switch_frame_indices:
         raise InputError(
             f"data_path: VBench takes one prompt a video, not storyboards ({config.data_path}, switch_frame_indices "
             f"{list(config.switch_frame_indices)}); give a list of prompts and no switches"
@@ -78,12 +82,12 @@ def _extended(config: InferenceConfig, prompts: Sequence[str]) -> list[str]:
     if config.extended_prompt_path is None:
         return list(prompts)
     path = Path(config.extended_prompt_path)
-    if not path.exists():
+    if not exists(path, "extended_prompt_path"):
         raise InputError(
             f"extended_prompt_path: {path} does not exist. Run sample_vbench.py with --fetch to get the list that "
             "Self-Forcing was evaluated with, or set extended_prompt_path=null to generate from the short prompts."
         )
-    extended = read_prompts(path)
+    extended = read_prompts(path, "extended_prompt_path")
     if len(extended) != len(prompts):
         raise InputError(
             f"extended_prompt_path: {path} has {len(extended)} prompts for the {len(prompts)} of data_path "
@@ -113,8 +117,8 @@ def _video_path(folder: Path, prompt: str, sample: int) -> Path:
             return path
     reason = f"holds {bad[0]!r}" if bad else f"is too long, {len(prompt.encode())} bytes"
     raise InputError(
-        f"data_path: the prompt {prompt[:80]!r} cannot be the name of a file: it {reason}. VBench finds a video by its "
-        "prompt letter for letter and would not find one under a changed name. Change the prompt, or take it out."
+        f"data_path: the prompt {quoted(prompt)} cannot be the name of a file: it {reason}. VBench finds a video by "
+        "its prompt letter for letter and would not find one under a changed name. Change the prompt, or take it out."
     )
 
 
@@ -156,13 +160,13 @@ def _listed(what: str, names: Sequence[str]) -> Iterator[str]:
 def check_folder(config: InferenceConfig, jobs: Sequence[VideoJob]) -> FolderReport:
     """Decode every video of `jobs` and look for what VBench looks for. Changes nothing."""
     folder = Path(config.output_folder)
-    there = set(os.listdir(folder)) if folder.is_dir() else set()
+    there = set(os.listdir(folder)) if is_folder(folder, "output_folder") else set()
     wanted = {job.path.name for job in jobs}
     present = sorted(wanted & there)
     with ThreadPoolExecutor(os.cpu_count()) as pool:
         faults = list(pool.map(lambda name: _fault(config, folder / name), present))
     standard = read_prompts(STANDARD_LIST)
-    ours = set(read_prompts(Path(config.data_path))) <= set(standard)
+    ours = set(read_prompts(Path(config.data_path), "data_path")) <= set(standard)
     looked_for = [f"{prompt}-{i}.mp4" for prompt in dict.fromkeys(standard) for i in range(LOOKED_FOR)]
     of_vbench = {f"{prompt}-{i}.mp4" for prompt in standard for i in range(FLICKERING_SAMPLES)} if ours else set()
     return FolderReport(
@@ -196,7 +200,7 @@ def fetch_extended_list(config: InferenceConfig, url: str = EXTENDED_LIST_URL) -
     if config.extended_prompt_path is None:
         raise InputError("extended_prompt_path: is not set, so there is nothing to fetch; set it to the file to make")
     path = Path(config.extended_prompt_path)
-    if path.exists():
+    if exists(path, "extended_prompt_path"):
         return path
     try:
         with urllib.request.urlopen(url, timeout=60) as answer:
@@ -205,12 +209,12 @@ def fetch_extended_list(config: InferenceConfig, url: str = EXTENDED_LIST_URL) -
         raise InputError(
             f"extended_prompt_path: {url} cannot be had ({error}). Get it by other means and write it to {path}."
         ) from error
-    lines, prompts = text.splitlines(), read_prompts(Path(config.data_path))
+    lines, prompts = text.splitlines(), read_prompts(Path(config.data_path), "data_path")
     if len(lines) != len(prompts) or not all(line.strip() for line in lines):
         raise InputError(
             f"extended_prompt_path: {url} has {len(lines)} lines, but data_path {config.data_path} has {len(prompts)}; "
             "it is not the list that goes with it"
         )
-    path.parent.mkdir(parents=True, exist_ok=True)
+    ensure_writable_folder(path.parent, "extended_prompt_path")
     write_atomic(path, text)
     return path

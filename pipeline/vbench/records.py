@@ -24,6 +24,7 @@ from pipeline.config.jobs import NOT_OF_THE_VIDEO, WITH_WHAT_MEMORY, VideoJob
 from utils.errors import InputError
 from utils.files import write_atomic, write_error
 from utils.profiler import device_name
+from utils.user_paths import exists, read_json, read_text
 
 logger = logging.getLogger(__name__)
 
@@ -172,23 +173,27 @@ def _dump(line: Mapping[str, object]) -> str:
 
 
 def _read_json(path: Path) -> dict[str, dict[str, object]]:
-    if not path.exists():
+    if not exists(path, "output_folder"):
         return {}
-    try:
-        content: dict[str, dict[str, object]] = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise _unreadable(path, error) from error
+    content = read_json(path, "output_folder", "record")
+    if not isinstance(content, dict) or not all(isinstance(section, (dict, str)) for section in content.values()):
+        raise _unreadable(path, "it has no sections")
     return content
 
 
 def _read_jsonl(path: Path) -> list[dict[str, object]]:
-    if not path.exists():
+    if not exists(path, "output_folder"):
         return []
     try:
-        return [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()]
-    except ValueError as error:
-        raise _unreadable(path, error) from error
+        lines = [json.loads(line) for line in read_text(path, "output_folder", "record").splitlines()]
+    except InputError:
+        raise
+    except (ValueError, RecursionError) as error:
+        raise _unreadable(path, str(error)) from error
+    if not all(isinstance(line, dict) and "file" in line for line in lines):
+        raise _unreadable(path, "a line names no file")
+    return lines
 
 
-def _unreadable(path: Path, error: ValueError) -> InputError:
-    return InputError(f"{path}: is not what this program writes there ({error}). Restore the file, or delete it.")
+def _unreadable(path: Path, reason: str) -> InputError:
+    return InputError(f"{path}: is not what this program writes there ({reason}). Restore the file, or delete it.")

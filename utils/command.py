@@ -1,0 +1,123 @@
+"""How the commands of this program begin and end: what they print, what they answer to signals, their exit status.
+
+    if __name__ == "__main__":
+        sys.exit(run(main))
+
+The status is the command's own, 2 for input that must be mended, said in one message on stderr, or 130 when it is
+interrupted. Before that `utils.interrupts` answers Ctrl-C.
+"""
+
+from __future__ import annotations
+
+import logging
+import shlex
+import signal
+import sys
+import threading
+from argparse import ArgumentParser, Namespace
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from importlib import import_module
+from types import FrameType
+
+from utils.errors import InputError, quoted, readable
+from utils.interrupts import INTERRUPTED, answer_at_once, by_exception
+
+LOG_FORMAT = "%(levelname)s: %(message)s"
+PACKAGES = ("pipeline", "dummy", "wan", "utils")  # whose progress is told; of other libraries only warnings are
+
+
+class ReadableFormatter(logging.Formatter):
+    """Log lines as messages of errors: escaped, and not endless."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return readable(super().format(record))
+
+
+def run(program: Callable[[], int], modules: Sequence[str] = (), log_format: str | None = LOG_FORMAT) -> int:
+    """The status of `program`, see above; `modules` are the large ones that it needs, imported before it. Without a
+    `log_format` it sets up its logging itself."""
+    show_any_text()
+    if log_format is not None:
+        _show_progress(log_format)
+    try:
+        with _signals_as_interrupts(modules):
+            return program()
+    except InputError as error:
+        return _refused(str(error))
+    except OSError as error:
+        if error.filename is None:  # not about a file
+            raise
+        reason = error.strerror or type(error).__name__
+        return _refused(readable(f"{error.filename}: {reason}. Check the path and its permissions."))
+    except KeyboardInterrupt:
+        sys.stderr.write(f"{INTERRUPTED}\n")
+        return 130
+
+
+def _show_progress(log_format: str) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(ReadableFormatter(log_format))
+    logging.basicConfig(level=logging.WARNING, handlers=[handler])
+    for name in PACKAGES:
+        logging.getLogger(name).setLevel(logging.INFO)
+
+
+def _refused(message: str) -> int:
+    sys.stderr.write(f"error: {message}\n")
+    return 2
+
+
+def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
+    """The parser's answer. Settings given as options, as other programs take them, are answered with how to write them;
+    as the parser does, this ends the program with status 2."""
+    show_any_text()
+    given = list(sys.argv[1:] if argv is None else argv)
+    # Not parse_args: that takes settings in one stretch only, and refuses `seed=1 --dry_run resolution=480`.
+    arguments, unknown = parser.parse_known_intermixed_args(given)
+    if unknown:
+        named, settings = " ".join(map(quoted, unknown)), " ".join(_as_settings(given, unknown))
+        hint = f"; settings are written without dashes: {settings}" if settings else ""
+        parser.error(readable(f"unrecognized arguments: {named}{hint}"))
+    return arguments
+
+
+def _as_settings(given: Sequence[str], unknown: Sequence[str]) -> Iterator[str]:
+    """`--output_folder X --use_ema` as `output_folder=X` and `use_ema=true`."""
+    for place, word in enumerate(given):
+        key, equals, value = word.removeprefix("--").partition("=")
+        if word not in unknown or not word.startswith("--") or not key:
+            continue
+        following = given[place + 1] if place + 1 < len(given) else "--"
+        if not equals:
+            value = "true" if following.startswith("--") or "=" in following else following
+        yield shlex.quote(f"{key.replace('-', '_')}={value}")
+
+
+def show_any_text() -> None:
+    """Let stdout and stderr escape what the console's encoding lacks, where Python would end the program."""
+    for stream in (sys.stdout, sys.stderr):
+        reconfigure = getattr(stream, "reconfigure", None)  # absent where something else stands in their place
+        if reconfigure is not None:
+            reconfigure(errors="backslashreplace")
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> None:
+    raise KeyboardInterrupt
+
+
+@contextmanager
+def _signals_as_interrupts(modules: Sequence[str]) -> Iterator[None]:
+    """Import `modules`, then let Ctrl-C and a polite kill end the context as exceptions do: unfinished files go."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # only the main thread may set handlers; then they are its business
+        return
+    answer_at_once()
+    for name in modules:
+        import_module(name)
+    by_exception()
+    previous = signal.signal(signal.SIGTERM, _interrupt)
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGTERM, signal.SIG_DFL if previous is None else previous)
