@@ -162,6 +162,11 @@ class DummyForcingConfig:
         return "frames_per_head" if self.policy == "calibrated" else "equal_cost"
 
     @property
+    def costs_window(self) -> bool:
+        """Whether blocks may cost what the window of `local_attn_size` does."""
+        return self.enabled and getattr(self, self.cost_key) == "window"
+
+    @property
     def speed(self) -> float | None:
         """The pixel frames a second that the run is to measure and meet, if it is."""
         if self.policy != "calibrated":

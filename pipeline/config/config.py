@@ -290,11 +290,10 @@ def _check_context(config: InferenceConfig) -> None:
 
 def _check_dummy_forcing(config: InferenceConfig) -> None:
     forcing, block, blocks = config.dummy_forcing, config.num_frame_per_block, config.num_blocks
-    key = forcing.cost_key
     _require(
-        not forcing.enabled or getattr(forcing, key) != "window" or config.model_kwargs.local_attn_size != -1,
-        f"dummy_forcing.{key}: window is the cost of model_kwargs.local_attn_size, which is -1 (all frames); set "
-        f"it (published: 12), or use dummy_forcing.{key}=full",
+        not forcing.costs_window or config.model_kwargs.local_attn_size != -1,
+        f"dummy_forcing.{forcing.cost_key}: window is the cost of model_kwargs.local_attn_size, which is -1 (all "
+        f"frames); set it (published: 12), or use dummy_forcing.{forcing.cost_key}=full",
     )
     # Roles found in the last block would never be used; roles from a file need no block to find them in.
     if not forcing.finds_roles or forcing.roles is not None or forcing.ar_start <= blocks - 2:
