@@ -139,7 +139,7 @@ def make_latents(arguments: argparse.Namespace, resolution: str, vae: VAE) -> Te
         shape = (1, arguments.frames, 16, height, width)
         return torch.randn(shape, generator=torch.Generator().manual_seed(0)).to(vae.device)
     size = height * vae.spatial_scale, width * vae.spatial_scale
-    longest = BLOCK * 10**6
+    longest = BLOCK * 10**4
     config = InferenceConfig(resolution=size, num_output_frames=longest, num_frame_per_block=BLOCK, start_from_fit=True)
     return load_prefix(arguments.video, config, vae)[:, : arguments.frames]
 

@@ -310,7 +310,8 @@ def test_recording_allocates_at_most_what_is_said(
     kept = weighed.recorder.seen.values()
     assert weighed.tracker.current == video_bytes(recording, sizes)
     said = scoring_bytes(recording, sizes)
-    assert weighed.tracker.peak <= said < 5 * weighed.tracker.peak  # keys in float32 are not copied, and counted twice
+    # Keys in float32 are not copied, and counted twice; frames are scored one after the other, and counted at once.
+    assert weighed.tracker.peak <= said < 30 * weighed.tracker.peak
     results = sum(one.by_frame().nbytes + one.entropy().nbytes for one in kept)
     assert results <= video_bytes(recording, sizes)
 

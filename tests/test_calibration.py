@@ -325,7 +325,7 @@ def test_a_dry_run_says_time_and_memory_and_stops(program: Program, capsys: pyte
         (["--blocks", "9"], "--blocks: '9' is none of 1 to 3"),
         (["--steps", "4"], "--steps: '4' is none of 0, 1, 2, 3, clean"),
         (["--candidates", "0+1,2"], "--candidates: '2' is no candidate"),
-        (["--prompts", "none.txt"], "none.txt: there is no such file of prompts"),
+        (["--prompts", "none.txt"], "data_path: none.txt: there is no such file of prompts"),
         (["num_output_frames=3"], "num_output_frames: 3 leave no block to record"),
         (["start_from=a.png"], "start_from: a.png would be ignored"),
         (["--plot", "folder"], "--plot: draws the curve"),
@@ -387,7 +387,7 @@ def test_the_plan_shows_lengths_error_memory_and_operations(
         (["resolution=[48,64]"], "c.safetensors is for latents of 4 x 6, this video has latents of 6 x 8"),
         (["num_frame_per_block=1"], "is for blocks of 3 latent frames, this video has blocks of 1"),
         (["dummy_forcing.frames_per_head=10"], "frames_per_head: 10 is more than there is"),
-        (["dummy_forcing.calibration=none"], "calibration: none cannot be read as a calibration"),
+        (["dummy_forcing.calibration=none"], "calibration: policy calibrated needs a file"),
     ],
 )
 def test_a_file_for_something_else_is_refused_before_anything_is_loaded(

@@ -81,7 +81,7 @@ class Case:
         return {path.name: path.read_bytes() for path in (self.root / folder).iterdir()}
 
     def records(self, folder: str) -> Contents:
-        return {name: data for name, data in self.contents(f"{folder}.run").items() if name != "lock"}
+        return {name: data for name, data in self.contents(f"{folder}.run").items() if not name.startswith("lock")}
 
     def events(self, folder: str, event: str, rank: int = 0) -> list[dict[str, object]]:
         lines = (self.root / f"{folder}.run" / f"log.rank-{rank}.jsonl").read_text().splitlines()

@@ -195,7 +195,7 @@ def test_home_folders_are_expanded_in_every_path(tmp_path: Path, monkeypatch: py
 def test_where_relative_paths_start_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     (tmp_path / "p.txt").write_text("A red fox runs.\n")
-    start = f"relative paths start from {tmp_path}"
+    start = f"elative paths start from {tmp_path}"
     assert start in message_of(lambda: load_config("configs/a.yaml"))
     for setting in ("data_path", "start_from"):
         config = load_config(CONFIG, ["data_path=p.txt", f"{setting}=no/a"])

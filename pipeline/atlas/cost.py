@@ -9,6 +9,7 @@ from utils.memory import format_bytes
 from wan.config import ModelConfig
 from wan.transformer.operations import forward_operations
 
+PLACE = 8  # bytes of an index
 FLOAT = 4  # bytes; scores and what is kept of them are float32 whatever the model computes in
 
 
@@ -35,10 +36,13 @@ def scoring_bytes(recording: Recording, sizes: ModelConfig) -> int:
 
 
 def video_bytes(recording: Recording, sizes: ModelConfig) -> int:
-    """What is kept of a video: of each recorded pass the share of every frame and the entropy, for each head."""
-    seen = seen_frames(recording)
-    numbers = sum(seen[block] + 1 for block in recording.passes.blocks) * len(recording.passes.passes)
-    return FLOAT * numbers * sizes.num_layers * sizes.num_heads
+    """What is kept of a video: of each recorded pass the share of every frame and the entropy, for each head, and the
+    places of the sampled queries."""
+    seen, passes = seen_frames(recording), len(recording.passes.passes)
+    numbers = sum(seen[block] + 1 for block in recording.passes.blocks) * passes
+    queries = sampled(geometry_of(recording.config, sizes.in_dim).tokens_per_block, recording.query_share, most=None)
+    places = queries * len(recording.passes.blocks) * passes
+    return FLOAT * numbers * sizes.num_layers * sizes.num_heads + PLACE * places
 
 
 def cost_lines(recording: Recording, sizes: ModelConfig) -> list[str]:

@@ -33,7 +33,7 @@ from pipeline.session import Session
 from utils.errors import InputError
 from utils.file_names import output_stems
 from utils.seed import NoiseStream, video_seed
-from wan.attention.cache import Observer
+from wan.attention.head_group import Observer
 from wan.geometry import LatentGeometry
 
 logger = logging.getLogger(__name__)

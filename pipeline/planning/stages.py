@@ -17,8 +17,8 @@ from dummy.policy import HeadSplit
 from pipeline.planning.cost import assumed_roles
 from pipeline.runtime.inputs import GeneratorSettings
 from utils.memory import PeakTracker
-from wan.attention.cache import KVCache, Observer
-from wan.attention.head_group import CacheBytes
+from wan.attention.cache import KVCache
+from wan.attention.head_group import CacheBytes, Observer
 from wan.geometry import LatentGeometry
 from wan.transformer.model import CausalWanModel
 

@@ -10,9 +10,9 @@ replayed (wan/transformer/graphs.py). The file knows no head roles and no prompt
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from itertools import groupby
 
 import torch
@@ -20,30 +20,20 @@ from torch import Tensor
 
 from utils.transfer import to_device
 from wan.attention.backends import AttentionFn
-from wan.attention.head_group import CacheBytes, CacheShape, HeadGroup, HeadLayout, HeadOrder, Retention
+from wan.attention.head_group import (
+    AttentionCall,
+    BufferEpoch,
+    CacheBytes,
+    CacheShape,
+    CacheState,
+    HeadGroup,
+    HeadLayout,
+    HeadOrder,
+    Observer,
+    Retention,
+)
 from wan.attention.rope import RotaryEmbedding, Rotation
 from wan.attention.varlen import RaggedFn, RaggedKV
-
-Observer = Callable[[int, Tensor, Tensor, Sequence[int], Tensor], None]
-"""(layer, q [B, L, H, D], keys [B, S, H, D] of the pass and then of earlier frames, the numbers of those frames, values
-[B, S, H, D]), called before a layer attends."""
-
-
-@dataclass(frozen=True)
-class AttentionCall:
-    """Neighbouring groups with a common buffer and equally many frames: one attention call."""
-
-    heads: slice
-    kv: Tensor  # [2, B, (n + slots) * T, heads, D]
-    visible: int  # tokens, the block's own included
-
-
-CacheState = tuple[tuple[tuple[int, int, int], ...], ...]
-"""Per layer and attention call: first head, last head + 1, visible tokens."""
-
-
-class BufferEpoch:
-    """Stands for a cache's buffers: what was made for them, and has this as its key, is of no use once it is gone."""
 
 
 class LayerCache:
@@ -353,9 +343,8 @@ class KVCache:
 
     def bytes(self) -> CacheBytes:
         """Bytes that are allocated now, by purpose."""
-        head_segments = [group.bytes for layer in self.layers for group in layer.groups]
-        return CacheBytes(
-            sum(p.kept for p in head_segments),
-            sum(p.own for p in head_segments),
-            sum(p.unrotated_sink_keys for p in head_segments),
+        sizes = [group.bytes for layer in self.layers for group in layer.groups]
+        kept, own, unrotated = (
+            sum(column) for column in zip(*((p.kept, p.own, p.unrotated_sink_keys) for p in sizes), strict=True)
         )
+        return CacheBytes(kept, own, unrotated)

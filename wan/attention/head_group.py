@@ -8,7 +8,7 @@ comes: softmax does not care about the order of keys. Which frame lies in which 
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from typing import NamedTuple
@@ -88,6 +88,28 @@ class CacheBytes:
     @property
     def total(self) -> int:
         return self.kept + self.own + self.unrotated_sink_keys
+
+
+Observer = Callable[[int, Tensor, Tensor, Sequence[int], Tensor], None]
+"""(layer, q [B, L, H, D], keys [B, S, H, D] of the pass and then of earlier frames, the numbers of those frames, values
+[B, S, H, D]), called before a layer attends."""
+
+
+CacheState = tuple[tuple[tuple[int, int, int], ...], ...]
+"""Per layer and attention call: first head, last head + 1, visible tokens."""
+
+
+class BufferEpoch:
+    """Stands for a cache's buffers: what was made for them, and has this as its key, is of no use once it is gone."""
+
+
+@dataclass(frozen=True)
+class AttentionCall:
+    """Neighbouring groups with a common buffer and equally many frames: one attention call."""
+
+    heads: slice
+    kv: Tensor  # [2, B, (n + slots) * T, heads, D]
+    visible: int  # tokens, the block's own included
 
 
 class HeadGroup:

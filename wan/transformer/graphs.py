@@ -21,7 +21,8 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor
 
-from wan.attention.cache import BufferEpoch, CacheState, KVCache
+from wan.attention.cache import KVCache
+from wan.attention.head_group import BufferEpoch, CacheState
 from wan.attention.rope import Rotation
 from wan.cuda_graphs import Recorder, Replay
 from wan.transformer.model import CausalWanModel, TeaCacheResidual, TextContext, TimeContext
