@@ -13,11 +13,13 @@ from torch.utils.data import Dataset
 from shapes.captions import PASSING_WEIGHT
 from shapes.data import BLOCK, as_video, make_clip, pixel_frame
 from shapes.dit import TextEncoder
+from shapes.forward import Plan
 from shapes.linear import LinearCode
 
 TRAIN_SEED, STEP_SEED = 21, 22
 PARTS = 2  # of a batch, each with its own random numbers
 MOST_DISTILLED = 3  # blocks of a clip
+STORIES = 0  # as a number of blocks: videos that go on and on, see shapes.stories
 
 
 @dataclass(frozen=True)
@@ -30,33 +32,35 @@ class Phase:
 
 # Blocks of a batch's clips -> clips, noisy copies. A first block has nothing before it and is the hardest: short
 # clips show many of them.
-BATCHES = {1: (16, 5), 3: (8, 2), 7: (4, 2)}
+BATCHES = {1: (16, 5), 3: (8, 2), 7: (4, 2), STORIES: (4, 2)}
 
 
 @dataclass(frozen=True)
 class DiTRecipe:
-    """What is trained on, from the first block's picture to whole videos.
+    """What is trained on, from the first block's picture to videos without end.
 
     All that changes on the way does so at a share of `steps`. To `plain_until` captions leave nothing open but the
     background. `storyboards`: share of batches of more than one block with a prompt switch. `own_history`: share of
     batches, from `own_from` on, whose history the model has drawn itself. From `distill_from` on clips of few blocks
     are distilled. From `passing_from` on clips with two things, the hardest captions, come with `passing_weight`.
+    A run that begins with the weights of a finished model begins at `joined`, where first videos are known.
     `batch` instead of the numbers of clips in BATCHES.
     """
 
-    steps: int = 9000
+    steps: int = 14000
     phases: tuple[Phase, ...] = (
-        Phase(0.25, {1: 0.7, 3: 0.3}),
-        Phase(0.6, {1: 0.4, 3: 0.3, 7: 0.3}),
-        Phase(1.0, {1: 0.3, 3: 0.25, 7: 0.45}),
+        Phase(0.12, {1: 0.7, 3: 0.3}),
+        Phase(0.3, {1: 0.4, 3: 0.3, 7: 0.3}),
+        Phase(1.0, {1: 0.2, 3: 0.15, 7: 0.15, STORIES: 0.5}),
     )
+    joined: float = 0.3
     plain_until: float = 0.05
-    storyboards: float = 0.2
-    own_history: float = 0.5
-    own_from: float = 0.6
-    distill_from: float = 0.7
+    storyboards: float = 0.3
+    own_history: float = 0.6
+    own_from: float = 0.3
+    distill_from: float = 0.6
     passing_weight: float = 4.0
-    passing_from: float = 0.5
+    passing_from: float = 0.25
     cool_down: float = 0.35
     muon_lr: float = 0.02
     adam_lr: float = 2e-3
@@ -72,28 +76,32 @@ class DiTRecipe:
 
 @dataclass(frozen=True)
 class Batch:
-    """Latents [B, K, n, 16, h, w] and embedded captions of the blocks from `switch` on, to be noised `copies` times.
+    """Clean frames `history` [B, plan.clean or more, 16, h, w], the blocks `target` [B, K, n, 16, h, w] that are to be
+    noised `copies` times, and what both see of each other; embedded captions [B, text_len, text_dim].
 
-    `seed` decides its noise, `share` is its part of the step's clips. `first_block`: whether the first block counts;
-    once it is distilled, flow matching would only pull it back.
+    `seed` decides its noise, `share` is its part of the step's clips. `redraw`: the history is to be the model's own
+    drawing. `first_block`: whether the first block counts; once it is distilled, flow matching would only pull it back.
     """
 
-    latents: Tensor
+    history: Tensor
+    target: Tensor
     embeds: Tensor
-    switch: int
+    plan: Plan
     copies: int
-    own_history: bool
+    redraw: bool
     distilled: bool
     first_block: bool
     seed: int
     share: float
 
     def to(self, device: torch.device) -> Batch:
-        return replace(self, latents=self.latents.to(device), embeds=self.embeds.to(device))
+        tensors = {name: getattr(self, name).to(device) for name in ("history", "target", "embeds")}
+        return replace(self, **tensors)
 
 
 class Batches(Dataset[list[Batch]]):
-    """Item `step` is what process `rank` of `workers` computes in that step: its parts of the batch."""
+    """Item `step` is what process `rank` of `workers` computes in that step: its parts of the batch; none in a step
+    of stories, which are not made ahead of time."""
 
     def __init__(self, recipe: DiTRecipe, code: LinearCode, text: TextEncoder, rank: int = 0, workers: int = 1) -> None:
         self._recipe, self._code, self._text = recipe, code, text
@@ -103,6 +111,8 @@ class Batches(Dataset[list[Batch]]):
         recipe = self._recipe
         rng = np.random.default_rng((STEP_SEED, step))
         blocks = recipe.blocks(step, rng)
+        if blocks == STORIES:
+            return []
         size, copies = BATCHES[blocks]
         size = recipe.batch or size
         assert size >= PARTS
@@ -115,19 +125,27 @@ class Batches(Dataset[list[Batch]]):
         seed = int(rng.integers(1 << 40))
         plain = step < recipe.plain_until * recipe.steps
         weight = recipe.passing_weight if step >= recipe.passing_from * recipe.steps else PASSING_WEIGHT
-        cuts = list(itertools.pairwise(np.linspace(0, size, PARTS + 1).astype(int).tolist()))
+        cuts = parts_of(size)
         frames = pixel_frame(blocks * BLOCK)
+        switches, plan = (BLOCK * switch,) if switch else (), Plan(blocks - switch, prefix=BLOCK * switch)
         batches = []
         for part in self._parts:
             first = step * max(clips for clips, _ in BATCHES.values())  # no clip is seen twice
             clips = [
-                make_clip(TRAIN_SEED, first + i, BLOCK * switch or None, frames, plain=plain, passing_weight=weight)
+                make_clip(TRAIN_SEED, first + i, switches, frames, plain=plain, passing_weight=weight)
                 for i in range(*cuts[part])
             ]
             latents = self._code.encode(torch.stack([as_video(clip.video) for clip in clips]))
-            latents = latents.view(len(clips), blocks, BLOCK, *latents.shape[2:])
+            target = latents[:, BLOCK * switch :].unflatten(1, (-1, BLOCK))
             with torch.no_grad():
                 embeds = self._text([clip.captions[-1] for clip in clips])
             share = len(clips) / size
-            batches.append(Batch(latents, embeds, switch, copies, own, distilled, first_block, seed + part, share))
+            batches.append(
+                Batch(latents, target, embeds, plan, copies, own, distilled, first_block, seed + part, share)
+            )
         return batches
+
+
+def parts_of(size: int) -> list[tuple[int, int]]:
+    """Where the parts of a batch of `size` clips begin and end."""
+    return list(itertools.pairwise(np.linspace(0, size, PARTS + 1).astype(int).tolist()))

@@ -1,4 +1,4 @@
-"""Wording: scenes to plain English, and the random choice of scenes.
+"""Wording of first scenes: plain English, and the random choice of scenes.
 
 Which combinations of shape, colour and motion are held out of training is decided here. Every choice comes from the
 generator that is given. The file does not know how anything looks.
@@ -10,7 +10,7 @@ import zlib
 
 import numpy as np
 
-from shapes.world import BACKGROUNDS, COLOURS, LATER_MOTIONS, MARKS, MOTIONS, SHAPES, SIZES, Hidden, Scene, Thing
+from shapes.world import BACKGROUNDS, COLOURS, MARKS, MOTIONS, SHAPES, SIZES, Hidden, Scene, Thing
 
 NOUNS = {
     "disc": ("ball", "disc", "circle"),
@@ -38,7 +38,6 @@ PASSING = (
     "{a} passes {b}",
     "{a} moves right and {b} moves left",
 )
-LATER = ("now {the} {verb}", "then {the} {verb}", "{the} {verb}", "the {noun} {verb}")
 OPENINGS = ("{a} {verb}", "{a} {verb}", "{a} {verb}", "a video of {a} that {verb}", "{a} that {verb}")
 SHAPE_WEIGHTS = (0.2, 0.2, 0.2, 0.4)  # of SHAPES in the random choice: crosses are the hardest to draw
 PASSING_WEIGHT = 1.5  # of "pass" in the random choice of motions, beside 0.5 for "still" and 1 for the others
@@ -46,8 +45,11 @@ PASSING_WEIGHT = 1.5  # of "pass" in the random choice of motions, beside 0.5 fo
 
 def held_out(scene: Scene) -> bool:
     """Whether a combination of (first) shape, colour and motion is kept from training: one in eight."""
-    key = f"{scene.things[0].shape} {scene.things[0].colour} {scene.motion}"
-    return zlib.crc32(key.encode()) % 8 == 0
+    return kept_out(scene.things[0].shape, scene.things[0].colour, scene.motion)
+
+
+def kept_out(shape: str, colour: str, verb: str) -> bool:
+    return zlib.crc32(f"{shape} {colour} {verb}".encode()) % 8 == 0
 
 
 def random_scene(rng: np.random.Generator, held: bool | None = None, passing_weight: float = PASSING_WEIGHT) -> Scene:
@@ -69,40 +71,35 @@ def random_scene(rng: np.random.Generator, held: bool | None = None, passing_wei
 
 
 def random_hidden(rng: np.random.Generator) -> Hidden:
-    background, mark, way = (int(rng.integers(n)) for n in (BACKGROUNDS, len(MARKS), 2))
+    background, mark, way = (int(rng.integers(n)) for n in (len(BACKGROUNDS), len(MARKS), 2))
     return Hidden(background, mark, way)
 
 
-def later_scene(rng: np.random.Generator, before: Scene) -> Scene:
-    """What may happen to the one thing of `before` after a prompt switch."""
-    motion = str(rng.choice([motion for motion in LATER_MOTIONS if motion != before.motion]))
-    thing = before.things[0]
-    others = [name for name in COLOURS if name != thing.colour]
-    return Scene((thing,), motion, str(rng.choice(others)) if motion == "turn" else None)
-
-
-def caption(scene: Scene, rng: np.random.Generator, later: bool = False) -> str:
-    """A sentence for a scene; `later` words what follows another scene and names the thing with "the"."""
+def caption(scene: Scene, rng: np.random.Generator) -> str:
+    """A sentence for a first scene."""
     named = [_name(thing, rng, scene.motion) for thing in scene.things]
     if scene.motion == "pass":
-        text = _pick(PASSING, rng).format(a=_article(named[0]), b=_article(named[1]))
+        text = pick(PASSING, rng).format(a=with_article(named[0]), b=with_article(named[1]))
     else:
-        verb = _pick(VERBS[scene.motion], rng).format(go=_pick(GO, rng), target=scene.target)
-        noun = named[0].rsplit(scene.things[0].colour, 1)[1].strip()
-        forms = LATER if later else OPENINGS
-        text = _pick(forms, rng).format(a=_article(named[0]), the=f"the {named[0]}", noun=noun, verb=verb)
+        verb = pick(VERBS[scene.motion], rng).format(go=pick(GO, rng), target=scene.target)
+        text = pick(OPENINGS, rng).format(a=with_article(named[0]), verb=verb)
+    return punctuated(text, rng)
+
+
+def punctuated(text: str, rng: np.random.Generator) -> str:
+    """With a capital letter or without, with a full stop or without."""
     text = text[0].upper() + text[1:] if rng.random() < 0.8 else text
     return text + ("." if rng.random() < 0.7 else "")
 
 
 def _name(thing: Thing, rng: np.random.Generator, motion: str) -> str:
-    size = "" if motion in ("grow", "shrink") or motion == "pass" else _pick(ADJECTIVES[thing.size], rng)
-    return f"{size} {thing.colour} {_pick(NOUNS[thing.shape], rng)}".strip()
+    size = "" if motion in ("grow", "shrink") or motion == "pass" else pick(ADJECTIVES[thing.size], rng)
+    return f"{size} {thing.colour} {pick(NOUNS[thing.shape], rng)}".strip()
 
 
-def _article(noun: str) -> str:
+def with_article(noun: str) -> str:
     return f"{'an' if noun[0] in 'aeiou' else 'a'} {noun}"
 
 
-def _pick(options: tuple[str, ...], rng: np.random.Generator) -> str:
+def pick(options: tuple[str, ...], rng: np.random.Generator) -> str:
     return options[int(rng.integers(len(options)))]

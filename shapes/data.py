@@ -1,18 +1,22 @@
 """Training clips, made when they are asked for: clip number i of a seed is always the same.
 
-A `Clip` is a video with its captions; nothing here knows latents or models.
+A `Clip` is a film with its captions; nothing here knows latents or models.
 """
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from shapes.captions import PASSING_WEIGHT, caption, later_scene, random_hidden, random_scene
-from shapes.world import FRAMES, Floats, Hidden, Scene, render, story, tracks
+from shapes.captions import PASSING_WEIGHT, caption, random_hidden, random_scene
+from shapes.commands import random_command, sentence
+from shapes.drawing import render
+from shapes.world import FRAMES, Command, Film, Floats, Hidden, Scene, begin, film
 
 BLOCK = 3  # latent frames
 _SCENES, _WORDING = 0, 1  # streams of random numbers
@@ -20,13 +24,34 @@ _SCENES, _WORDING = 0, 1  # streams of random numbers
 
 @dataclass(frozen=True)
 class Clip:
-    """scenes[i] begins with latent frame starts[i] and has captions[i]; `video` [frames, H, W, 3] in 0..1."""
+    """A scene and its commands, of which commands[i] takes effect with latent frame switches[i]; captions[0] is the
+    scene's, captions[1 + i] the command's."""
 
-    scenes: tuple[Scene, ...]
-    starts: tuple[int, ...]
-    captions: tuple[str, ...]
+    scene: Scene
     hidden: Hidden
-    video: Floats
+    captions: tuple[str, ...]
+    switches: tuple[int, ...] = ()
+    commands: tuple[Command, ...] = ()
+    frames: int = FRAMES
+
+    @property
+    def starts(self) -> tuple[int, ...]:
+        """The latent frame with which each caption takes effect."""
+        return (0, *self.switches)
+
+    @property
+    def script(self) -> list[tuple[int, Command]]:
+        """Commands with their pixel frames."""
+        return [(pixel_frame(start), command) for start, command in zip(self.switches, self.commands, strict=True)]
+
+    @cached_property
+    def film(self) -> Film:
+        return film(self.scene, self.hidden, self.frames, self.script)
+
+    @cached_property
+    def video(self) -> Floats:
+        """[frames, H, W, 3] in 0..1"""
+        return render(self.film)
 
 
 def pixel_frame(latent_frame: int) -> int:
@@ -37,14 +62,14 @@ def pixel_frame(latent_frame: int) -> int:
 def make_clip(
     seed: int,
     index: int,
-    switch: int | None = None,
+    switches: Sequence[int] = (),
     frames: int = FRAMES,
     held: bool | None = False,
     plain: bool = False,
     passing_weight: float = PASSING_WEIGHT,
 ) -> Clip:
-    """Clip `index`; with `switch` a second caption takes over at that latent frame. `held` and
-    `passing_weight`: see `random_scene`.
+    """Clip `index`; at the latent frames `switches` further captions take over. `held` and `passing_weight`: see
+    `random_scene`; what is held out of commands is so too.
 
     In a plain clip nothing but the background is left open by the caption.
     """
@@ -53,14 +78,15 @@ def make_clip(
     scene, hidden = random_scene(rng, held, passing_weight), random_hidden(rng)
     if plain:
         hidden = Hidden(background=hidden.background)
-    if switch is None:
-        return Clip((scene,), (0,), (caption(scene, words),), hidden, render(tracks(scene, hidden, frames), hidden))
-    while scene.motion in ("pass", "turn"):  # one thing, of a colour that has a name
-        scene = random_scene(rng, held)
-    later = later_scene(rng, scene)
-    things = story(((0, scene), (pixel_frame(switch), later)), hidden, frames)
-    texts = caption(scene, words), caption(later, words, later=True)
-    return Clip((scene, later), (0, switch), texts, hidden, render(things, hidden))
+    texts, commands = [caption(scene, words)], []
+    world, now = begin(scene, hidden), 0
+    for switch in switches:
+        world, now = world.later(pixel_frame(switch) - now), pixel_frame(switch)
+        command = random_command(rng, world, held)
+        texts.append(sentence(command, world, words))
+        commands.append(command)
+        world = world.obey(command)
+    return Clip(scene, hidden, tuple(texts), tuple(switches), tuple(commands), frames)
 
 
 def as_video(frames: Floats) -> Tensor:

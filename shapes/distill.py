@@ -16,7 +16,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from shapes.forward import TrainingForward
+from shapes.forward import Plan, TrainingForward
+from shapes.runs import fast_precision
 from shapes.schedule import SHIFT, a_little_noisy, add_noise, noise_like, random_steps
 
 SOLVER_STEPS = 8
@@ -39,11 +40,12 @@ def distillation_loss(
     sigma = torch.cat((early, late), dim=1).to(x0.device)
     noise = noise_like(target, generator)
     noisy, goal = add_noise(target, noise, sigma), noise - target
-    history = a_little_noisy(x0, generator)
-    with torch.autocast(x0.device.type, torch.bfloat16):
-        clean = solve(teacher, history, noisy[:, :solved], sigma[:, :solved], embeds)
+    plan = Plan(x0.shape[1])
+    history = a_little_noisy(x0.flatten(1, 2), generator)
+    with fast_precision(x0.device):
+        clean = solve(teacher, history, noisy[:, :solved], sigma[:, :solved], embeds, plan)
         goal[:, :solved] = (noisy[:, :solved] - clean) / _wide(sigma[:, :solved])
-        flow = student(history, noisy, 1000 * sigma, embeds)
+        flow = student(history, noisy, 1000 * sigma, embeds, plan)
     return torch.nn.functional.mse_loss(flow, goal)
 
 
@@ -53,13 +55,15 @@ def _wide(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def solve(flow: TrainingForward, history: Tensor, noisy: Tensor, sigma: Tensor, embeds: Tensor) -> Tensor:
+def solve(
+    flow: TrainingForward, history: Tensor, noisy: Tensor, sigma: Tensor, embeds: Tensor, plan: Plan
+) -> Tensor:
     """The clean ends of the ODE's paths through `noisy`, by Euler's method on the shifted schedule."""
     u = sigma / (SHIFT - (SHIFT - 1) * sigma)
     x = noisy
     for step in range(SOLVER_STEPS):
         here, there = (_shifted(u * (1 - i / SOLVER_STEPS)) for i in (step, step + 1))
-        x = x + _wide(there - here) * flow(history, x, 1000 * here, embeds)
+        x = x + _wide(there - here) * flow(history, x, 1000 * here, embeds, plan)
     return x
 
 

@@ -3,8 +3,9 @@ captions.
 
 Flow matching with block-causal teacher forcing (`shapes.forward`). Half of the noise levels are exactly those of the
 four sampling steps. The history is what the product will have: a little noisy, and for a share of the steps drawn by
-the model itself, in one step from noised truth, so that its own blur does no harm. Some batches are storyboards. Near
-the end the blocks of short clips are distilled (`shapes.distill`).
+the model itself, in one step from noised truth, so that its own blur does no harm. Some batches are storyboards; from
+a share of the steps on half of them are stories, whose history the model has drawn over many blocks
+(`shapes.stories`). Near the end the blocks of short clips are distilled (`shapes.distill`).
 
 Without a GPU two processes share a step, each on one core: two threads in every operation would wait for each other
 all the time. A batch is always cut into the same two parts, whoever computes them.
@@ -17,6 +18,7 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import spawn
@@ -27,10 +29,12 @@ from shapes.distill import distillation_loss
 from shapes.dit import Flow
 from shapes.optim import Average, Optimizers, trapezoid
 from shapes.reading import trained_text_encoder
-from shapes.runs import Stage, averaged, log_to_stdout, save, training_device
+from shapes.runs import Stage, averaged, fast_precision, log_to_stdout, save, training_device
 from shapes.schedule import a_little_noisy, add_noise, noise_like, random_sigmas, random_steps
+from shapes.stories import Stories
 from shapes.vae import fit_linear_code
 
+SAVE_EVERY = 20  # steps: about a minute
 LOADERS = 8  # processes that make clips for a GPU, which is faster than they are
 
 
@@ -41,51 +45,53 @@ def batch_loss(flow: Flow, teacher: Flow | None, batch: Batch) -> Tensor:
         return batch.share * teacher_forcing_loss(flow, batch, generator)
     assert teacher is not None
     copies = 2 * (batch.copies // 2)
-    return batch.share * distillation_loss(flow, teacher, batch.latents, copies, batch.embeds, generator)
+    return batch.share * distillation_loss(flow, teacher, batch.target, copies, batch.embeds, generator)
 
 
 def teacher_forcing_loss(flow: Flow, batch: Batch, generator: torch.Generator) -> Tensor:
-    x0, switch = batch.latents, batch.switch
-    history = _redrawn(flow, batch, generator) if batch.own_history else x0
-    target = x0[:, None, switch:].expand(-1, batch.copies, -1, -1, -1, -1, -1)
+    history = _redrawn(flow, batch, generator) if batch.redraw else batch.history
+    target = batch.target[:, None].expand(-1, batch.copies, -1, -1, -1, -1, -1)
     noise = noise_like(target, generator)
-    sigma = random_sigmas(target.shape[:3], generator).to(x0.device)
-    with torch.autocast(x0.device.type, torch.bfloat16):
+    sigma = random_sigmas(target.shape[:3], generator).to(target.device)
+    with fast_precision(target.device):
         noisy = add_noise(target, noise, sigma)
-        found = flow(a_little_noisy(history, generator), noisy, 1000 * sigma, batch.embeds, switch)
+        found = flow(a_little_noisy(history, generator), noisy, 1000 * sigma, batch.embeds, batch.plan)
     first = 0 if batch.first_block else 1
     return torch.nn.functional.mse_loss(found[:, :, first:], (noise - target)[:, :, first:])
 
 
 @torch.no_grad()
 def _redrawn(flow: Flow, batch: Batch, generator: torch.Generator) -> Tensor:
-    """The batch's latents as the model draws them in one step from noised truth, each block over the true ones."""
-    x0, switch = batch.latents, batch.switch
-    later = x0[:, None, switch:]
-    sigma = random_steps(later.shape[:3], generator, first=1).to(x0.device)
-    noisy = add_noise(later, noise_like(later, generator), sigma)
-    with torch.autocast(x0.device.type, torch.bfloat16):
-        found = flow(x0, noisy, 1000 * sigma, batch.embeds, switch)
-    drawn = (noisy - sigma[..., None, None, None, None] * found)[:, 0]
-    return torch.cat((x0[:, :switch], drawn), dim=1)
+    """The history as the model draws it in one step from noised truth, each block over the true ones."""
+    target = batch.target[:, None]
+    sigma = random_steps(target.shape[:3], generator, first=1).to(target.device)
+    noisy = add_noise(target, noise_like(target, generator), sigma)
+    with fast_precision(target.device):
+        found = flow(batch.history, noisy, 1000 * sigma, batch.embeds, batch.plan)
+    drawn = (noisy - sigma[..., None, None, None, None] * found).flatten(1, 3)
+    return torch.cat((batch.history[:, : -drawn.shape[1]], drawn), dim=1)
 
 
-def train_dit(folder: Path, recipe: DiTRecipe, until: int | None = None) -> Flow:
-    """Train, or go on training; returns the transformer with averaged weights."""
+def train_dit(folder: Path, recipe: DiTRecipe, until: int | None = None, start_from: Path | None = None) -> Flow:
+    """Train, or go on training; returns the transformer with averaged weights.
+
+    `start_from`: folder of a finished model whose transformer a new run begins with, at the recipe's `joined`.
+    """
     trained_text_encoder(folder)
     fit_linear_code(folder)
     if training_device().type == "cuda":
-        _Run(folder, recipe, until).train(LOADERS)
+        _Run(folder, recipe, until, start_from).train(LOADERS)
     else:
         server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        spawn(_worker, (server.port, folder, recipe, until), nprocs=PARTS)  # type: ignore[no-untyped-call]
+        given = (server.port, folder, recipe, until, start_from)
+        spawn(_worker, given, nprocs=PARTS)  # type: ignore[no-untyped-call]
     return cast(Flow, averaged(Stage(folder, "dit", recipe.steps).path, Flow()))
 
 
-def _worker(rank: int, port: int, folder: Path, recipe: DiTRecipe, until: int | None) -> None:
+def _worker(rank: int, port: int, folder: Path, recipe: DiTRecipe, until: int | None, start_from: Path | None) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=TCPStore("127.0.0.1", port), rank=rank, world_size=PARTS)
-    _Run(folder, recipe, until, rank, PARTS).train()
+    _Run(folder, recipe, until, start_from, rank, PARTS).train()
     dist.destroy_process_group()
 
 
@@ -93,34 +99,50 @@ class _Run:
     """One process of `workers`. All hold the same weights and do the same updates; the first logs and saves."""
 
     def __init__(
-        self, folder: Path, recipe: DiTRecipe, until: int | None = None, rank: int = 0, workers: int = 1
+        self,
+        folder: Path,
+        recipe: DiTRecipe,
+        until: int | None = None,
+        start_from: Path | None = None,
+        rank: int = 0,
+        workers: int = 1,
     ) -> None:
         torch.manual_seed(TRAIN_SEED)
         if rank == 0:
             log_to_stdout()
         self._recipe, self._rank, self._workers = recipe, rank, workers
         self._device = training_device()
-        self._batches = Batches(recipe, fit_linear_code(folder), trained_text_encoder(folder), rank, workers)
-        self._stage = Stage(folder, "dit", recipe.steps, until)
+        code, text = fit_linear_code(folder), trained_text_encoder(folder)
+        self._batches = Batches(recipe, code, text, rank, workers)
+        self._stories = {part: Stories(code, text, part, recipe.batch) for part in range(rank, PARTS, workers)}
+        self._stage = Stage(folder, "dit", recipe.steps, until, every=SAVE_EVERY)
         self._flow = Flow(recipe.compile).to(self._device)
         self._named = dict(self._flow.named_parameters())
         matrices = {name: p for name, p in self._named.items() if _is_matrix(name, p)}
         rest = [p for name, p in self._named.items() if name not in matrices]
         self._optimizers = Optimizers(list(matrices.values()), rest, recipe.muon_lr, recipe.adam_lr)
-        self._average = Average(self._named, recipe.decay)
         self._teacher: Flow | None = None
-        self._start = self._restore()
+        self._began = self._start = 0
+        self._average = Average(self._named, recipe.decay)
+        self._restore(start_from)
 
     def train(self, loaders: int = 0) -> None:
         """Every step that is left; `loaders` processes make its batches ahead of time."""
         steps = range(self._start, self._stage.end)
         loader = DataLoader(self._batches, batch_size=None, sampler=steps, num_workers=loaders)
         for step, parts in zip(steps, loader, strict=True):
-            loss = self._step(step, [part.to(self._device) for part in parts])
+            name = f"loss on {parts[0].plan.blocks} blocks" if parts else "loss on stories"
+            if parts and parts[0].distilled:
+                name = "distillation"
+            stories = [] if parts else [one.next(self._flow.model, step) for one in self._stories.values()]
+            row = {name: self._step(step, [part.to(self._device) for part in parts or stories])}
+            gathered = self._gathered() if self._stage.due(step) else None
             if self._rank == 0:
-                blocks = parts[0].latents.shape[1]
-                name = "distillation" if parts[0].distilled else f"loss on {blocks} blocks"
-                self._stage.after(step, {name: loss}, self._state)
+                ages = [age for one in self._stories.values() for age in one.ages]
+                row |= {"turns of a story": sum(ages) / len(ages)} if ages else {}
+                self._stage.after(step, row, lambda stories=gathered: {**self._state(), "stories": stories})
+            for one in self._stories.values():
+                one.ages.clear()
 
     def _step(self, step: int, parts: list[Batch]) -> float:
         """One update; returns the loss."""
@@ -132,7 +154,8 @@ class _Run:
             torch.autograd.backward(here)
             loss += here.detach()
         self._sum_over_workers([p.grad for p in self._named.values() if p.grad is not None], loss)
-        self._optimizers.step(trapezoid(step, self._recipe.steps, cool_down=self._recipe.cool_down))
+        share = trapezoid(step, self._recipe.steps, cool_down=self._recipe.cool_down, began=self._began)
+        self._optimizers.step(share)
         self._average.update(self._named, step)
         return loss.item()
 
@@ -155,18 +178,34 @@ class _Run:
         teacher = averaged(path, Flow(self._recipe.compile)).to(self._device)
         return cast(Flow, teacher.requires_grad_(False))
 
+    def _gathered(self) -> list[object] | None:
+        """The stories of all parts, for the process that saves; all processes call this together."""
+        own: list[object] = [one.state() for one in self._stories.values()]
+        if self._workers == 1:
+            return own
+        found: list[object] = [None] * self._workers
+        dist.gather_object(own, found if self._rank == 0 else None)
+        return [state for states in found for state in cast("list[object]", states)] if self._rank == 0 else None
+
     def _state(self) -> dict[str, object]:
         states = {"flow": self._flow.state_dict(), "optimizers": self._optimizers.state_dict()}
-        return {**states, "average": self._average.values}
+        return {**states, "average": self._average.values, "began": self._began}
 
-    def _restore(self) -> int:
+    def _restore(self, start_from: Path | None) -> None:
         state = self._stage.resume()
+        if state is None and start_from is not None:
+            weights = load_file(start_from / "diffusion_pytorch_model.safetensors")
+            self._flow.model.load_state_dict({name: value.float() for name, value in weights.items()})
+            self._average.load({name: value.detach() for name, value in self._named.items()})
+            self._began = self._start = int(self._recipe.joined * self._recipe.steps)
         if state is None:
-            return 0
+            return
         self._flow.load_state_dict(cast("dict[str, Tensor]", state["flow"]))
         self._average.load(cast("dict[str, Tensor]", state["average"]))
         self._optimizers.load_state_dict(cast("list[dict[str, object]]", state["optimizers"]))
-        return cast(int, state["step"])
+        for part, one in self._stories.items():
+            one.restore(cast("list[list[dict[str, object]]]", state["stories"])[part])
+        self._began, self._start = cast(int, state["began"]), cast(int, state["step"])
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:

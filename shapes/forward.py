@@ -1,26 +1,104 @@
 """The transformer's training forward: all blocks of a clip at once, every one as the product will see it.
 
 Teacher forcing (Self Forcing, arXiv 2506.08009, section 3): a clip's clean tokens stand beside noisy copies of its
-blocks. A noisy block attends to the clean blocks before it and to itself, a clean block to the clean blocks before it
-and to itself, which is what the cached loop of `pipeline.generator` computes one by one. After a prompt switch the
-clean blocks before it see each other, as in the product's re-encoding pass. There are no masks: every block is a
-product of its own, which on a CPU is the cheaper way. The submodules and their weights are `wan.transformer.model`'s.
+blocks. A noisy block attends to the clean frames before it that the context policy keeps and to itself, a clean block
+likewise, which is what the cached loop of `pipeline.runtime.generator` computes one by one. The frames before a prompt
+switch are encoded in one pass in which they all see each other, as in the product. There are no masks: every block is
+a product of its own, which on a CPU is the cheaper way. The submodules and their weights are those of
+`wan.transformer.model`.
 
-Letters as elsewhere, and K blocks, R rows: the clean blocks of a clip but the last, which nobody looks at, then its
-noisy blocks copy by copy.
+Letters as elsewhere, and N latent frames in all: the clean ones, then the noisy ones copy by copy.
 """
 
 from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from wan.attention.head_group import FULL_HISTORY, Retention
 from wan.attention.rope import RotaryEmbedding, Rotation, rotate
 from wan.transformer.layers import TransformerBlock
 from wan.transformer.model import CausalWanModel
 
-GRAPHS = 64  # of a layer: sizes of batches, switches, with gradients and without
+GRAPHS = 64  # of a layer: sizes of batches, plans, with gradients and without
+GAP = 32  # latent frames, more than any window has: how far blocks are from the prefix if there is a gap
+
+
+@dataclass(frozen=True)
+class Past:
+    """What a block sees of the clean frames: the first `sinks`, turned to another place, and those of `rest`."""
+
+    sinks: int
+    rest: tuple[int, int]
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Who sees whom: `prefix` clean frames that are encoded together (0 at the beginning of a video), then `blocks`
+    of `n` frames; the first `quiet` ones are context alone and have no noisy copies.
+
+    `window`: latent frames, the first frame and the block included, as `local_attn_size` with `sink_size: 1` and
+    `rope: relative`; None: full history. `gap`: between the prefix and the blocks time has passed; of the prefix no
+    block sees more than the first frame.
+    """
+
+    blocks: int
+    prefix: int = 0
+    quiet: int = 0
+    window: int | None = None
+    gap: bool = False
+    n: int = 3
+
+    @property
+    def clean(self) -> int:
+        """Clean frames: nobody looks at the last block's."""
+        return self.prefix + self.n * (self.blocks - 1)
+
+    @property
+    def noisy(self) -> int:
+        """Frames of a noisy copy."""
+        return self.n * (self.blocks - self.quiet)
+
+    @property
+    def retention(self) -> Retention:
+        return FULL_HISTORY if self.window is None else Retention(1, self.window - 1 - self.n)
+
+    def position(self, block: int) -> int:
+        """Of a block's first frame."""
+        return self.prefix + self.n * block + (GAP if self.gap else 0)
+
+    @cached_property
+    def pasts(self) -> tuple[Past, ...]:
+        """What each block sees; relative positions turn the sinks."""
+        found = []
+        for block in range(self.blocks):
+            stop = self.prefix + self.n * block
+            first = self.prefix if self.gap else 0
+            kept = self.retention.keep([*range(min(1, first)), *range(first, stop)])
+            if self.shifts[block] or len(kept) < stop:
+                found.append(Past(1, (stop - len(kept) + 1, stop)))
+            else:
+                found.append(Past(0, (0, stop)))
+        return tuple(found)
+
+    @cached_property
+    def shifts(self) -> tuple[int, ...]:
+        """Positions by which each block sees the first frame moved."""
+        if self.window is None:
+            return (0,) * self.blocks
+        return tuple(max(0, self.position(block) + self.n - self.window) for block in range(self.blocks))
+
+    def rows(self, block: int, copies: int) -> tuple[int, ...]:
+        """Where the frames of a block begin among all N: the clean ones (but of the last block), then the noisy."""
+        clean = (self.prefix + self.n * block,) if block < self.blocks - 1 else ()
+        if block < self.quiet:
+            return clean
+        first = self.clean + self.n * (block - self.quiet)
+        return (*clean, *(first + copy * self.noisy for copy in range(copies)))
 
 
 def init_(model: CausalWanModel, seed: int) -> CausalWanModel:
@@ -49,49 +127,54 @@ class TrainingForward(nn.Module):
         self._run_layer = torch.compile(run_layer, dynamic=False) if compile_layers else run_layer
         self._rotary = RotaryEmbedding(model.config.head_dim)
 
-    def forward(self, clean: Tensor, noisy: Tensor, timesteps: Tensor, embeds: Tensor, switch: int = 0) -> Tensor:
+    def forward(self, clean: Tensor, noisy: Tensor, timesteps: Tensor, embeds: Tensor, plan: Plan) -> Tensor:
         """The flows of `noisy`.
 
-        clean [B, K, n, C, h, w]; noisy [B, copies, K - switch, n, C, h, w], the blocks from `switch` on; timesteps
-        [B, copies, K - switch] in 0..1000; embeds [B, text_len, text_dim], zero past the prompt.
+        clean [B, plan.clean or more, C, h, w]; noisy [B, copies, K, n, C, h, w], the blocks that are not quiet;
+        timesteps [B, copies, K] in 0..1000; embeds [B, text_len, text_dim], zero past the prompt.
         """
         model = self.model
-        batch, blocks, frames = clean.shape[:3]
-        copies = noisy.shape[1]
-        rows = torch.cat((clean[:, :-1], noisy.flatten(1, 2)), dim=1)  # [B, R, n, C, h, w]
-        times = torch.cat((clean.new_zeros(batch, blocks - 1), timesteps.flatten(1)), dim=1)  # [B, R]
-        x = self._patchify(rows)
+        batch, copies = noisy.shape[:2]
+        frames = torch.cat((clean[:, : plan.clean], noisy.flatten(1, 3)), dim=1)  # [B, N, C, h, w]
+        later = timesteps.flatten(1).repeat_interleave(plan.n, dim=1)
+        times = torch.cat((later.new_zeros(batch, plan.clean), later), dim=1)  # [B, N]
+        x = self._patchify(frames)
         embedding = time_embedding(model, times)
-        modulation = model.time_projection(embedding).unflatten(-1, (6, -1))  # [B, R, 6, dim]
+        modulation = model.time_projection(embedding).unflatten(-1, (6, -1))  # [B, N, 6, dim]
         text = model.text_embedding(embeds)
-        rotation = self._rotation(blocks, switch, copies, frames, (clean.shape[-2] // 2, clean.shape[-1] // 2))
+        rotation = self._rotation(plan, copies, (frames.shape[-2] // 2, frames.shape[-1] // 2))
+        turns = [self._rotary.frame_shift(shift, model.device) for shift in plan.shifts]
+        turns = Rotation(torch.stack([turn.cos for turn in turns]), torch.stack([turn.sin for turn in turns]))
         for block in model.layers():
-            x = self._run_layer(block, x, modulation, text, rotation.cos, rotation.sin, blocks, copies, switch)
-        x, embedding = x[:, blocks - 1 :], embedding[:, blocks - 1 :]
-        head = model.head.modulation[0] + embedding[:, :, None]  # [B, R, 2, dim]
+            x = self._run_layer(block, x, modulation, text, rotation.cos, rotation.sin, turns.cos, turns.sin, plan, copies)
+        x, embedding = x[:, plan.clean :], embedding[:, plan.clean :]
+        head = model.head.modulation[0] + embedding[:, :, None]  # [B, frames, 2, dim]
         shift, scale = head[:, :, :1], 1 + head[:, :, 1:]
         flow = model.head.head(shift + model.head.norm(x) * scale).float()
         return self._unpatchify(flow, noisy)
 
-    def _rotation(self, blocks: int, switch: int, copies: int, frames: int, grid: tuple[int, int]) -> Rotation:
-        """Tables [R, L, 1, D/2]: noisy copies stand where their clean blocks do."""
-        table = self._rotary.table(0, blocks * frames, grid, self.model.device)
-        order = [*range(blocks - 1), *(list(range(switch, blocks)) * copies)]
-        cos, sin = (part.view(blocks, -1, *part.shape[1:])[order] for part in (table.cos, table.sin))
+    def _rotation(self, plan: Plan, copies: int, grid: tuple[int, int]) -> Rotation:
+        """Tables [N, T, 1, D/2]: noisy copies stand where their clean blocks do."""
+        places = [*range(plan.prefix)]
+        blocks = [plan.position(block) + frame for block in range(plan.blocks) for frame in range(plan.n)]
+        places += blocks[: -plan.n] + blocks[plan.n * plan.quiet :] * copies
+        table = self._rotary.table(0, max(blocks) + 1, grid, self.model.device)
+        cos, sin = (part.view(max(blocks) + 1, -1, *part.shape[1:])[places] for part in (table.cos, table.sin))
         return Rotation(cos, sin)
 
-    def _patchify(self, rows: Tensor) -> Tensor:
-        """[B, R, n, C, h, w] to tokens [B, R, L, dim]."""
-        batch, count, frames, channels, height, width = rows.shape
-        patches = rows.view(batch, count, frames, channels, height // 2, 2, width // 2, 2)
-        patches = patches.permute(0, 1, 2, 4, 6, 3, 5, 7).flatten(5).flatten(2, 4)
+    def _patchify(self, frames: Tensor) -> Tensor:
+        """[B, N, C, h, w] to tokens [B, N, T, dim]."""
+        batch, count, channels, height, width = frames.shape
+        patches = frames.view(batch, count, channels, height // 2, 2, width // 2, 2)
+        patches = patches.permute(0, 1, 3, 5, 2, 4, 6).flatten(4).flatten(2, 3)
         embedding = self.model.patch_embedding
         return F.linear(patches, embedding.weight.flatten(1), embedding.bias)
 
     def _unpatchify(self, flow: Tensor, like: Tensor) -> Tensor:
-        frames, height, width = like.shape[3], like.shape[5] // 2, like.shape[6] // 2
-        flow = flow.view(flow.shape[0], flow.shape[1], frames, height, width, 2, 2, like.shape[4])
-        return flow.permute(0, 1, 2, 7, 3, 5, 4, 6).flatten(6).flatten(4, 5).view_as(like)
+        """[B, frames, T, 4 C] to the sizes of `like`."""
+        channels, height, width = like.shape[4], like.shape[5] // 2, like.shape[6] // 2
+        flow = flow.view(*flow.shape[:2], height, width, 2, 2, channels)
+        return flow.permute(0, 1, 6, 2, 4, 3, 5).flatten(5).flatten(3, 4).reshape(like.shape)
 
 
 def time_embedding(model: CausalWanModel, timesteps: Tensor) -> Tensor:
@@ -110,23 +193,24 @@ def run_layer(
     text: Tensor,
     cos: Tensor,
     sin: Tensor,
-    blocks: int,
+    turn_cos: Tensor,
+    turn_sin: Tensor,
+    plan: Plan,
     copies: int,
-    switch: int,
 ) -> Tensor:
-    """One layer over x [B, R, L, dim]; the same sums as TransformerBlock.forward, for all rows at once."""
-    parts = (block.modulation + modulation).unsqueeze(3).unbind(2)  # six of [B, R, 1, dim]
+    """One layer over x [B, N, T, dim]; the same sums as TransformerBlock.forward, for all frames at once. The turns
+    [K, 1, 1, D/2] are the blocks' of the first frame's keys."""
+    parts = (block.modulation + modulation).unsqueeze(3).unbind(2)  # six of [B, N, 1, dim]
     shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = parts
     attention, width = block.self_attn, block.self_attn.head_dim
     hidden = shift + block.norm1(x) * (1 + scale)
-    q = attention.norm_q(attention.q(hidden)).unflatten(-1, (-1, width))
-    k = attention.norm_k(attention.k(hidden)).unflatten(-1, (-1, width))
-    # [B, R, H, L, D]
-    q, k = (rotate(part.flatten(0, 1), Rotation(_for_batch(cos, part), _for_batch(sin, part))) for part in (q, k))
-    q, k = (part.view(*x.shape[:2], *part.shape[1:]).transpose(2, 3) for part in (q, k))
-    v = attention.v(hidden).unflatten(-1, (-1, width)).transpose(2, 3)
-    out = block_attention(q, k.type_as(v), v, blocks, copies, switch)
-    x = x + gate * attention.o(out.transpose(2, 3).flatten(3))
+    q = attention.norm_q(attention.q(hidden)).unflatten(-1, (-1, width)).flatten(1, 2)  # [B, N * T, H, D]
+    k = attention.norm_k(attention.k(hidden)).unflatten(-1, (-1, width)).flatten(1, 2)
+    table = Rotation(cos.flatten(0, 1), sin.flatten(0, 1))
+    q, k = (rotate(part, table).transpose(1, 2) for part in (q, k))
+    v = attention.v(hidden).unflatten(-1, (-1, width)).flatten(1, 2).transpose(1, 2)
+    out = block_attention(q, k.type_as(v), v, Rotation(turn_cos, turn_sin), plan, copies)
+    x = x + gate * attention.o(out.transpose(1, 2).flatten(2)).view_as(x)
     cross = block.cross_attn
     keys, values = cross.keys_and_values(text)
     q = cross.norm_q(cross.q(block.norm3(x))).unflatten(-1, (-1, width)).flatten(1, 2)
@@ -138,31 +222,27 @@ def run_layer(
     return x
 
 
-def _for_batch(table: Tensor, x: Tensor) -> Tensor:
-    """[R, L, 1, D/2] repeated for the batch: [B * R, L, 1, D/2]."""
-    return table.repeat(x.shape[0], 1, 1, 1)
-
-
-def block_attention(q: Tensor, k: Tensor, v: Tensor, blocks: int, copies: int, switch: int) -> Tensor:
-    """Self-attention of rows, all [B, R, H, L, D]."""
+def block_attention(q: Tensor, k: Tensor, v: Tensor, turns: Rotation, plan: Plan, copies: int) -> Tensor:
+    """Self-attention of all frames, everything [B, H, N * T, D]."""
+    tokens = q.shape[2] // (plan.clean + copies * plan.noisy)
     q = (q * q.shape[-1] ** -0.5).type_as(v)
-    later = blocks - switch
-    past_k, past_v = (part[:, : blocks - 1].transpose(1, 2) for part in (k, v))  # [B, H, K - 1, L, D]
-    out: list[list[Tensor]] = [[] for _ in range(copies + 1)]
-    if switch:
-        together = past_k[:, :, :switch].flatten(2, 3), past_v[:, :, :switch].flatten(2, 3)
-        seen = _attend(q[:, :switch].transpose(1, 2).flatten(2, 3), *together)
-        out[0].append(torch.unflatten(seen, 2, (switch, -1)).transpose(1, 2))
-    for index in range(switch, blocks):
-        rows = [blocks - 1 + copy * later + index - switch for copy in range(copies)]
-        rows = [index, *rows] if index < blocks - 1 else rows
-        own_q, own_k, own_v = (torch.stack([part[:, row] for row in rows], dim=2) for part in (q, k, v))
-        seen = _attend_both(
-            own_q, past_k[:, :, :index].flatten(2, 3), past_v[:, :, :index].flatten(2, 3), own_k, own_v
-        )  # [B, H, number of rows, L, D]
-        for part, row in zip(out[-len(rows) :], seen.unbind(2), strict=True):
-            part.append(row.unsqueeze(1))
-    return torch.cat([row for part in out for row in part], dim=1)
+    done: dict[int, Tensor] = {}
+    if plan.prefix:
+        together = slice(0, plan.prefix * tokens)
+        done[0] = _attend(q[:, :, together], k[:, :, together], v[:, :, together])
+    for block, past in enumerate(plan.pasts):
+        rows = plan.rows(block, copies)
+        own = [slice(row * tokens, (row + plan.n) * tokens) for row in rows]
+        own_q, own_k, own_v = (torch.stack([part[:, :, row] for row in own], dim=2) for part in (q, k, v))
+        rest = slice(past.rest[0] * tokens, past.rest[1] * tokens)
+        past_k, past_v = k[:, :, rest], v[:, :, rest]
+        if past.sinks:
+            sinks = slice(0, past.sinks * tokens)
+            turned = rotate(k[:, :, sinks], Rotation(turns.cos[block], turns.sin[block]))
+            past_k, past_v = torch.cat((turned, past_k), dim=2), torch.cat((v[:, :, sinks], past_v), dim=2)
+        seen = _attend_both(own_q, past_k, past_v, own_k, own_v)  # [B, H, number of rows, L, D]
+        done.update(zip(rows, seen.unbind(2), strict=True))
+    return torch.cat([done[row] for row in sorted(done)], dim=2)
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

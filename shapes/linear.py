@@ -41,6 +41,10 @@ class LinearCode:
         latents = (patches(video) - self.mean) @ self.encoder.T
         return latents.permute(0, 1, 4, 2, 3)
 
+    def encode_later(self, video: Tensor) -> Tensor:
+        """Video [B, 4·k, 3, H, W] from the middle of a longer one, on its raster of frames, to latents [B, k, ...]."""
+        return self.encode(torch.cat((video[:, :1], video), dim=1))[:, 1:]
+
     def decode(self, latents: Tensor) -> Tensor:
         """The inverse of `encode` on the span of the components; the first frame is the mean of its four."""
         flat = latents.permute(0, 1, 3, 4, 2) @ self.decoder.T + self.mean

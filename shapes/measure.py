@@ -14,7 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from shapes.world import BACKGROUNDS, COLOURS, CROSS, SHAPES, Floats, background, coverage
+from shapes.drawing import CROSS, background, coverage
+from shapes.world import BACKGROUNDS, COLOURS, SHAPES, Floats
 
 SATURATED = 0.3  # largest minus smallest channel of what belongs to a thing
 LEAST_AREA = 60  # pixels; a thing of the smallest size covers about 200
@@ -134,7 +135,7 @@ def _mark(frame: Floats, seen: Seen, index: int) -> str | None:
 def which_background(frames: Floats) -> int | None:
     """The background behind most pixels of the frames' median."""
     still = np.median(frames, axis=0)
-    errors = [float(np.median(np.abs(still - background(index)).mean(-1))) for index in range(BACKGROUNDS)]
+    errors = [float(np.median(np.abs(still - background(index)).mean(-1))) for index in range(len(BACKGROUNDS))]
     best = int(np.argmin(errors))
     return best if errors[best] < BACKGROUND_ERROR else None
 

@@ -88,6 +88,7 @@ class Average:
             value.lerp_(tensors[name].detach(), 1 - decay)
 
 
-def trapezoid(step: int, steps: int, warm_up: int = 50, cool_down: float = 0.3) -> float:
-    """The learning rate's share: a short rise, a plateau, and a straight fall to 0 over the last `cool_down`."""
-    return min(1.0, (step + 1) / warm_up, max(0.0, (steps - step) / (cool_down * steps)))
+def trapezoid(step: int, steps: int, warm_up: int = 50, cool_down: float = 0.3, began: int = 0) -> float:
+    """The learning rate's share: a short rise from step `began` on, a plateau, and a straight fall to 0 over the last
+    `cool_down`."""
+    return min(1.0, (step - began + 1) / warm_up, max(0.0, (steps - step) / (cool_down * steps)))

@@ -2,12 +2,13 @@
 
 Wan's text encoder has read the web before its transformer was trained. This one reads the world's captions: from its
 embeddings a few attentive queries, which are thrown away afterwards, must tell what is said: colours, shapes, size,
-motion. Then it is frozen. Learnt together with the drawing instead, word order ("from left to right", "from right to
+verb. Then it is frozen. Learnt together with the drawing instead, word order ("from left to right", "from right to
 left", which colour comes first) was still mixed up when everything else was right.
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -17,19 +18,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from shapes.captions import caption, later_scene, random_scene
+from shapes.captions import NOUNS, caption, random_hidden, random_scene
+from shapes.commands import is_common, random_command, sentence
 from shapes.dit import TEXT_SIZES, TextEncoder
 from shapes.runs import Stage, averaged, training_device
-from shapes.world import COLOURS, MOTIONS, SHAPES, SIZES, Scene
+from shapes.world import BACKGROUNDS, COLOURS, COMMANDS, MOTIONS, SHAPES, SIZES, SWIFT, Command, Scene, World, begin
 
 TRAIN_SEED = 41
-LATER = 0.25  # share of captions that follow another
+COMMAND_SHARE = 0.6  # of the captions; the others are first ones
 QUESTIONS: dict[str, tuple[str, ...]] = {
     "colour": tuple(COLOURS),
     "shape": SHAPES,
     "size": tuple(SIZES),
-    "motion": MOTIONS,
+    "verb": tuple(dict.fromkeys((*MOTIONS, *COMMANDS))),
     "target": tuple(COLOURS),
+    "target shape": SHAPES,
+    "background": BACKGROUNDS,
     "second colour": tuple(COLOURS),
     "second shape": SHAPES,
 }
@@ -37,7 +41,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
 
 @dataclass(frozen=True)
 class ReadingRecipe:
-    steps: int = 1000
+    steps: int = 1500
     batch: int = 128
     lr: float = 3e-3
 
@@ -45,27 +49,55 @@ class ReadingRecipe:
 def sample(index: int) -> tuple[str, list[int]]:
     """Caption number `index`, and the answers to QUESTIONS: 0 where it says nothing, else 1 + the place there."""
     rng = np.random.default_rng((TRAIN_SEED, index))
-    scene, later = random_scene(rng, held=False), bool(rng.random() < LATER)
-    if later:
-        while scene.motion in ("pass", "turn"):
-            scene = random_scene(rng, held=False)
-        scene = later_scene(rng, scene)
-    text = caption(scene, rng, later)
-    return text, answers(scene, text)
+    scene, hidden = random_scene(rng, held=False), random_hidden(rng)
+    if rng.random() >= COMMAND_SHARE:
+        text = caption(scene, rng)
+        return text, answers(scene, text)
+    world = begin(scene, hidden).later(int(rng.integers(90)))
+    if rng.random() < 0.5:
+        world = world.obey(random_command(rng, world)).later(SWIFT)
+    command = random_command(rng, world, held=False)
+    text = sentence(command, world, rng)
+    return text, command_answers(command, world, text)
 
 
 def answers(scene: Scene, text: str) -> list[int]:
+    """To a first scene's caption."""
     first, second = scene.things[0], scene.things[1:]
     said = {
-        "colour": first.colour if f" {first.colour} " in text else None,
+        "colour": first.colour,
         "shape": first.shape,
-        "size": first.size if f" {first.colour} " in text and scene.motion not in ("grow", "shrink", "pass") else None,
-        "motion": scene.motion,
+        "size": first.size if scene.motion not in ("grow", "shrink", "pass") else None,
+        "verb": scene.motion,
         "target": scene.target,
         "second colour": second[0].colour if second else None,
         "second shape": second[0].shape if second else None,
     }
-    return [0 if said[name] is None else 1 + choices.index(str(said[name])) for name, choices in QUESTIONS.items()]
+    return _places(said)
+
+
+def command_answers(command: Command, world: World, text: str) -> list[int]:
+    """To a command's sentence, which names a thing by its colour, by its shape, by both, or not at all."""
+    body, verb, new = world.there[command.thing], command.verb, command.new
+    common = is_common(verb) or new is not None
+    named = any(noun in text for noun in NOUNS[body.shape]) and not common
+    said = {
+        "colour": body.colour if f"{body.colour} " in text and not common else None,
+        "shape": body.shape if named else None,
+        "verb": verb,
+        "target": command.target if verb == "turn" else None,
+        "target shape": command.target if verb == "morph" else None,
+        "background": command.target if verb == "background" else None,
+        "second colour": new.colour if new else None,
+        "second shape": new.shape if new else None,
+        "size": new.size if new else None,
+    }
+    return _places(said)
+
+
+def _places(said: Mapping[str, str | None]) -> list[int]:
+    values = {name: said.get(name) for name in QUESTIONS}
+    return [0 if value is None else 1 + QUESTIONS[name].index(value) for name, value in values.items()]
 
 
 def trained_text_encoder(folder: Path) -> TextEncoder:

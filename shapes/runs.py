@@ -25,6 +25,12 @@ def training_device() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
+def fast_precision(device: torch.device) -> torch.autocast:
+    """Products in bf16 where the processor has them; elsewhere they would take twice the time of float32."""
+    fast = device.type != "cpu" or torch.cpu._is_avx512_bf16_supported()  # type: ignore[no-untyped-call]
+    return torch.autocast(device.type, torch.bfloat16, enabled=fast)
+
+
 def log_to_stdout() -> None:
     logging.basicConfig(level=logging.INFO, format="%(asctime)s %(message)s", stream=sys.stdout)
 
@@ -61,11 +67,15 @@ class Stage:
         logger.info("%s: going on from step %s", self.name, state["step"])
         return state
 
+    def due(self, step: int) -> bool:
+        """Whether the state is saved after this step (counted from 0)."""
+        return (step + 1) % self.every == 0 or step + 1 == self.end
+
     def after(self, step: int, losses: dict[str, float], state: Callable[[], dict[str, object]]) -> None:
         """To be called after every step (counted from 0)."""
         self._losses.append(losses)
         done = step + 1
-        if done % self.every and done != self.end:
+        if not self.due(step):
             return
         names = sorted({name for row in self._losses for name in row})
         values = {name: [row[name] for row in self._losses if name in row] for name in names}

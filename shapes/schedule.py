@@ -40,6 +40,6 @@ def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
 
 
 def a_little_noisy(history: Tensor, generator: torch.Generator) -> Tensor:
-    """Clean blocks [B, K, n, C, h, w] as they stand in the history."""
+    """Clean frames [B, F, C, h, w] as they stand in the history."""
     level = HISTORY_NOISE * torch.rand(history.shape[:2], generator=generator).to(history.device)
-    return add_noise(history, noise_like(history, generator), level)
+    return add_noise(history[:, :, None], noise_like(history, generator)[:, :, None], level).squeeze(2)

@@ -12,7 +12,7 @@ from pathlib import Path
 
 from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
 
-from shapes import captions
+from shapes import captions, commands
 from shapes.world import COLOURS
 
 SPECIAL = ("<pad>", "</s>", "<unk>")
@@ -29,7 +29,8 @@ def words() -> list[str]:
 def _wording() -> Iterator[str]:
     tables = (captions.NOUNS, captions.ADJECTIVES, captions.VERBS)
     yield from (text for table in tables for options in table.values() for text in options)
-    yield from (*captions.GO, *captions.PASSING, *captions.LATER, *captions.OPENINGS, *COLOURS, "an")
+    yield from (*captions.GO, *captions.PASSING, *captions.OPENINGS, *COLOURS, "an")
+    yield from commands.wording()
 
 
 def build_tokenizer() -> Tokenizer:

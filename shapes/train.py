@@ -28,6 +28,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--until", type=int, help="stop before this step; the same command without it goes on")
     parser.add_argument("--batch", type=int, help="clips a step (2 or more), instead of the recipe's")
+    parser.add_argument(
+        "--start-from", type=Path, metavar="FOLDER", help="dit: begin with the transformer of a finished model"
+    )
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args(argv)
     if args.batch is not None and args.batch < PARTS:
@@ -42,7 +45,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.stage == "vae":
         train_vae(args.work, replace(VAERecipe(), **changes), args.until)
     if args.stage == "dit":
-        train_dit(args.work, replace(DiTRecipe(), **changes), args.until)
+        train_dit(args.work, replace(DiTRecipe(), **changes), args.until, args.start_from)
     if args.stage == "export":
         export(args.work, args.out)
     return 0

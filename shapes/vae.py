@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from shapes.data import as_video, make_clip
 from shapes.linear import LinearCode, patches
 from shapes.optim import Average, Optimizers, trapezoid
-from shapes.runs import Stage, training_device
+from shapes.runs import Stage, fast_precision, training_device
 from shapes.schedule import noise_like
 from shapes.world import FRAMES, HEIGHT, WIDTH
 
@@ -98,7 +98,7 @@ def crops(step: int, recipe: VAERecipe) -> Tensor:
     frames, rows, columns = recipe.crop
     samples = []
     for item in range(recipe.batch):
-        clip = make_clip(TRAIN_SEED, step * recipe.batch + item, switch=9 if rng.random() < 0.2 else None, held=None)
+        clip = make_clip(TRAIN_SEED, step * recipe.batch + item, (9,) if rng.random() < 0.5 else (), held=None)
         first = 4 * int(rng.integers((FRAMES - frames) // 4 + 1))
         top, left = 8 * int(rng.integers((HEIGHT - rows) // 8 + 1)), 8 * int(rng.integers((WIDTH - columns) // 8 + 1))
         part = clip.video[first : first + frames, top : top + rows, left : left + columns]
@@ -143,12 +143,12 @@ def train_vae(folder: Path, recipe: VAERecipe, until: int | None = None) -> nn.M
         z = code.encode(video.transpose(1, 2)).transpose(1, 2).to(device)
         video, noise = video.to(device), noise_like(z, torch.Generator().manual_seed(step))
         row: dict[str, float] = {}
-        with torch.autocast(device.type, torch.bfloat16):
+        with fast_precision(device):
             loss = decoder_loss(z + NOISE * noise, video)
         torch.autograd.backward(loss)
         row["decoder"] = loss.item()
         if step % recipe.encoder_every == 0:
-            with torch.autocast(device.type, torch.bfloat16):
+            with fast_precision(device):
                 loss = encoder_loss(video, z)
             torch.autograd.backward(loss)
             encoder = loss.item()

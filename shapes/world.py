@@ -1,8 +1,10 @@
-"""The world that the small model is trained on: flat shapes that move over a still background, drawn exactly.
+"""The laws of the world that the small model is trained on: shapes that move over a background and obey sentences.
 
-A `Scene` is what a caption says: which things, and what they do. `Hidden` is what no caption says and what a video
-must therefore keep from its own first frames: the background, a mark on the things, which way round they go. A scene
-and its hidden part decide every pixel. The file knows no wording and no model.
+A `Scene` is what a first caption says: which things, and what they do. A `Command` is what a later sentence changes;
+all that it does not name goes on. `Hidden` is what no caption says and what a video must therefore keep from its own
+first frames. Scene, hidden part and commands decide every pixel, for as long as one likes: what leaves the picture on
+one side comes in on the opposite one, and what goes round or bounces does so for ever. The file knows no wording, no
+pixels and no model.
 Units: pixels (x to the right, y down, pixel centres at .5) and pixel frames at 16 a second.
 """
 
@@ -11,7 +13,6 @@ from __future__ import annotations
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 import numpy as np
 import numpy.typing as npt
@@ -21,7 +22,6 @@ Floats = npt.NDArray[np.float32]
 HEIGHT, WIDTH = 80, 128
 FRAMES = 81
 LANES = (26.0, 54.0)  # y of two things that pass each other
-MARGIN = 18.0  # a thing's centre turns back at this distance from a wall
 
 SHAPES = ("disc", "square", "triangle", "cross")
 COLOURS: dict[str, tuple[float, float, float]] = {
@@ -33,14 +33,22 @@ COLOURS: dict[str, tuple[float, float, float]] = {
     "purple": (0.66, 0.15, 0.82),
 }
 SIZES = {"small": 12.0, "medium": 15.0, "large": 18.0}  # half the side of a square of equal extent
-CROSS = (1.15, 0.4)  # half the length and half the width of its arms; its area is near the others'
 DIRECTIONS = {"right": (1.0, 0.0), "left": (-1.0, 0.0), "down": (0.0, 0.55), "up": (0.0, -0.55)}  # pixels a frame
-MOTIONS = (*DIRECTIONS, "bounce", "orbit", "grow", "shrink", "turn", "still", "pass")
-LATER_MOTIONS = (*DIRECTIONS, "grow", "shrink", "turn", "still")  # what may follow a prompt switch
-BACKGROUNDS = 4
+MOVING = (*DIRECTIONS, "bounce", "orbit")  # ways to go on moving
+MOTIONS = (*MOVING, "grow", "shrink", "turn", "still", "pass")  # of a first scene
+COMMANDS = (
+    *(*MOVING, "still", "reverse", "fast", "slow"),  # for all things there are
+    *("grow", "shrink", "turn", "morph"),  # for one thing
+    *("bring", "remove", "background"),
+)
+BACKGROUNDS = ("light", "dark", "land", "stripes")
 MARKS = ("none", "white", "black")
 SMALLEST, LARGEST = 10.0, 21.0  # where shrinking and growing end
-TURN_FRAMES = (16, 48)  # a colour changes between these frames of its scene
+GROWTH = (LARGEST - SMALLEST) / 64  # pixels a frame
+TURN_FRAMES = (16, 48)  # a first scene's colour changes between these frames
+SWIFT = 12  # frames in which a command changes colour, shape, background or number: one block
+FAST = 1.75  # times the usual speed
+BESIDE = WIDTH / 2  # where a second thing comes, to the right of the first
 
 
 @dataclass(frozen=True)
@@ -65,9 +73,20 @@ class Scene:
 
 
 @dataclass(frozen=True)
+class Command:
+    """A verb of COMMANDS. `thing`: the place, among the things that are there, of the one that it is for; `target`: the
+    colour of "turn", the shape of "morph", the name of a background; `new`: what "bring" brings."""
+
+    verb: str
+    thing: int = 0
+    target: str | None = None
+    new: Thing | None = None
+
+
+@dataclass(frozen=True)
 class Hidden:
-    """What no caption says. `background` < BACKGROUNDS, `mark` indexes MARKS, `way` is 0 or 1: in an orbit against the
-    clock or with it; who takes the upper lane when two pass each other."""
+    """What no caption says. `background` indexes BACKGROUNDS, `mark` MARKS (all things bear it), `way` is 0 or 1: in an
+    orbit against the clock or with it; who takes the upper lane when two pass each other."""
 
     background: int = 0
     mark: int = 0
@@ -76,60 +95,227 @@ class Hidden:
 
 @dataclass(frozen=True)
 class Track:
-    """Where a thing is and what it looks like in every frame: x, y, radius [frames], colour [frames, 3] in 0..1."""
+    """A thing in every frame: x, y, radius [frames] (radius 0: not there), colour [frames, 3] in 0..1; `before`,
+    `after` [frames] index SHAPES, `morph` [frames] in 0..1 is how far it is on its way from one to the other."""
 
-    shape: str
     x: Floats
     y: Floats
     radius: Floats
     colour: Floats
+    before: npt.NDArray[np.int64]
+    after: npt.NDArray[np.int64]
+    morph: Floats
 
+    @property
+    def shape(self) -> str:
+        """What it is in the end."""
+        return SHAPES[int(self.after[-1])]
 
-@dataclass(frozen=True)
-class _State:
-    x: float
-    y: float
-    radius: float
-    colour: tuple[float, float, float]
+    def cut(self, first: int, stop: int) -> Track:
+        return Track(*(getattr(self, name)[first:stop] for name in self.__dataclass_fields__))
 
 
 def as_floats(values: npt.ArrayLike) -> Floats:
     return np.asarray(values, np.float32)
 
 
-def tracks(scene: Scene, hidden: Hidden, frames: int = FRAMES) -> tuple[Track, ...]:
-    """The tracks of a scene's things from its beginning on."""
+@dataclass(frozen=True)
+class Ramp:
+    """A value that goes in a straight line from `source` to `goal` between two frames, counted from now."""
+
+    source: tuple[float, ...]
+    goal: tuple[float, ...]
+    start: float = 0.0
+    end: float = 0.0
+
+    @classmethod
+    def constant(cls, *value: float) -> Ramp:
+        return cls(value, value)
+
+    def at(self, frames: Floats) -> Floats:
+        """[frames, n]"""
+        share = np.clip((frames - self.start) / max(self.end - self.start, 1e-6), 0, 1)[:, None]
+        source = as_floats(self.source)
+        return as_floats(source + share * (as_floats(self.goal) - source))
+
+    def later(self, frames: int) -> Ramp:
+        """The same, seen from `frames` later; over where it has arrived."""
+        if frames >= self.end:
+            return Ramp(self.goal, self.goal)
+        return replace(self, start=self.start - frames, end=self.end - frames)
+
+    def towards(self, *goal: float, frames: float = SWIFT) -> Ramp:
+        """From where it is now to another goal."""
+        return Ramp(tuple(float(value) for value in self.at(as_floats([0]))[0]), goal, 0.0, frames)
+
+
+@dataclass(frozen=True)
+class Path:
+    """A motion of MOVING or "still" that has begun at x, y and has been under way for `phase` frames of usual speed;
+    it goes on by `rate` phases a frame."""
+
+    motion: str
+    x: float
+    y: float
+    phase: float = 0.0
+    rate: float = 1.0
+
+    def at(self, frames: Floats) -> tuple[Floats, Floats]:
+        """Where it is [frames], within the picture."""
+        u = self.phase + self.rate * frames
+        x, y = np.full_like(u, self.x), np.full_like(u, self.y)
+        if self.motion in DIRECTIONS:
+            speed = DIRECTIONS[self.motion]
+            x, y = x + speed[0] * u, y + speed[1] * u
+        elif self.motion == "bounce":
+            y = y - 34.0 * np.abs(np.sin(u * np.float32(math.pi / 40)))
+        elif self.motion == "orbit":
+            angle = u * np.float32(2 * math.pi / 96)
+            x, y = x + 28.0 * np.sin(angle), y + 20.0 - 20.0 * np.cos(angle)
+        return as_floats(x % WIDTH), as_floats(y % HEIGHT)
+
+    def later(self, frames: int) -> Path:
+        return replace(self, phase=self.phase + self.rate * frames)
+
+    def obey(self, verb: str) -> Path:
+        """Where it is, it goes on as one of the commands for all things says."""
+        if verb == "reverse":
+            return replace(self, rate=-self.rate)
+        if verb in ("fast", "slow"):
+            return replace(self, rate=math.copysign(FAST if verb == "fast" else 1.0, self.rate))
+        (x,), (y,) = self.at(as_floats([0]))
+        return Path(verb, float(x), float(y))
+
+
+@dataclass(frozen=True)
+class Body:
+    """A thing under way. `colour` and `shape` are what it is or is about to be; `leaving`: it is on its way out."""
+
+    number: int
+    colour: str
+    shape: str
+    path: Path
+    radius: Ramp
+    tint: Ramp
+    presence: Ramp = Ramp((1.0,), (1.0,))
+    former: str | None = None  # its shape before `morph`
+    morph: Ramp = Ramp((1.0,), (1.0,))
+    leaving: bool = False
+
+    def later(self, frames: int) -> Body:
+        parts = {name: getattr(self, name).later(frames) for name in ("path", "radius", "tint", "presence", "morph")}
+        return replace(self, **parts)
+
+    def obey(self, command: Command) -> Body:
+        """The commands for one thing."""
+        if command.verb in ("grow", "shrink"):
+            goal, now = LARGEST if command.verb == "grow" else SMALLEST, float(self.radius.at(as_floats([0]))[0, 0])
+            return replace(self, radius=self.radius.towards(goal, frames=abs(goal - now) / GROWTH))
+        assert command.target is not None
+        if command.verb == "turn":
+            return replace(self, colour=command.target, tint=self.tint.towards(*COLOURS[command.target]))
+        assert command.verb == "morph", command
+        return replace(self, shape=command.target, former=self.shape, morph=Ramp((0.0,), (1.0,), 0.0, SWIFT))
+
+    def track(self, frames: int) -> Track:
+        t = np.arange(frames, dtype=np.float32)
+        x, y = self.path.at(t)
+        radius = self.radius.at(t)[:, 0] * self.presence.at(t)[:, 0]
+        before, after = (np.full(frames, SHAPES.index(shape)) for shape in (self.former or self.shape, self.shape))
+        return Track(x, y, as_floats(radius), self.tint.at(t), before, after, self.morph.at(t)[:, 0])
+
+
+@dataclass(frozen=True)
+class World:
+    """What is there at a moment and how it goes on. `backdrop` holds the weights of BACKGROUNDS."""
+
+    bodies: tuple[Body, ...]
+    backdrop: Ramp
+
+    @property
+    def there(self) -> tuple[Body, ...]:
+        """The things that stay, in the order in which they came; Command.thing counts them."""
+        return tuple(body for body in self.bodies if not body.leaving)
+
+    @property
+    def background(self) -> str:
+        """The background that is there or is about to be."""
+        return BACKGROUNDS[int(np.argmax(self.backdrop.goal))]
+
+    def later(self, frames: int) -> World:
+        return World(tuple(body.later(frames) for body in self.bodies), self.backdrop.later(frames))
+
+    def obey(self, command: Command) -> World:
+        """The world under a command; who was leaving is gone."""
+        bodies = list(self.there)
+        if command.verb == "background":
+            assert command.target is not None
+            return World(tuple(bodies), self.backdrop.towards(*_only(BACKGROUNDS.index(command.target))))
+        if command.verb == "bring":
+            assert command.new is not None
+            bodies.append(self._beside(command.new))
+        elif command.verb == "remove":
+            body = bodies[command.thing]
+            bodies[command.thing] = replace(body, leaving=True, presence=Ramp((1.0,), (0.0,), 0.0, SWIFT))
+        elif command.verb in ("grow", "shrink", "turn", "morph"):
+            bodies[command.thing] = bodies[command.thing].obey(command)
+        else:
+            bodies = [replace(body, path=body.path.obey(command.verb)) for body in bodies]
+        return World(tuple(bodies), self.backdrop)
+
+    def _beside(self, thing: Thing) -> Body:
+        """A second thing grows out of nothing half a picture's width from the first, and moves along with it."""
+        first = self.there[0]
+        path = replace(first.path, x=first.path.x + BESIDE)
+        number = 1 + max(body.number for body in self.bodies)
+        return replace(_body(number, thing, path), presence=Ramp((0.0,), (1.0,), 0.0, SWIFT))
+
+
+@dataclass(frozen=True)
+class Film:
+    """Everything that is to be seen: tracks in the order in which things came (a later one lies over an earlier one),
+    `backdrop` [frames, BACKGROUNDS], and the mark that all things bear."""
+
+    tracks: tuple[Track, ...]
+    backdrop: Floats
+    mark: int
+
+    def __len__(self) -> int:
+        return len(self.backdrop)
+
+    def cut(self, first: int, stop: int) -> Film:
+        return Film(tuple(track.cut(first, stop) for track in self.tracks), self.backdrop[first:stop], self.mark)
+
+
+def _only(index: int) -> tuple[float, ...]:
+    return tuple(float(i == index) for i in range(len(BACKGROUNDS)))
+
+
+def _body(number: int, thing: Thing, path: Path) -> Body:
+    radius, tint = Ramp.constant(SIZES[thing.size]), Ramp.constant(*COLOURS[thing.colour])
+    return Body(number, thing.colour, thing.shape, path, radius, tint)
+
+
+def begin(scene: Scene, hidden: Hidden) -> World:
+    """The world as a first scene begins."""
+    backdrop = Ramp.constant(*_only(hidden.background))
     if scene.motion == "pass":
-        right, left = (Scene((thing,), motion) for thing, motion in zip(scene.things, ("right", "left"), strict=True))
         lanes = LANES if hidden.way == 0 else LANES[::-1]
-        starts = (replace(_start(one), y=lane) for one, lane in zip((right, left), lanes, strict=True))
-        return tuple(_go(one, start, hidden, frames) for one, start in zip((right, left), starts, strict=True))
-    return (_go(scene, _start(scene), hidden, frames),)
-
-
-def story(scenes: Sequence[tuple[int, Scene]], hidden: Hidden, frames: int = FRAMES) -> tuple[Track, ...]:
-    """A track for scenes that follow each other; scenes[i] begins at pixel frame scenes[i][0], the first at 0.
-
-    A later scene takes its thing over where and as the one before has left it.
-    """
-    if len(scenes) == 1:
-        return tracks(scenes[0][1], hidden, frames)
-    ends = [start for start, _ in scenes[1:]] + [frames]
-    parts: list[Track] = []
-    for (start, scene), end in zip(scenes, ends, strict=True):
-        length = end - start + 1  # one frame more than is kept: where the next scene begins
-        parts.append(_go(scene, _end(parts[-1]), hidden, length) if parts else tracks(scene, hidden, length)[0])
-    fields = [np.concatenate([getattr(part, name)[:-1] for part in parts]) for name in ("x", "y", "radius", "colour")]
-    return (Track(scenes[0][1].things[0].shape, *fields),)
-
-
-def _end(track: Track) -> _State:
-    red, green, blue = (float(value) for value in track.colour[-1])
-    return _State(float(track.x[-1]), float(track.y[-1]), float(track.radius[-1]), (red, green, blue))
-
-
-def _start(scene: Scene) -> _State:
+        paths = (Path("right", 24.0, lanes[0]), Path("left", WIDTH - 24.0, lanes[1]))
+        bodies = (_body(i, thing, path) for i, (thing, path) in enumerate(zip(scene.things, paths, strict=True)))
+        return World(tuple(bodies), backdrop)
     (thing,) = scene.things
+    body = _body(0, thing, _path(scene.motion, hidden.way))
+    if scene.motion in ("grow", "shrink"):
+        ends = (SMALLEST, LARGEST) if scene.motion == "grow" else (LARGEST, SMALLEST)
+        body = replace(body, radius=Ramp(ends[:1], ends[1:], 0.0, (LARGEST - SMALLEST) / GROWTH))
+    if scene.motion == "turn":
+        assert scene.target is not None
+        body = replace(body, colour=scene.target, tint=Ramp(COLOURS[thing.colour], COLOURS[scene.target], *TURN_FRAMES))
+    return World((body,), backdrop)
+
+
+def _path(motion: str, way: int) -> Path:
     middle = WIDTH / 2
     places = {
         "right": (24.0, HEIGHT / 2),
@@ -139,101 +325,47 @@ def _start(scene: Scene) -> _State:
         "bounce": (middle, HEIGHT - 20.0),
         "orbit": (middle, 20.0),
     }
-    x, y = places.get(scene.motion, (middle, HEIGHT / 2))
-    radius = {"grow": SMALLEST, "shrink": LARGEST}.get(scene.motion, SIZES[thing.size])
-    return _State(x, y, radius, COLOURS[thing.colour])
+    if motion not in places:
+        return Path("still", middle, HEIGHT / 2)
+    return Path(motion, *places[motion], rate=-1.0 if motion == "orbit" and way == 0 else 1.0)
 
 
-def _go(scene: Scene, start: _State, hidden: Hidden, frames: int) -> Track:
-    t = np.arange(frames, dtype=np.float32)
-    x, y = np.full(frames, start.x, np.float32), np.full(frames, start.y, np.float32)
-    radius = np.full(frames, start.radius, np.float32)
-    colour = np.tile(np.array(start.colour, np.float32), (frames, 1))
-    motion = scene.motion
-    if motion in DIRECTIONS:
-        speed = DIRECTIONS[motion]
-        x, y = _reflect(x + speed[0] * t, WIDTH), _reflect(y + speed[1] * t, HEIGHT)
-    elif motion == "bounce":
-        y = y - 34.0 * np.abs(np.sin(t * np.float32(math.pi / 40)))
-    elif motion == "orbit":
-        angle = t * np.float32(2 * math.pi / 96) * (1 if hidden.way else -1)
-        x, y = WIDTH / 2 + 28.0 * np.sin(angle), HEIGHT / 2 - 20.0 * np.cos(angle)
-    elif motion in ("grow", "shrink"):
-        end = LARGEST if motion == "grow" else SMALLEST
-        rate = (LARGEST - SMALLEST) / 64
-        radius = np.minimum(radius + rate * t, max(end, start.radius)) if motion == "grow" else radius
-        radius = np.maximum(radius - rate * t, min(end, start.radius)) if motion == "shrink" else radius
-    elif motion == "turn":
-        assert scene.target is not None
-        share = np.clip((t - TURN_FRAMES[0]) / (TURN_FRAMES[1] - TURN_FRAMES[0]), 0, 1)[:, None]
-        colour = colour + share * (np.array(COLOURS[scene.target], np.float32) - colour)
-    return Track(scene.things[0].shape, x.astype(np.float32), y.astype(np.float32), radius, colour.astype(np.float32))
+def film(scene: Scene, hidden: Hidden, frames: int = FRAMES, commands: Sequence[tuple[int, Command]] = ()) -> Film:
+    """A scene and what becomes of it; a command takes effect at its pixel frame."""
+    world, start = begin(scene, hidden), 0
+    found: dict[int, list[tuple[int, Track]]] = {}
+    backdrops: list[Floats] = []
+    for stop, command in (*commands, (frames, None)):
+        length = stop - start
+        for body in world.bodies:
+            found.setdefault(body.number, []).append((start, body.track(length)))
+        backdrops.append(world.backdrop.at(np.arange(length, dtype=np.float32)))
+        world, start = world.later(length), stop
+        world = world.obey(command) if command else world
+    tracks = tuple(_joined(parts, frames) for _, parts in sorted(found.items()))
+    return Film(tracks, np.concatenate(backdrops), hidden.mark)
 
 
-def _reflect(position: Floats, size: int) -> Floats:
-    """Positions on a line folded back between the walls."""
-    span = size - 2 * MARGIN
-    folded = np.abs((position - MARGIN + span) % (2 * span) - span)
-    return as_floats(folded + MARGIN)
+def world_at(scene: Scene, hidden: Hidden, commands: Sequence[tuple[int, Command]], frame: int) -> World:
+    """The world at a pixel frame, under those commands that come before it."""
+    world, now = begin(scene, hidden), 0
+    for start, command in commands:
+        if start >= frame:
+            break
+        world, now = world.later(start - now).obey(command), start
+    return world.later(frame - now)
 
 
-@lru_cache(maxsize=BACKGROUNDS)
-def background(index: int) -> Floats:
-    """[HEIGHT, WIDTH, 3] in 0..1, greyish. Edges lie on multiples of 8 pixels, the VAE's raster."""
-    y, x = np.mgrid[:HEIGHT, :WIDTH]
-    light, dark = {
-        0: ((0.80, 0.79, 0.75), (0.80, 0.79, 0.75)),
-        1: ((0.22, 0.24, 0.28), (0.22, 0.24, 0.28)),
-        2: ((0.74, 0.80, 0.84), (0.46, 0.42, 0.36)),
-        3: ((0.62, 0.60, 0.58), (0.40, 0.40, 0.42)),
-    }[index]
-    zero = np.zeros((HEIGHT, WIDTH), bool)
-    where = {2: y >= 56, 3: (x // 16) % 2 == 1}.get(index, zero)
-    return as_floats(np.where(where[..., None], dark, light))
+def _joined(parts: Sequence[tuple[int, Track]], frames: int) -> Track:
+    """One track of the stretches in which a thing is there; elsewhere its radius is 0."""
+    whole = Track(*(np.zeros((frames, *getattr(parts[0][1], name).shape[1:]), getattr(parts[0][1], name).dtype)
+                    for name in Track.__dataclass_fields__))  # fmt: skip
+    for start, part in parts:
+        for name in Track.__dataclass_fields__:
+            getattr(whole, name)[start : start + len(part.x)] = getattr(part, name)
+    return whole
 
 
-def distance(shape: str, x: Floats, y: Floats, radius: Floats | float) -> Floats:
-    """Signed distance in pixels (negative inside) of points relative to the centre; exact near the edges."""
-    if shape == "disc":
-        return as_floats(np.sqrt(x * x + y * y) - radius)
-    if shape == "square":
-        return as_floats(np.maximum(np.abs(x), np.abs(y)) - 0.9 * radius)
-    if shape == "cross":
-        long, short = CROSS[0] * radius, CROSS[1] * radius
-        across, along = np.maximum(np.abs(x) - long, np.abs(y) - short), np.maximum(np.abs(x) - short, np.abs(y) - long)
-        return as_floats(np.minimum(across, along))
-    assert shape == "triangle", shape
-    # Upright: the base 0.75 radius below the centre, the tip 1.1 above it.
-    slope = math.sqrt(1 + 0.6**2)
-    return as_floats(np.maximum(y - 0.75 * radius, (np.abs(x) - 0.6 * (y + 1.1 * radius)) / slope))
-
-
-def coverage(shape: str, x: Floats, y: Floats, radius: Floats | float) -> Floats:
-    """How much of the pixel at these points relative to the centre the shape covers, 0..1."""
-    return as_floats(np.clip(0.5 - distance(shape, x, y, radius), 0.0, 1.0))
-
-
-def render(things: Sequence[Track], hidden: Hidden) -> Floats:
-    """Frames [frames, HEIGHT, WIDTH, 3] in 0..1; a later thing lies over an earlier one."""
-    frames = np.repeat(background(hidden.background)[None], len(things[0].x), axis=0)
-    for track in things:
-        _draw(frames, track, track.shape, 1.0, track.colour)
-        if hidden.mark:
-            shade = np.full_like(track.colour, 0.97 if MARKS[hidden.mark] == "white" else 0.06)
-            _draw(frames, track, "disc", 0.4, shade)
-    return frames
-
-
-def _draw(frames: Floats, track: Track, shape: str, scale: float, colour: Floats) -> None:
-    """Blend a shape of `scale` times the track's radius into every frame, touching only the pixels around it."""
-    half = math.ceil(float(track.radius.max()) * 1.15 * scale) + 2
-    left, top = np.floor(track.x).astype(int) - half, np.floor(track.y).astype(int) - half
-    grid = np.arange(2 * half, dtype=np.float32) + 0.5
-    dx = (left[:, None] + grid - track.x[:, None])[:, None, :]
-    dy = (top[:, None] + grid - track.y[:, None])[:, :, None]
-    cover = coverage(shape, dx, dy, (track.radius * np.float32(scale))[:, None, None])[..., None]
-    for frame, i, j, alpha, shade in zip(frames, top, left, cover, colour, strict=True):
-        rows, columns = slice(max(i, 0), max(i + 2 * half, 0)), slice(max(j, 0), max(j + 2 * half, 0))
-        part = frame[rows, columns]
-        cut = alpha[max(-i, 0) :][: part.shape[0], max(-j, 0) :][:, : part.shape[1]]
-        part += cut * (shade - part)
+def tracks(scene: Scene, hidden: Hidden, frames: int = FRAMES) -> tuple[Track, ...]:
+    """The tracks of a first scene's things."""
+    return tuple(body.track(frames) for body in begin(scene, hidden).bodies)

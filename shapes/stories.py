@@ -1,0 +1,197 @@
+"""Videos without end for training: the model's own history over many blocks, with prompt switches on the way.
+
+Teacher forcing shows true histories alone, and those of one clip's length. Here a few stories are always under way.
+In every turn one of them goes on by some blocks that the model itself draws, in the product's four steps, through the
+product's cache (a window, relative positions, at a switch the last frames re-encoded in one pass); then the model
+learns what these blocks should have been, given the history that it has made (self-rollout, after Self Forcing, arXiv
+2506.08009; the truth stands in for their critics). So errors that grow over minutes are met while they are small.
+Where a drawn block is too far from the truth for that to teach anything, the story is put right; how old stories
+become before is a measure of what has been learnt.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any, cast
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from shapes.batches import BATCHES, STORIES, Batch, parts_of
+from shapes.data import BLOCK, Clip, as_video, make_clip, pixel_frame
+from shapes.dit import TextEncoder
+from shapes.drawing import render
+from shapes.forward import Plan
+from shapes.linear import LinearCode
+from shapes.schedule import SCHEDULE, noise_like
+from wan.geometry import LatentGeometry
+from wan.transformer.model import CausalWanModel
+
+STORY_SEED = 23
+WINDOW = 10  # latent frames that a block sees, the first one and itself included; what a switch re-encodes
+TURN = 3  # blocks by which a story goes on at a time, and that stand before them
+GROUPS = 8  # stories under way in each part; those of a group have their switches at the same frames
+SCENES = (1, 2, 3)  # turns between switches
+LENGTHS = (5, 10, 27)  # turns of a story; 27 are 60 s
+QUIET = 0.25  # share of groups without any switch
+OWN = 0.75  # share of turns in which the model draws; in the others the history is the truth
+LOST = 0.5  # mean square error of a block at which a story is put right: three pixels, or no thing, or another backdrop
+
+
+@dataclass
+class Group:
+    """Stories side by side: `count` clips from number `first` on, of `length` latent frames, with their switches at
+    the same ones. They go on with latent frame `at`, in turn number `turns` since the beginning or the last switch.
+
+    `prefix` [B, m, 16, h, w] are the frames that were encoded in one pass then, `recent` the last frames. `age` counts
+    turns since a story was last put right.
+    """
+
+    first: int
+    count: int
+    length: int
+    switches: tuple[int, ...]
+    at: int
+    turns: int
+    prefix: Tensor
+    recent: Tensor
+    age: list[int]
+
+    @cached_property
+    def clips(self) -> list[Clip]:
+        frames = pixel_frame(self.length)
+        return [make_clip(STORY_SEED, self.first + i, self.switches, frames) for i in range(self.count)]
+
+    @property
+    def scene(self) -> int:
+        """The place of the caption that is in force when the story goes on."""
+        return sum(switch <= self.at for switch in self.switches)
+
+    def state(self) -> dict[str, object]:
+        return {name: getattr(self, name) for name in self.__dataclass_fields__}
+
+
+class Stories:
+    """The stories of one of the parts of a batch."""
+
+    def __init__(self, code: LinearCode, text: TextEncoder, part: int, batch: int | None = None) -> None:
+        size, self._copies = BATCHES[STORIES]
+        size = batch or size
+        first, stop = parts_of(size)[part]
+        self._count, self._share, self._part = stop - first, (stop - first) / size, part
+        self._code, self._text = code, text
+        self._groups: dict[int, Group] = {}
+        self.ages: list[int] = []  # turns that stories have lasted until they were put right or ended
+
+    def next(self, model: CausalWanModel, step: int) -> Batch:
+        """The turn of step number `step`, of the group whose turn it is."""
+        rng = np.random.default_rng((STORY_SEED, self._part, step))
+        place = int(rng.integers(GROUPS))
+        group = self._groups.get(place)
+        if group is None or group.at >= group.length:
+            if group is not None:
+                self.ages += group.age
+            # At first they are of all ages, as they will be later.
+            group = self._groups[place] = self._begin(rng, step, fresh=group is not None)
+        return self._turn(group, model, rng)
+
+    def state(self) -> list[dict[str, object]]:
+        return [{"place": place, **group.state()} for place, group in self._groups.items()]
+
+    def restore(self, groups: list[dict[str, object]]) -> None:
+        for values in groups:
+            fields = {name: value for name, value in values.items() if name != "place"}
+            self._groups[cast(int, values["place"])] = Group(**cast("Mapping[str, Any]", fields))
+
+    def _begin(self, rng: np.random.Generator, step: int, fresh: bool) -> Group:
+        """A group that begins, or one that true frames have brought somewhere."""
+        turns = int(rng.choice(LENGTHS))
+        length, switches, at = BLOCK * (1 + TURN * turns), [], BLOCK
+        while rng.random() >= QUIET if not switches else at < length:
+            at += BLOCK * TURN * int(rng.choice(SCENES))
+            switches.append(at)
+        switches = [switch for switch in switches if switch < length]
+        skipped = 0 if fresh else int(rng.integers(turns))
+        at = BLOCK + BLOCK * TURN * skipped
+        last = max((switch for switch in switches if switch < at), default=None)
+        first = self._count * (2 * step + self._part)
+        group = Group(first, self._count, length, tuple(switches), at, 0, torch.empty(0), torch.empty(0), [])
+        group.turns = (at - (BLOCK if last is None else last)) // (BLOCK * TURN)
+        group.prefix = self._truth(group, 0, BLOCK) if last is None else self._truth(group, last - WINDOW, last)
+        group.recent = self._truth(group, max(0, at - WINDOW), at)
+        group.age = [0] * self._count
+        return group
+
+    def _truth(self, group: Group, start: int, stop: int) -> Tensor:
+        """Latent frames [B, stop - start, 16, h, w] of the films."""
+        films = [clip.film.cut(pixel_frame(start), pixel_frame(stop)) for clip in group.clips]
+        videos = torch.stack([as_video(render(film)) for film in films])
+        return self._code.encode(videos) if start == 0 else self._code.encode_later(videos)
+
+    @torch.no_grad()
+    def _turn(self, group: Group, model: CausalWanModel, rng: np.random.Generator) -> Batch:
+        start, stop = group.at, group.at + BLOCK * TURN
+        if start in group.switches:
+            group.prefix, group.turns = group.recent[:, -WINDOW:], 0
+        embeds = self._text([clip.captions[group.scene] for clip in group.clips])
+        plan = Plan(TURN, prefix=group.prefix.shape[1], window=WINDOW)
+        if group.turns:
+            plan = Plan(2 * TURN, prefix=plan.prefix, quiet=TURN, window=WINDOW, gap=True)
+        past = torch.cat((group.prefix, group.recent[:, -BLOCK * plan.quiet :] if plan.quiet else group.prefix[:, :0]), 1)
+        truth = self._truth(group, start, stop)
+        blocks, seed = truth, int(rng.integers(1 << 40))
+        if rng.random() < OWN:
+            device = model.device
+            drawn = draw(model, past.to(device), embeds.to(device), plan, torch.Generator().manual_seed(seed)).cpu()
+            blocks = self._put_right(group, drawn, truth)
+        group.recent = torch.cat((group.recent, blocks), dim=1)[:, -max(WINDOW, BLOCK * TURN) :]
+        group.at, group.turns = stop, group.turns + 1
+        history = torch.cat((past, blocks), dim=1)
+        target = truth.unflatten(1, (-1, BLOCK))
+        return Batch(history, target, embeds, plan, self._copies, False, False, True, seed, self._share)
+
+    def _put_right(self, group: Group, drawn: Tensor, truth: Tensor) -> Tensor:
+        """What is drawn, but the truth from the first block on that is lost."""
+        error = (drawn - truth).square().unflatten(1, (-1, BLOCK)).flatten(2).mean(2)  # [B, blocks]
+        lost = (error > LOST).cummax(1).values
+        for i, late in enumerate(lost[:, -1].tolist()):
+            if late:
+                self.ages.append(group.age[i])
+            group.age[i] = 0 if late else group.age[i] + 1
+        return torch.where(lost.repeat_interleave(BLOCK, 1)[..., None, None, None], truth, drawn)
+
+
+@torch.no_grad()
+def draw(model: CausalWanModel, past: Tensor, embeds: Tensor, plan: Plan, generator: torch.Generator) -> Tensor:
+    """The blocks [B, frames, 16, h, w] of a plan that are not quiet, after its clean frames `past`, as the product's
+    loop draws them."""
+    batch, height, width = past.shape[0], *past.shape[-2:]
+    geometry = LatentGeometry(height, width, plan.n * (plan.position(plan.blocks) // plan.n + 1), plan.n)
+    cache = model.new_cache(geometry, batch, plan.retention, plan.window)
+    text, zero = model.encode_text(embeds), model.encode_time(0.0)
+    steps = [model.encode_time(timestep) for timestep in SCHEDULE.timesteps]
+    if plan.prefix:
+        cache.begin_pass(0, plan.prefix)
+        model.commit(past[:, : plan.prefix], zero, text, cache, 0)
+    if plan.gap:
+        cache.forget(keep_sinks_before=1)
+    drawn = []
+    for block in range(plan.blocks):
+        place, first = plan.position(block), plan.prefix + plan.n * block
+        cache.begin_pass(place, plan.n)
+        if block < plan.quiet:
+            x = past[:, first : first + plan.n]
+        else:
+            shape = (batch, plan.n, *past.shape[2:])
+            x = noise_like(past.new_empty(shape), generator)
+            for step, time in enumerate(steps):
+                x = SCHEDULE.predict_x0(x, model(x, time, text, cache, place), step)
+                if step + 1 < len(steps):
+                    x = SCHEDULE.renoise(x, noise_like(x, generator), step + 1)
+            drawn.append(x)
+        if block + 1 < plan.blocks:
+            model.commit(x, zero, text, cache, place)
+    return torch.cat(drawn, dim=1)
