@@ -39,7 +39,12 @@ SENTENCES = {
     ),
     "fast": ("{the} goes faster", "now faster", "faster", "{the} speeds up", "{the} moves faster", "{the} is faster"),
     "slow": ("{the} goes slower", "now slower", "slower", "{the} slows down", "{the} moves slower", "more slowly"),
-    "morph": ("{the} becomes {target}", "{the} turns into {target}", "{the} changes into {target}", "{the} is {target}"),
+    "morph": (
+        "{the} becomes {target}",
+        "{the} turns into {target}",
+        "{the} changes into {target}",
+        "{the} is {target}",
+    ),
     "turn": (*VERBS["turn"], "is {target}"),
     "bring": (
         "{new} appears",
@@ -137,8 +142,8 @@ def sentence(command: Command, world: World, rng: np.random.Generator) -> str:
         target = with_article(pick(NOUNS[target], rng))
     if verb == "background":
         target = pick(SETTINGS[target], rng)
-    text = text.format(the=the, it="them" if several and verb == "bring" else it, target=target, go=pick(GO, rng),
-                       new=_newcomer(command, rng))  # fmt: skip
+    others = "them" if several and verb == "bring" else it
+    text = text.format(the=the, it=others, target=target, go=pick(GO, rng), new=_newcomer(command, rng))
     if it == "they":
         text = _plural(text)
     opener = "" if text.startswith(("now", "take", "bring", "stop")) else pick(OPENERS, rng)

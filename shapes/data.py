@@ -16,7 +16,8 @@ from torch import Tensor
 from shapes.captions import PASSING_WEIGHT, caption, random_hidden, random_scene
 from shapes.commands import random_command, sentence
 from shapes.drawing import render
-from shapes.world import FRAMES, Command, Film, Floats, Hidden, Scene, begin, film
+from shapes.film import Film, film
+from shapes.world import FRAMES, Command, Floats, Hidden, Scene, begin
 
 BLOCK = 3  # latent frames
 _SCENES, _WORDING = 0, 1  # streams of random numbers

@@ -55,9 +55,7 @@ def _wide(x: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def solve(
-    flow: TrainingForward, history: Tensor, noisy: Tensor, sigma: Tensor, embeds: Tensor, plan: Plan
-) -> Tensor:
+def solve(flow: TrainingForward, history: Tensor, noisy: Tensor, sigma: Tensor, embeds: Tensor, plan: Plan) -> Tensor:
     """The clean ends of the ODE's paths through `noisy`, by Euler's method on the shifted schedule."""
     u = sigma / (SHIFT - (SHIFT - 1) * sigma)
     x = noisy

@@ -34,7 +34,6 @@ from shapes.schedule import a_little_noisy, add_noise, noise_like, random_sigmas
 from shapes.stories import Stories
 from shapes.vae import fit_linear_code
 
-SAVE_EVERY = 20  # steps: about a minute
 LOADERS = 8  # processes that make clips for a GPU, which is faster than they are
 
 
@@ -115,7 +114,7 @@ class _Run:
         code, text = fit_linear_code(folder), trained_text_encoder(folder)
         self._batches = Batches(recipe, code, text, rank, workers)
         self._stories = {part: Stories(code, text, part, recipe.batch) for part in range(rank, PARTS, workers)}
-        self._stage = Stage(folder, "dit", recipe.steps, until, every=SAVE_EVERY)
+        self._stage = Stage(folder, "dit", recipe.steps, until)
         self._flow = Flow(recipe.compile).to(self._device)
         self._named = dict(self._flow.named_parameters())
         matrices = {name: p for name, p in self._named.items() if _is_matrix(name, p)}
@@ -135,34 +134,37 @@ class _Run:
             if parts and parts[0].distilled:
                 name = "distillation"
             stories = [] if parts else [one.next(self._flow.model, step) for one in self._stories.values()]
-            row = {name: self._step(step, [part.to(self._device) for part in parts or stories])}
-            gathered = self._gathered() if self._stage.due(step) else None
+            loss, due = self._step(step, [part.to(self._device) for part in parts or stories])
+            row = {name: loss}
+            gathered = self._gathered() if due else None
             if self._rank == 0:
                 ages = [age for one in self._stories.values() for age in one.ages]
                 row |= {"turns of a story": sum(ages) / len(ages)} if ages else {}
-                self._stage.after(step, row, lambda stories=gathered: {**self._state(), "stories": stories})
+                self._stage.after(step, row, lambda stories=gathered: {**self._state(), "stories": stories}, due)
             for one in self._stories.values():
                 one.ages.clear()
 
-    def _step(self, step: int, parts: list[Batch]) -> float:
-        """One update; returns the loss."""
+    def _step(self, step: int, parts: list[Batch]) -> tuple[float, bool]:
+        """One update; returns the loss, and whether it is time to save, in which all processes agree."""
         if any(part.distilled for part in parts) and self._teacher is None:
             self._teacher = self._frozen_teacher()
-        loss = torch.zeros((), device=self._device)
+        found = torch.zeros(2, device=self._device)  # the loss; whether the first process wants to save
         for part in parts:
             here = batch_loss(self._flow, self._teacher, part)
             torch.autograd.backward(here)
-            loss += here.detach()
-        self._sum_over_workers([p.grad for p in self._named.values() if p.grad is not None], loss)
+            found[0] += here.detach()
+        found[1] = float(self._rank == 0 and self._stage.due(step))
+        self._sum_over_workers([p.grad for p in self._named.values() if p.grad is not None], found)
         share = trapezoid(step, self._recipe.steps, cool_down=self._recipe.cool_down, began=self._began)
         self._optimizers.step(share)
         self._average.update(self._named, step)
-        return loss.item()
+        loss, due = found.tolist()
+        return loss, due > 0
 
-    def _sum_over_workers(self, grads: list[Tensor], loss: Tensor) -> None:
+    def _sum_over_workers(self, grads: list[Tensor], found: Tensor) -> None:
         if self._workers == 1:
             return
-        tensors = [*grads, loss]
+        tensors = [*grads, found]
         together = torch.cat([tensor.flatten() for tensor in tensors])
         dist.all_reduce(together)
         for tensor, part in zip(tensors, torch.split(together, [t.numel() for t in tensors]), strict=True):

@@ -5,14 +5,18 @@ from __future__ import annotations
 
 import math
 from functools import lru_cache
+from itertools import pairwise
 
 import numpy as np
 import numpy.typing as npt
 
-from shapes.world import BACKGROUNDS, HEIGHT, MARKS, SHAPES, WIDTH, Film, Floats, Track, as_floats
+from shapes.film import Film
+from shapes.world import BACKGROUNDS, HEIGHT, MARKS, SHAPES, WIDTH, Floats, Track, as_floats
+
+Places = npt.NDArray[np.int64]
 
 CROSS = (1.15, 0.4)  # half the length and half the width of its arms; its area is near the others'
-_MARK = 0.4  # of the radius
+MARK = 0.4  # a mark's radius, of the thing's
 
 
 @lru_cache(maxsize=len(BACKGROUNDS))
@@ -60,7 +64,7 @@ def render(film: Film) -> Floats:
             _draw(frames[start:stop], part, 1.0, part.colour, None)
             if film.mark:
                 shade = np.full_like(part.colour, 0.97 if MARKS[film.mark] == "white" else 0.06)
-                _draw(frames[start:stop], part, _MARK, shade, "disc")
+                _draw(frames[start:stop], part, MARK, shade, "disc")
     return frames
 
 
@@ -77,7 +81,7 @@ def _stretches(track: Track) -> list[tuple[int, int]]:
     """Frames in which a thing is there and keeps its pair of shapes."""
     kinds = np.where(track.radius >= 0.5, len(SHAPES) * track.before + track.after, -1)
     cuts = [0, *(np.flatnonzero(np.diff(kinds)) + 1).tolist(), len(kinds)]
-    return [(start, stop) for start, stop in zip(cuts, cuts[1:], strict=False) if kinds[start] >= 0]
+    return [(start, stop) for start, stop in pairwise(cuts) if kinds[start] >= 0]
 
 
 def _draw(frames: Floats, track: Track, scale: float, colour: Floats, shape: str | None) -> None:
@@ -104,8 +108,7 @@ def _cover(track: Track, dx: Floats, dy: Floats, radius: Floats) -> Floats:
     return as_floats(np.clip(0.5 - off, 0.0, 1.0))
 
 
-def _blend(frame: Floats, rows: npt.NDArray[np.int64], columns: npt.NDArray[np.int64], alpha: Floats, shade: Floats
-           ) -> None:  # fmt: skip
+def _blend(frame: Floats, rows: Places, columns: Places, alpha: Floats, shade: Floats) -> None:
     if rows[0] < rows[-1] and columns[0] < columns[-1]:  # the usual case, several times as fast
         part = frame[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1]
         part += alpha * (shade - part)

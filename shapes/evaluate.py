@@ -2,9 +2,10 @@
 
     python -m shapes.evaluate --policies full,window,prune,packed,anchored --out FOLDER
 
-prints a table and writes report.json and report.svg. `--gate FILE` holds a short run to bounds and ends with status 1
-when one is not met. Every policy gets the same captions and the same noise. `full@bf16` and `full@fp8` are the policy
-with the transformer in bf16, and with its linear layers in FP8 besides, as `precision` has them on a GPU.
+prints a table and writes report.json and report.svg: videos of one caption, videos with a switch, with ten switches
+(33 s), and of a minute (`shapes.score`, `shapes.story_score`). `--gate FILE` holds a short run to bounds and ends with
+status 1 when one is not met. Every policy gets the same captions and the same noise. `full@bf16` and `full@fp8` are
+the policy with the transformer in bf16, and with its linear layers in FP8 besides, as `precision` has them on a GPU.
 """
 
 from __future__ import annotations
@@ -16,10 +17,12 @@ import math
 import shlex
 import sys
 import time
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,7 +33,8 @@ from pipeline.runtime.loading import generator_settings, load_transformer, load_
 from shapes.data import BLOCK, Clip, make_clip, pixel_frame
 from shapes.measure import psnr
 from shapes.report import Report, check_gate, table, write_report
-from shapes.score import Score, score, score_later
+from shapes.score import Score, score
+from shapes.story_score import LongScore, SceneScore, score_long, score_scenes
 from shapes.world import Floats, as_floats
 from utils import command
 from utils.profiler import device_name
@@ -43,10 +47,13 @@ from wan.vae.vae import VAE
 
 logger = logging.getLogger(__name__)
 
-CAPTION_SEED, STORYBOARD_SEED = 31, 32  # unlike every seed of training
+CAPTION_SEED, STORYBOARD_SEED, TEN_SEED, LONG_SEED = 31, 32, 33, 34  # unlike every seed of training
 SWITCHES = (6, 9, 12)  # latent frames
+TEN_SWITCHES = tuple(range(12, 132, 12))  # of a video of 132 latent frames
+TEN_FRAMES, LONG_FRAMES = 132, 240  # latent frames: 33 s and 60 s
 CONFIG = "configs/shapes_demo.yaml"
 CALIBRATION = "checkpoints/shapes/calibration.safetensors"  # checkpoints/shapes/README.md has the command
+MANY_FRAMES = 2  # long videos made together
 WINDOW = 7  # latent frames: the first, three recent ones, and the block: what a neighbour head and a sink head keep
 HALF = "dummy_forcing.num_dummy=12"  # of 24 heads
 POLICIES = {
@@ -68,8 +75,9 @@ POLICIES = {
         "dummy_forcing.frames_per_head=1.3334",
     ],
 }
-
-
+# What a policy needs for videos without end: no distance beyond what was trained, and a window for what a switch
+# re-encodes. A full history has neither.
+STREAMING = ["rope=relative", "model_kwargs.local_attn_size=10", "model_kwargs.sink_size=1"]
 PRECISIONS = ("", "bf16", "fp8")  # after an @
 
 
@@ -142,6 +150,8 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for all policies")
     parser.add_argument("--captions", type=int, default=64, help="held-out captions")
     parser.add_argument("--storyboards", type=int, default=32, help="captions with a second one that takes over")
+    parser.add_argument("--ten", type=int, default=4, help="videos with ten switches")
+    parser.add_argument("--long", type=int, default=8, help="videos of a minute")
     parser.add_argument("--seeds", type=int, default=1, help="videos a caption, each with its own noise")
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--threads", type=int, default=2)
@@ -157,10 +167,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def evaluate(config_path: str, policies: Sequence[str], args: argparse.Namespace) -> Report:
     """Generate and score; the first policy is the reference of the PSNR."""
-    configs = {name: load_config(config_path, [*POLICIES[name.split("@")[0]], *args.set]) for name in policies}
+    settings = {name: [*POLICIES[name.split("@")[0]], *args.set] for name in policies}
+    configs = {name: load_config(config_path, chosen) for name, chosen in settings.items()}
     loaded = Parts.load(next(iter(configs.values())))
     clips = [make_clip(CAPTION_SEED, index, held=True) for index in range(args.captions)] * args.seeds
-    stories = [make_clip(STORYBOARD_SEED, i, SWITCHES[i % len(SWITCHES)], held=True) for i in range(args.storyboards)]
     report = Report(list(policies))
     reference: list[Floats] = []
     for name, config in configs.items():
@@ -171,14 +181,43 @@ def evaluate(config_path: str, policies: Sequence[str], args: argparse.Namespace
                 reference.append(batch.videos)
             for video, other, clip in zip(batch.videos, reference[number], group, strict=True):
                 fidelity = math.nan if name == policies[0] else _fidelity(video, other, config)
-                report.add(name, row_of(score(video, clip.scenes[0])) | {"psnr": fidelity})
+                report.add(name, row_of(score(video, clip.scene)) | {"psnr": fidelity})
             report.add_batch(name, batch.block_ms, batch.current_share)
-        for batch, group in generate(parts, config, _by_switch(stories), args.batch):
-            for video, clip in zip(batch.videos, group, strict=True):
-                scenes = [(pixel_frame(start), scene) for start, scene in zip(clip.starts, clip.scenes, strict=True)]
-                report.add(name, score_later(video, scenes))
+        streaming = settings[name] if name.split("@")[0] == "full" else [*settings[name], *STREAMING]
+        _evaluate_stories(report, name, parts, partial(load_config, config_path), settings[name], streaming, args)
         logger.info("%s: %.0f s", name, time.monotonic() - began)
     return report
+
+
+def _evaluate_stories(
+    report: Report,
+    name: str,
+    parts: Parts,
+    config: Callable[[list[str]], InferenceConfig],
+    settings: list[str],
+    streaming: list[str],
+    args: argparse.Namespace,
+) -> None:
+    """A switch, as the policy is; ten switches and a minute, as it is for videos without end."""
+    one = [make_clip(STORYBOARD_SEED, i, (SWITCHES[i % len(SWITCHES)],), held=True) for i in range(args.storyboards)]
+    one.sort(key=lambda clip: clip.starts)
+    for batch, group in generate(parts, config(settings), one, args.batch):
+        for video, clip in zip(batch.videos, group, strict=True):
+            report.add(name, _prefixed("switch", score_scenes(video, clip)[-1]))
+    frames = pixel_frame(TEN_FRAMES)
+    ten = [make_clip(TEN_SEED, i, TEN_SWITCHES, frames, held=True) for i in range(args.ten)]
+    for batch, group in generate(parts, config([*streaming, f"num_output_frames={TEN_FRAMES}"]), ten, MANY_FRAMES):
+        for video, clip in zip(batch.videos, group, strict=True):
+            report.add(name, {"ten_right": float(np.mean([scene.right for scene in score_scenes(video, clip)]))})
+    long = [make_clip(LONG_SEED, i, frames=pixel_frame(LONG_FRAMES), held=True) for i in range(args.long)]
+    for batch, group in generate(parts, config([*streaming, f"num_output_frames={LONG_FRAMES}"]), long, MANY_FRAMES):
+        for video, clip in zip(batch.videos, group, strict=True):
+            report.add(name, _prefixed("long", score_long(video, clip)))
+
+
+def _prefixed(kind: str, result: SceneScore | LongScore) -> dict[str, float]:
+    """A storyboard's or a long video's numbers as metrics of the report."""
+    return {f"{kind}_{name}": value for name, value in {**asdict(result), "right": result.right}.items()}
 
 
 def row_of(result: Score) -> dict[str, float]:
@@ -189,10 +228,6 @@ def _fidelity(video: Floats, other: Floats, config: InferenceConfig) -> float:
     """PSNR in dB against the reference policy from the first block that a split can change."""
     first = pixel_frame(BLOCK * (config.dummy_forcing.ar_start + 1))
     return psnr(video[first:], other[first:])
-
-
-def _by_switch(clips: list[Clip]) -> list[Clip]:
-    return sorted(clips, key=lambda clip: clip.starts)
 
 
 def generate(

@@ -146,7 +146,9 @@ class TrainingForward(nn.Module):
         turns = [self._rotary.frame_shift(shift, model.device) for shift in plan.shifts]
         turns = Rotation(torch.stack([turn.cos for turn in turns]), torch.stack([turn.sin for turn in turns]))
         for block in model.layers():
-            x = self._run_layer(block, x, modulation, text, rotation.cos, rotation.sin, turns.cos, turns.sin, plan, copies)
+            x = self._run_layer(
+                block, x, modulation, text, rotation.cos, rotation.sin, turns.cos, turns.sin, plan, copies
+            )
         x, embedding = x[:, plan.clean :], embedding[:, plan.clean :]
         head = model.head.modulation[0] + embedding[:, :, None]  # [B, frames, 2, dim]
         shift, scale = head[:, :, :1], 1 + head[:, :, 1:]

@@ -106,7 +106,7 @@ def sweep(config_path: str, chosen: Mapping[str, Sequence[str]], args: argparse.
             batch, group = next(stream)
             found[name].add_batch(batch.block_ms, batch.context)
             for place, (video, clip) in enumerate(zip(batch.videos, group, strict=True)):
-                row = evaluate.row_of(score(video, clip.scenes[0]))
+                row = evaluate.row_of(score(video, clip.scene))
                 fidelity = math.nan if reference is None else psnr(video[FROM:], reference[place, FROM:])
                 found[name].add({**row, "quality": quality(row), "psnr": fidelity})
             reference = batch.videos if reference is None else reference

@@ -14,8 +14,8 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from shapes.drawing import CROSS, background, coverage
-from shapes.world import BACKGROUNDS, COLOURS, SHAPES, Floats
+from shapes.drawing import CROSS, MARK, background, coverage
+from shapes.world import BACKGROUNDS, COLOURS, SHAPES, Floats, as_floats
 
 SATURATED = 0.3  # largest minus smallest channel of what belongs to a thing
 LEAST_AREA = 60  # pixels; a thing of the smallest size covers about 200
@@ -67,43 +67,74 @@ def nearest_colour(video: Floats) -> npt.NDArray[np.int64]:
 
 
 def see(video: Floats, only: str | None = None) -> Seen:
-    """The thing in a video, or the one of colour `only` where there are two."""
+    """The thing in a video, or the one of colour `only` where there are two. It may lie across an edge."""
     masks = saturated(video)
     if only is not None:
         masks &= nearest_colour(video) == list(COLOURS).index(only)
     area = masks.sum((1, 2)).astype(np.float32)
     there = area >= LEAST_AREA
-    rows, columns = (np.arange(size, dtype=np.float32) + 0.5 for size in masks.shape[1:])
-    weight = np.where(there, area, np.nan)
-    x, y = (_bridged(part / weight) for part in (masks.sum(1) @ columns, masks.sum(2) @ rows))
+    x, y = (_bridged(np.where(there, _centres(masks.sum(axis)), np.nan), masks.shape[3 - axis]) for axis in (1, 2))
     shape = most(
         _shape(masks[i], float(x[i]), float(y[i]), float(area[i])) if there[i] else None
         for i in range(0, len(video), 4)
     )
-    radius = _bridged(np.sqrt(weight / _AREAS[shape or "disc"]))
-    y = y - _CENTROIDS.get(shape or "", 0.0) * radius
+    radius = np.sqrt(np.where(there, area, np.nan) / _AREAS[shape or "disc"])
+    y = y - _CENTROIDS.get(shape or "", 0.0) * _bridged(radius)
+    radius = _bridged(
+        np.sqrt((np.where(there, area, np.nan) + _hidden_area(masks, x, y, radius)) / _AREAS[shape or "disc"])
+    )
     colours = tuple(_colour(frame, mask) if ok else None for frame, mask, ok in zip(video, masks, there, strict=True))
     return Seen(shape, x.astype(np.float32), y.astype(np.float32), radius.astype(np.float32), colours)
 
 
-def _bridged(values: Floats) -> Floats:
-    """Values with short gaps filled in a straight line: on its way to its complement a colour passes grey."""
+def _hidden_area(masks: Masks, x: Floats, y: Floats, radius: Floats) -> Floats:
+    """Pixels [frames] of the things that a mark covers: what is missing in their middles."""
+    rows, columns = (np.arange(size, dtype=np.float32) + 0.5 for size in masks.shape[1:])
+    found = np.zeros(len(masks), np.float32)
+    for i in np.flatnonzero(~np.isnan(x) & ~np.isnan(radius)):
+        dx, dy = wrapped(columns - x[i], masks.shape[2]), wrapped(rows - y[i], masks.shape[1])
+        middle = dx**2 + dy[:, None] ** 2 <= (MARK * radius[i]) ** 2
+        found[i] = (middle & ~masks[i]).sum()
+    return found
+
+
+def wrapped(difference: Floats, size: int) -> Floats:
+    """A difference of places along an axis of `size` pixels whose ends meet, in -size / 2 to size / 2."""
+    return as_floats((difference + size / 2) % size - size / 2)
+
+
+def _centres(counts: npt.NDArray[np.int64]) -> Floats:
+    """The centre of mass [frames] of counts [frames, size] along an axis whose ends meet."""
+    size = counts.shape[1]
+    places = np.arange(size, dtype=np.float32) + 0.5
+    turns = np.exp(2j * np.pi * places / size)
+    rough = as_floats(np.angle(counts @ turns) * size / (2 * np.pi))[:, None]
+    weights = counts / np.maximum(counts.sum(1, keepdims=True), 1)
+    return as_floats((rough[:, 0] + (weights * wrapped(places - rough, size)).sum(1)) % size)
+
+
+def _bridged(values: Floats, size: int | None = None) -> Floats:
+    """Values with short gaps filled in a straight line: on its way to its complement a colour passes grey. `size`: of
+    an axis whose ends meet."""
     known = ~np.isnan(values)
     if known.mean() < 0.75:
         return values
-    frames = np.arange(len(values))
-    return np.interp(frames, frames[known], values[known]).astype(np.float32)
+    frames, there = np.arange(len(values)), values[known]
+    if size is None:
+        return as_floats(np.interp(frames, frames[known], there))
+    return as_floats(np.interp(frames, frames[known], np.unwrap(there, period=size)) % size)
 
 
 def _shape(mask: Masks, x: float, y: float, area: float) -> str:
     """The shape that overlaps the mask best, where no mark can be."""
     rows, columns = np.mgrid[: mask.shape[0], : mask.shape[1]].astype(np.float32) + 0.5
+    dx = wrapped(columns - x, mask.shape[1])
 
     def overlap(shape: str, with_mark: bool) -> float:
         radius = math.sqrt(area / (_AREAS[shape] - (0.16 * math.pi if with_mark else 0.0)))
-        dy = rows - y + _CENTROIDS.get(shape, 0.0) * radius
-        template = coverage(shape, columns - x, dy, radius) > 0.5
-        outside = (columns - x) ** 2 + dy**2 > (0.5 * radius) ** 2
+        dy = wrapped(rows - y + _CENTROIDS.get(shape, 0.0) * radius, mask.shape[0])
+        template = coverage(shape, dx, dy, radius) > 0.5
+        outside = dx**2 + dy**2 > (0.5 * radius) ** 2
         both, either = (mask & template & outside).sum(), ((mask | template) & outside).sum()
         return float(both / max(either, 1))
 
@@ -126,7 +157,8 @@ def _mark(frame: Floats, seen: Seen, index: int) -> str | None:
     if colour is None or math.isnan(x):
         return None
     rows, columns = np.mgrid[: frame.shape[0], : frame.shape[1]].astype(np.float32) + 0.5
-    middle = frame[(columns - x) ** 2 + (rows - y) ** 2 <= max(MARK_SHARE * radius, 1.5) ** 2].mean(0)
+    off = wrapped(columns - x, frame.shape[1]) ** 2 + wrapped(rows - y, frame.shape[0]) ** 2
+    middle = frame[off <= max(MARK_SHARE * radius, 1.5) ** 2].mean(0)
     if middle.max() - middle.min() < SATURATED:
         return "white" if middle.mean() > 0.7 else "black" if middle.mean() < 0.35 else None
     return "none"
@@ -141,19 +173,27 @@ def which_background(frames: Floats) -> int | None:
 
 
 def drift(video: Floats, first: int, last: int) -> float:
-    """PSNR in dB between two frames over what is background in both, 9 pixels away from things.
+    """PSNR in dB between two frames over what is background in both."""
+    still = backdrop(video, first, last)
+    return psnr(video[first][still], video[last][still]) if still.mean() > 0.2 else 0.0
 
-    That is further than a mark reaches, which is as grey as a background.
-    """
+
+def brightness_change(video: Floats, first: int, last: int) -> float:
+    """How much brighter (in 0..1, negative: darker) what is background in both frames has become, as a mean."""
+    still = backdrop(video, first, last)
+    return float((video[last][still] - video[first][still]).mean())
+
+
+def backdrop(video: Floats, first: int, last: int) -> Masks:
+    """Where both frames show background [H, W]: 9 pixels away from things, further than a mark reaches, which is as
+    grey as a background."""
     things = saturated(video[[first, last]]).any(0)
     for _ in range(9):
         grown = things.copy()
         for axis, step in ((0, 1), (0, -1), (1, 1), (1, -1)):
             grown |= np.roll(things, step, axis)
         things = grown
-    if things.mean() > 0.8:
-        return 0.0
-    return psnr(video[first][~things], video[last][~things])
+    return ~things
 
 
 def psnr(a: Floats, b: Floats) -> float:

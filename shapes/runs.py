@@ -39,14 +39,14 @@ def log_to_stdout() -> None:
 class Stage:
     """A named stage of `steps` steps under `folder`, of which this run makes those before `until`.
 
-    Every `every` steps its state is saved and its losses are logged.
+    Every `every` seconds its state is saved and its losses are logged: a kill costs no more than that.
     """
 
     folder: Path
     name: str
     steps: int
     until: int | None = None
-    every: int = 50
+    every: float = 60.0
     _losses: list[dict[str, float]] = field(default_factory=list)
     _since: float = field(default_factory=time.monotonic)
 
@@ -68,15 +68,17 @@ class Stage:
         return state
 
     def due(self, step: int) -> bool:
-        """Whether the state is saved after this step (counted from 0)."""
-        return (step + 1) % self.every == 0 or step + 1 == self.end
+        """Whether it is time to save, after this step (counted from 0)."""
+        return step + 1 == self.end or time.monotonic() - self._since >= self.every
 
-    def after(self, step: int, losses: dict[str, float], state: Callable[[], dict[str, object]]) -> None:
-        """To be called after every step (counted from 0)."""
+    def after(
+        self, step: int, losses: dict[str, float], state: Callable[[], dict[str, object]], due: bool | None = None
+    ) -> None:
+        """To be called after every step (counted from 0). `due`: what `due` has said, if it has been asked."""
         self._losses.append(losses)
-        done = step + 1
-        if not self.due(step):
+        if not (self.due(step) if due is None else due):
             return
+        done = step + 1
         names = sorted({name for row in self._losses for name in row})
         values = {name: [row[name] for row in self._losses if name in row] for name in names}
         means = {name: sum(found) / len(found) for name, found in values.items()}

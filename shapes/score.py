@@ -13,8 +13,9 @@ from dataclasses import dataclass, fields
 import numpy as np
 
 from shapes.data import pixel_frame
-from shapes.measure import Seen, drift, mark, seam, see, which_background
-from shapes.world import COLOURS, MOTIONS, Floats, Hidden, Scene, Track, story, tracks
+from shapes.film import tracks
+from shapes.measure import Seen, drift, mark, seam, see, which_background, wrapped
+from shapes.world import HEIGHT, MOTIONS, WIDTH, Floats, Hidden, Scene, Track, as_floats
 
 FIRST_BLOCK = 9  # pixel frames
 LAST = 12  # pixel frames at the end in which a remembered thing must still be there
@@ -72,26 +73,6 @@ def score(video: Floats, scene: Scene) -> Score:
     )
 
 
-def score_later(video: Floats, scenes: Sequence[tuple[int, Scene]]) -> dict[str, float]:
-    """A storyboard's last scene, scenes[i] beginning at pixel frame scenes[i][0]: position in pixels, and what counts
-    as right in the end: the place within 6 pixels, the radius within 15 %, the colour."""
-    (seen,), start = (see(video),), scenes[-1][0]
-    hidden = _choice([seen], scenes[0][1], FIRST_BLOCK)
-    (track,) = story(scenes, hidden, len(video))
-    off = distance(seen, track)
-    colour = scenes[-1][1].target or _colour_before(scenes)
-    near = off[-LAST:].mean() < 6
-    sized = abs(float(np.nanmean(seen.radius[-LAST:])) / float(track.radius[-LAST:].mean()) - 1) < 0.15 if near else 0
-    right = near and sized and seen.colour(-LAST, len(video)) == colour
-    return {"later_position": float(off[start:].mean()), "later_right": float(right)}
-
-
-def _colour_before(scenes: Sequence[tuple[int, Scene]]) -> str:
-    """The colour that the thing has when the last scene begins; a turn that is cut short ends nearer to one."""
-    (track,) = story(scenes, Hidden())
-    return min(COLOURS, key=lambda name: float(np.abs(np.array(COLOURS[name]) - track.colour[-1]).sum()))
-
-
 def borders(frames: int) -> list[int]:
     """The first pixel frame of every block but the first."""
     return [start for start in (pixel_frame(3 * block) for block in range(1, 1000)) if start < frames]
@@ -99,8 +80,8 @@ def borders(frames: int) -> list[int]:
 
 def distance(seen: Seen, track: Track) -> Floats:
     """Pixels between the thing and where it should be [frames]; the frame's width where nothing is seen."""
-    off: Floats = np.nan_to_num(np.hypot(seen.x - track.x, seen.y - track.y), nan=128.0)
-    return off
+    dx, dy = wrapped(seen.x - track.x, WIDTH), wrapped(seen.y - track.y, HEIGHT)
+    return as_floats(np.nan_to_num(np.hypot(dx, dy), nan=float(WIDTH)))
 
 
 def _share(values: Iterable[bool]) -> float:

@@ -140,7 +140,9 @@ class Stories:
         plan = Plan(TURN, prefix=group.prefix.shape[1], window=WINDOW)
         if group.turns:
             plan = Plan(2 * TURN, prefix=plan.prefix, quiet=TURN, window=WINDOW, gap=True)
-        past = torch.cat((group.prefix, group.recent[:, -BLOCK * plan.quiet :] if plan.quiet else group.prefix[:, :0]), 1)
+        past = torch.cat(
+            (group.prefix, group.recent[:, -BLOCK * plan.quiet :] if plan.quiet else group.prefix[:, :0]), 1
+        )
         truth = self._truth(group, start, stop)
         blocks, seed = truth, int(rng.integers(1 << 40))
         if rng.random() < OWN:

@@ -11,7 +11,6 @@ Units: pixels (x to the right, y down, pixel centres at .5) and pixel frames at 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -271,22 +270,6 @@ class World:
         return replace(_body(number, thing, path), presence=Ramp((0.0,), (1.0,), 0.0, SWIFT))
 
 
-@dataclass(frozen=True)
-class Film:
-    """Everything that is to be seen: tracks in the order in which things came (a later one lies over an earlier one),
-    `backdrop` [frames, BACKGROUNDS], and the mark that all things bear."""
-
-    tracks: tuple[Track, ...]
-    backdrop: Floats
-    mark: int
-
-    def __len__(self) -> int:
-        return len(self.backdrop)
-
-    def cut(self, first: int, stop: int) -> Film:
-        return Film(tuple(track.cut(first, stop) for track in self.tracks), self.backdrop[first:stop], self.mark)
-
-
 def _only(index: int) -> tuple[float, ...]:
     return tuple(float(i == index) for i in range(len(BACKGROUNDS)))
 
@@ -328,44 +311,3 @@ def _path(motion: str, way: int) -> Path:
     if motion not in places:
         return Path("still", middle, HEIGHT / 2)
     return Path(motion, *places[motion], rate=-1.0 if motion == "orbit" and way == 0 else 1.0)
-
-
-def film(scene: Scene, hidden: Hidden, frames: int = FRAMES, commands: Sequence[tuple[int, Command]] = ()) -> Film:
-    """A scene and what becomes of it; a command takes effect at its pixel frame."""
-    world, start = begin(scene, hidden), 0
-    found: dict[int, list[tuple[int, Track]]] = {}
-    backdrops: list[Floats] = []
-    for stop, command in (*commands, (frames, None)):
-        length = stop - start
-        for body in world.bodies:
-            found.setdefault(body.number, []).append((start, body.track(length)))
-        backdrops.append(world.backdrop.at(np.arange(length, dtype=np.float32)))
-        world, start = world.later(length), stop
-        world = world.obey(command) if command else world
-    tracks = tuple(_joined(parts, frames) for _, parts in sorted(found.items()))
-    return Film(tracks, np.concatenate(backdrops), hidden.mark)
-
-
-def world_at(scene: Scene, hidden: Hidden, commands: Sequence[tuple[int, Command]], frame: int) -> World:
-    """The world at a pixel frame, under those commands that come before it."""
-    world, now = begin(scene, hidden), 0
-    for start, command in commands:
-        if start >= frame:
-            break
-        world, now = world.later(start - now).obey(command), start
-    return world.later(frame - now)
-
-
-def _joined(parts: Sequence[tuple[int, Track]], frames: int) -> Track:
-    """One track of the stretches in which a thing is there; elsewhere its radius is 0."""
-    whole = Track(*(np.zeros((frames, *getattr(parts[0][1], name).shape[1:]), getattr(parts[0][1], name).dtype)
-                    for name in Track.__dataclass_fields__))  # fmt: skip
-    for start, part in parts:
-        for name in Track.__dataclass_fields__:
-            getattr(whole, name)[start : start + len(part.x)] = getattr(part, name)
-    return whole
-
-
-def tracks(scene: Scene, hidden: Hidden, frames: int = FRAMES) -> tuple[Track, ...]:
-    """The tracks of a first scene's things."""
-    return tuple(body.track(frames) for body in begin(scene, hidden).bodies)

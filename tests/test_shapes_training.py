@@ -19,13 +19,23 @@ from shapes.batches import Batches, DiTRecipe, Phase
 from shapes.dit import Flow
 from shapes.dit_training import batch_loss
 from shapes.export import export, native_names
+from shapes.forward import Plan
 from shapes.linear import LinearCode
 from shapes.optim import orthogonalize, trapezoid
-from shapes.reading import QUESTIONS, Reader, ReadingRecipe, answers, sample, train_text, trained_text_encoder
+from shapes.reading import (
+    QUESTIONS,
+    Reader,
+    ReadingRecipe,
+    answers,
+    command_answers,
+    sample,
+    train_text,
+    trained_text_encoder,
+)
 from shapes.runs import averaged
 from shapes.schedule import random_sigmas
 from shapes.vae import build_vae, decode_whole, encode_whole, fit_linear_code
-from shapes.world import Scene, Thing
+from shapes.world import Command, Hidden, Scene, Thing, begin
 
 KEYS = Path(__file__).parent / "data" / "checkpoint_keys.json"
 
@@ -125,7 +135,7 @@ def batches(chosen: DiTRecipe, folder: Path, rank: int = 0, workers: int = 1) ->
 @pytest.mark.parametrize("own", [0.0, 1.0])
 def test_the_loss_reaches_all_weights(own: float, code_folder: Path) -> None:
     (batch, other) = batches(recipe(own_history=own, own_from=0.0), code_folder)[0]
-    assert batch.switch == 2 and batch.own_history == bool(own) and batch.share == other.share == 0.5
+    assert batch.plan == Plan(1, prefix=6) and batch.redraw == bool(own) and batch.share == other.share == 0.5
     flow = Flow()
     with torch.no_grad():
         flow.model.head.head.weight.normal_(0, 0.1)  # it begins at zero, and nothing behind it would learn
@@ -138,8 +148,9 @@ def test_workers_share_a_step_without_changing_it(code_folder: Path) -> None:
     alone = batches(recipe(), code_folder)[5]
     shared = [part for rank in (0, 1) for part in batches(recipe(), code_folder, rank, workers=2)[5]]
     for one, other in zip(alone, shared, strict=True):
-        assert torch.equal(one.latents, other.latents) and torch.equal(one.embeds, other.embeds)
-        assert replace(one, latents=other.latents, embeds=other.embeds) == other
+        same = {name: getattr(other, name) for name in ("history", "target", "embeds")}
+        assert all(torch.equal(getattr(one, name), value) for name, value in same.items())
+        assert replace(one, **same) == other
 
 
 def test_muon_makes_updates_orthogonal() -> None:
@@ -153,21 +164,44 @@ def test_the_learning_rate_rises_stays_and_falls() -> None:
     assert shares[0] < 0.05 and shares[500] == 1 and shares[-1] < 0.01 and min(shares) > 0
 
 
+def said(places: list[int]) -> dict[str, str]:
+    """What the answers to QUESTIONS say."""
+    pairs = zip(QUESTIONS.items(), places, strict=True)
+    return {name: choices[place - 1] for (name, choices), place in pairs if place}
+
+
 def test_what_a_caption_says() -> None:
     scene = Scene((Thing("disc", "red", "large"),), "turn", "blue")
-    names = list(QUESTIONS)
-    said = dict(zip(names, answers(scene, "A large red ball turns blue."), strict=True))
-    assert said == {
-        "colour": 1 + QUESTIONS["colour"].index("red"),
-        "shape": 1 + QUESTIONS["shape"].index("disc"),
-        "size": 1 + QUESTIONS["size"].index("large"),
-        "motion": 1 + QUESTIONS["motion"].index("turn"),
-        "target": 1 + QUESTIONS["target"].index("blue"),
-        "second colour": 0,
-        "second shape": 0,
-    }
-    later = dict(zip(names, answers(scene, "The ball turns blue."), strict=True))
-    assert later == {**said, "colour": 0, "size": 0}
+    wanted = {"colour": "red", "shape": "disc", "size": "large", "verb": "turn", "target": "blue"}
+    assert said(answers(scene, "A large red ball turns blue.")) == wanted
+
+
+@pytest.mark.parametrize(
+    ("command", "text", "wanted"),
+    [
+        (Command("turn", target="blue"), "It turns blue.", {"verb": "turn", "target": "blue"}),
+        (
+            Command("morph", target="cross"),
+            "The red ball becomes a cross",
+            {"verb": "morph", "colour": "red", "shape": "disc", "target shape": "cross"},
+        ),
+        (Command("shrink"), "now the circle shrinks", {"verb": "shrink", "shape": "disc"}),
+        (Command("reverse"), "The other way.", {"verb": "reverse"}),
+        (
+            Command("background", target="dark"),
+            "the background turns dark",
+            {"verb": "background", "background": "dark"},
+        ),
+        (
+            Command("bring", new=Thing("square", "green", "small")),
+            "A small green box appears",
+            {"verb": "bring", "size": "small", "second colour": "green", "second shape": "square"},
+        ),
+    ],
+)
+def test_what_a_sentence_says(command: Command, text: str, wanted: dict[str, str]) -> None:
+    world = begin(Scene((Thing("disc", "red"),), "right"), Hidden())
+    assert said(command_answers(command, world, text)) == wanted
 
 
 def test_the_text_encoder_learns_to_read(tmp_path: Path) -> None:

@@ -8,25 +8,32 @@ import numpy as np
 import pytest
 
 from shapes.captions import caption, held_out, random_scene
+from shapes.commands import is_common, random_command, sentence
 from shapes.data import Clip, make_clip, pixel_frame
+from shapes.drawing import background, render
+from shapes.film import Film, film, tracks, world_at
 from shapes.measure import drift, seam, see, which_background
-from shapes.score import Score, borders, score, score_later
+from shapes.score import Score, borders, score
+from shapes.story_score import score_long, score_scenes
 from shapes.tokenizer import MAX_TOKENS, build_tokenizer
 from shapes.world import (
     BACKGROUNDS,
-    DIRECTIONS,
+    COLOURS,
+    COMMANDS,
+    FAST,
     FRAMES,
     HEIGHT,
+    LARGEST,
     MOTIONS,
+    SWIFT,
     WIDTH,
+    Command,
     Floats,
     Hidden,
     Scene,
     Thing,
-    background,
-    render,
-    story,
-    tracks,
+    Track,
+    begin,
 )
 
 CLIPS = [make_clip(101, index, held=None) for index in range(24)]
@@ -45,14 +52,100 @@ def test_a_shorter_clip_begins_like_a_longer_one() -> None:
     assert np.array_equal(make_clip(5, 3, frames=33).video, make_clip(5, 3).video[:33])
 
 
-def test_a_second_caption_changes_what_follows_and_nothing_before() -> None:
-    thing, hidden = Thing("disc", "red"), Hidden(background=1)
-    plain = render(tracks(Scene((thing,), "right"), hidden), hidden)
-    start = pixel_frame(9)
-    switched = story(((0, Scene((thing,), "right")), (start, Scene((thing,), "up"))), hidden)
-    assert np.array_equal(render(switched, hidden)[:start], plain[:start])
-    (track,) = switched
-    assert np.allclose(track.x[start:], track.x[start]) and track.y[-1] < track.y[start] - 15
+BALL = Scene((Thing("disc", "red"),), "right")
+START = pixel_frame(9)
+
+
+def after(*commands: Command, scene: Scene = BALL, frames: int = 141) -> Film:
+    """What becomes of a scene under commands, the first at START, each two blocks after the one before."""
+    script = [(START + 2 * SWIFT * i, command) for i, command in enumerate(commands)]
+    return film(scene, Hidden(background=1), frames, script)
+
+
+def test_a_command_changes_what_follows_and_nothing_before() -> None:
+    plain, turned = after(), after(Command("up"))
+    assert np.array_equal(render(turned)[:START], render(plain)[:START])
+    (track,) = turned.tracks
+    assert np.allclose(track.x[START:], track.x[START]) and track.y[START + 20] < track.y[START] - 10
+
+
+def steps(track: Track) -> tuple[Floats, Floats]:
+    """Pixels from frame to frame, across the edges."""
+    dx, dy = np.diff(track.x), np.diff(track.y)
+    return (dx + WIDTH / 2) % WIDTH - WIDTH / 2, (dy + HEIGHT / 2) % HEIGHT - HEIGHT / 2
+
+
+@pytest.mark.parametrize(
+    ("commands", "speed"),
+    [
+        ([Command("reverse")], (-1.0, 0.0)),
+        ([Command("fast")], (FAST, 0.0)),
+        ([Command("fast"), Command("slow")], (1.0, 0.0)),
+        ([Command("fast"), Command("reverse")], (-FAST, 0.0)),
+        ([Command("fast"), Command("left")], (-1.0, 0.0)),  # a new direction has the usual speed
+        ([Command("still")], (0.0, 0.0)),
+        ([Command("turn", target="blue")], (1.0, 0.0)),  # what is not named goes on
+        ([Command("morph", target="cross")], (1.0, 0.0)),
+        ([Command("background", target="land")], (1.0, 0.0)),
+    ],
+)
+def test_what_commands_do_to_a_motion(commands: list[Command], speed: tuple[float, float]) -> None:
+    (track,) = after(*commands).tracks
+    dx, dy = steps(track)
+    assert np.allclose(dx[-30:], speed[0], atol=1e-3) and np.allclose(dy[-30:], speed[1], atol=1e-3)
+
+
+def test_a_command_changes_looks_within_a_block() -> None:
+    (track,) = after(Command("turn", target="blue"), Command("morph", target="cross")).tracks
+    assert np.allclose(track.colour[START], COLOURS["red"]) and np.allclose(
+        track.colour[START + SWIFT], COLOURS["blue"]
+    )
+    assert track.shape == "cross" and track.morph[-1] == 1
+    shown = after(Command("background", target="land"))
+    assert which_background(render(shown.cut(START + SWIFT, START + SWIFT + 4))) == BACKGROUNDS.index("land")
+    (track,) = after(Command("grow")).tracks
+    assert track.radius[-1] == LARGEST
+
+
+def test_a_second_thing_comes_moves_along_and_goes() -> None:
+    new = Thing("square", "green", "small")
+    first, second = after(Command("bring", new=new), Command("up"), Command("remove", thing=0)).tracks
+    assert not second.radius[:START].any() and second.radius[START + SWIFT] == 12 and second.shape == "square"
+    there = slice(START, START + 4 * SWIFT)
+    assert np.allclose((second.x[there] - first.x[there]) % WIDTH, WIDTH / 2, atol=1e-3)
+    assert first.radius[-1] == 0 and second.radius[-1] == 12
+
+
+@pytest.mark.parametrize("motion", [motion for motion in MOTIONS if motion not in ("grow", "shrink", "turn", "still")])
+def test_things_go_on_moving_for_minutes(motion: str) -> None:
+    things = (Thing("square", "blue"), Thing("disc", "red"))[: 2 if motion == "pass" else 1]
+    for track in tracks(Scene(things, motion), Hidden(), 16 * 120):
+        dx, dy = steps(track)
+        assert np.hypot(dx, dy)[-40:].max() > 0.5
+        assert track.x.min() >= 0 and track.x.max() < WIDTH and track.y.min() >= 0 and track.y.max() < HEIGHT
+
+
+def test_what_leaves_on_one_side_comes_in_on_the_other() -> None:
+    scene = Scene((Thing("square", "blue"),), "right")
+    shown = film(scene, Hidden(background=1), 200)
+    frame = int(np.abs(shown.tracks[0].x - WIDTH + 4).argmin())
+    picture = render(shown.cut(frame, frame + 1))[0]
+    assert picture[40, 2, 2] > 0.8 and picture[40, -2, 2] > 0.8 and picture[40, WIDTH // 2, 2] < 0.5
+    seen = see(render(shown))
+    off = (seen.x - shown.tracks[0].x + WIDTH / 2) % WIDTH - WIDTH / 2
+    assert seen.shape == "square" and np.abs(off).max() < 0.5
+
+
+def test_a_long_films_frames_can_be_drawn_alone() -> None:
+    clip = make_clip(5, 1, (9, 18, 30), 200)
+    assert np.array_equal(render(clip.film.cut(100, 140)), clip.video[100:140])
+
+
+def test_the_world_at_a_frame_goes_on_like_the_film() -> None:
+    script = [(START, Command("reverse")), (80, Command("grow"))]
+    (whole,) = film(BALL, Hidden(), 160, script).tracks
+    (rest,) = (body.track(40) for body in world_at(BALL, Hidden(), script, 120).bodies)
+    assert np.allclose(rest.x, whole.x[120:], atol=1e-3) and np.allclose(rest.radius, whole.radius[120:], atol=1e-3)
 
 
 def test_no_training_scene_is_held_out() -> None:
@@ -72,33 +165,96 @@ def test_captions_are_plain_and_fit() -> None:
         assert all(thing.colour in text for thing in scene.things)
 
 
+def test_every_command_has_sentences_that_fit() -> None:
+    rng, tokenizer = np.random.default_rng(0), build_tokenizer()
+    unknown = {tokenizer.token_to_id(letter) for letter in "bcdefghijklmnopqrstuvwxyz"}
+    told = set()
+    for _ in range(60):
+        world = begin(random_scene(rng), Hidden()).later(30)
+        for _ in range(8):
+            command = random_command(rng, world)
+            text = sentence(command, world, rng)
+            ids = tokenizer.encode(text).ids
+            assert len(ids) <= MAX_TOKENS and not unknown & set(ids), text
+            assert "{" not in text and not any(wrong in text for wrong in ("they is", "they does", "both is", "it are"))
+            if is_common(command.verb) and len(world.there) == 2:
+                assert "the red" not in text.lower()
+            told.add(command.verb)
+            world = world.obey(command).later(SWIFT)
+            assert 1 <= len(world.there) <= 2 and len({body.colour for body in world.there}) == len(world.there)
+    assert told == set(COMMANDS)
+
+
+def about(held: bool) -> set[tuple[str, str, str]]:
+    """Shape, colour and verb of commands that are drawn for training, or held out."""
+    found = set()
+    for index in range(40):
+        clip = make_clip(5, index, (9,), held=held)
+        world, (command,) = world_at(clip.scene, clip.hidden, (), START), clip.commands
+        thing = command.new or world.there[command.thing]
+        found.add((thing.shape, thing.colour, command.verb))
+    return found
+
+
+def test_no_training_command_is_held_out() -> None:
+    seen, held = about(False), about(True)
+    assert len(seen) > 20 and len(held) > 20 and not seen & held
+
+
 @pytest.mark.parametrize("motion", MOTIONS)
 def test_things_stay_in_the_picture(motion: str) -> None:
     things = (Thing("square", "blue", "large"),) if motion != "pass" else (Thing("disc", "red"), Thing("disc", "blue"))
     for hidden in (Hidden(way=0), Hidden(way=1)):
         for track in tracks(Scene(things, motion, "red" if motion == "turn" else None), hidden):
             assert track.x.min() > 12 and track.x.max() < WIDTH - 12
-            assert track.y.min() > 0 and track.y.max() < HEIGHT
+            assert track.y.min() >= 0 and track.y.max() < HEIGHT
 
 
 def test_measures_are_right_on_the_world_itself() -> None:
-    scores = [score(clip.video, clip.scenes[0]) for clip in CLIPS]
+    scores = [score(clip.video, clip.scene) for clip in CLIPS]
     for name in SHARES:
         assert np.nanmean([getattr(one, name) for one in scores]) == 1.0, name
     assert np.mean([one.position for one in scores]) < 0.5
     assert min(one.drift for one in scores) > 45
-    assert all(which_background(background(index)[None]) == index for index in range(BACKGROUNDS))
+    assert all(which_background(background(index)[None]) == index for index in range(len(BACKGROUNDS)))
+
+
+STORIES = [make_clip(102, index, (9, 18), 141, held=None) for index in range(10)]
 
 
 def test_storyboard_measures_are_right_on_the_world_itself() -> None:
-    for index in range(8):
-        clip = make_clip(102, index, 9, held=None)
-        scenes = [(pixel_frame(start), scene) for start, scene in zip(clip.starts, clip.scenes, strict=True)]
-        assert score_later(clip.video, scenes)["later_right"] == 1.0
-        stopped = clip.video.copy()
-        stopped[scenes[1][0] :] = stopped[scenes[1][0]]
-        if clip.scenes[1].motion in DIRECTIONS:
-            assert score_later(stopped, scenes)["later_right"] == 0.0
+    scores = [scene for clip in STORIES for scene in score_scenes(clip.video, clip)]
+    assert len(scores) == 30 and np.mean([one.right for one in scores]) > 0.95
+    assert np.mean([one.position for one in scores]) < 0.5
+
+
+def deaf(clip: Clip) -> Floats:
+    """The first scene goes on for ever."""
+    return render(film(clip.scene, clip.hidden, clip.frames))
+
+
+def stopped(clip: Clip) -> Floats:
+    video = clip.video.copy()
+    video[START:] = video[START]
+    return video
+
+
+@pytest.mark.parametrize("spoil", [deaf, stopped])
+def test_storyboard_measures_fall_on_who_does_not_listen(spoil: Callable[[Clip], Floats]) -> None:
+    scores = [scene for clip in STORIES for scene in score_scenes(spoil(clip), clip)[1:]]
+    assert np.mean([one.right for one in scores]) < 0.3
+
+
+def test_long_videos_are_held_to_their_beginning() -> None:
+    clip = make_clip(103, 2, frames=241, held=None)
+    fine = score_long(clip.video, clip)
+    assert fine.right == 1 and fine.still > 45 and fine.drift > 45 and fine.brightness < 0.1 and fine.hue < 1
+    darker = clip.video * np.linspace(1, 0.8, len(clip.video), dtype=np.float32)[:, None, None, None]
+    spoilt = score_long(darker, clip)
+    assert spoilt.drift < 30 and spoilt.brightness > 3 and spoilt.hue > 3
+    jumping = clip.video.copy()
+    jumping[100:] += 0.1 * (which_background(clip.video) == 1) - 0.05
+    assert score_long(jumping, clip).still < 32
 
 
 def swapped_channels(clip: Clip) -> Floats:
@@ -118,19 +274,19 @@ def empty(clip: Clip) -> Floats:
 
 
 def new_background_half_way(clip: Clip) -> Floats:
-    other = (clip.hidden.background + 1) % BACKGROUNDS
+    other = (clip.hidden.background + 1) % len(BACKGROUNDS)
     hidden = Hidden(other, clip.hidden.mark, clip.hidden.way)
-    return np.concatenate((clip.video[:40], render(tracks(clip.scenes[0], hidden), hidden)[40:]))
+    return np.concatenate((clip.video[:40], render(film(clip.scene, hidden))[40:]))
 
 
 def new_mark_half_way(clip: Clip) -> Floats:
     hidden = Hidden(clip.hidden.background, (clip.hidden.mark + 1) % 3, clip.hidden.way)
-    return np.concatenate((clip.video[:40], render(tracks(clip.scenes[0], hidden), hidden)[40:]))
+    return np.concatenate((clip.video[:40], render(film(clip.scene, hidden))[40:]))
 
 
 def other_way_half_way(clip: Clip) -> Floats:
     hidden = Hidden(clip.hidden.background, clip.hidden.mark, 1 - clip.hidden.way)
-    return np.concatenate((clip.video[:40], render(tracks(clip.scenes[0], hidden), hidden)[40:]))
+    return np.concatenate((clip.video[:40], render(film(clip.scene, hidden))[40:]))
 
 
 @pytest.mark.parametrize(
@@ -147,15 +303,15 @@ def other_way_half_way(clip: Clip) -> Floats:
     ],
 )
 def test_measures_fall_on_what_is_wrong(spoil: Callable[[Clip], Floats], metric: str) -> None:
-    clips = [clip for clip in CLIPS if clip.scenes[0].motion in ("right", "left", "up", "down", "pass", "grow")]
+    clips = [clip for clip in CLIPS if clip.scene.motion in ("right", "left", "up", "down", "pass", "grow")]
     assert len(clips) >= 6
-    values = [getattr(score(spoil(clip), clip.scenes[0]), metric) for clip in clips]
+    values = [getattr(score(spoil(clip), clip.scene), metric) for clip in clips]
     assert np.nanmean(values) < 0.5
 
 
 def test_position_counts_a_path_that_is_left() -> None:
-    clip = next(clip for clip in CLIPS if clip.scenes[0].motion in ("right", "left"))
-    assert score(frozen(clip), clip.scenes[0]).position > 20
+    clip = next(clip for clip in CLIPS if clip.scene.motion in ("right", "left"))
+    assert score(frozen(clip), clip.scene).position > 20
 
 
 def test_drift_and_seams_are_seen() -> None:

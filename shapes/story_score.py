@@ -1,0 +1,133 @@
+"""Storyboards and long videos against the world's laws: is every scene right, and does it last?
+
+A scene is what happens from one caption to the next. What a caption asks for takes a block; after it, colours, shapes,
+motions and the background must be as the world has them, and nothing else may be there. Numbers are read off the
+pixels by `shapes.measure`.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from shapes.data import Clip
+from shapes.film import world_at
+from shapes.measure import (
+    LEAST_AREA,
+    Seen,
+    brightness_change,
+    drift,
+    nearest_colour,
+    saturated,
+    see,
+    which_background,
+    wrapped,
+)
+from shapes.score import LAST, distance
+from shapes.world import BACKGROUNDS, COLOURS, FRAMES, HEIGHT, SWIFT, WIDTH, Body, Floats, Track, World, begin
+
+PATH_ERROR = 4.0  # pixels, from where it was when the caption had been obeyed: up to here a motion is right
+SIZE_ERROR = 0.15  # of the radius
+SECOND = 16  # pixel frames
+ANCHOR = 4  # pixel frames whose mean place is where a thing was
+
+
+@dataclass(frozen=True)
+class SceneScore:
+    """Shares are 0 or 1; `position` is the mean distance in pixels from the place that the world's laws give."""
+
+    colour: float
+    shape: float
+    motion: float
+    background: float
+    position: float
+
+    @property
+    def right(self) -> float:
+        return min(self.colour, self.shape, self.motion, self.background)
+
+
+def score_scenes(video: Floats, clip: Clip) -> list[SceneScore]:
+    """Every scene of a video [frames, H, W, 3] in 0..1, the first one too."""
+    starts = [start for start, _ in clip.script]
+    bounds = list(zip([0, *starts], [*starts, len(video)], strict=True))
+    worlds = [begin(clip.scene, clip.hidden)]
+    worlds += [world_at(clip.scene, clip.hidden, clip.script, start).obey(command) for start, command in clip.script]
+    return [score_scene(video[start:stop], world) for (start, stop), world in zip(bounds, worlds, strict=True)]
+
+
+def score_scene(part: Floats, world: World) -> SceneScore:
+    """A scene's frames against the world with which it begins."""
+    settled = part[SWIFT:]
+    several = len(world.there) > 1
+    seen = [see(settled, body.colour if several else None) for body in world.there]
+    expected = [body.track(len(part)).cut(SWIFT, len(part)) for body in world.there]
+    pairs = list(zip(seen, expected, strict=True))
+    return SceneScore(
+        colour=float(_colours_are_right(settled[-LAST:], world.there)),
+        shape=float(all(one.shape == body.shape for one, body in zip(seen, world.there, strict=True))),
+        motion=float(all(_moves_like(one, track) for one, track in pairs)),
+        background=float(which_background(settled[-LAST:]) == BACKGROUNDS.index(world.background)),
+        position=float(np.mean([distance(one, track).mean() for one, track in pairs])),
+    )
+
+
+def _colours_are_right(frames: Floats, bodies: tuple[Body, ...]) -> bool:
+    """Whether in most frames exactly the colours of these things are there."""
+    masks, colours = saturated(frames), nearest_colour(frames)
+    areas = np.stack([(masks & (colours == i)).sum((1, 2)) for i in range(len(COLOURS))], axis=1)
+    wanted = [any(body.colour == name for body in bodies) for name in COLOURS]
+    return bool(((areas >= LEAST_AREA) == wanted).all(1).mean() >= 0.5)
+
+
+def _moves_like(seen: Seen, track: Track) -> bool:
+    """Whether a thing goes the way of the track from where it was seen first, and is as large in the end."""
+    if np.isnan(seen.x).any():
+        return False
+    dx, dy = wrapped(seen.x - track.x, WIDTH), wrapped(seen.y - track.y, HEIGHT)
+    dx, dy = wrapped(dx - dx[:ANCHOR].mean(), WIDTH), wrapped(dy - dy[:ANCHOR].mean(), HEIGHT)
+    sized = abs(float(seen.radius[-LAST:].mean()) / float(track.radius[-LAST:].mean()) - 1) < SIZE_ERROR
+    return sized and float(np.hypot(dx, dy).mean()) < PATH_ERROR
+
+
+@dataclass(frozen=True)
+class LongScore:
+    """How a long video ends. Shares are 0 or 1, of the last five seconds; `still`: PSNR in dB of the background between
+    frames a second apart, at its worst; `drift`: between the first block and the end; `brightness`: by how much the
+    background has become brighter or darker, in % of the whole range; `hue`: by how much a thing's colour has changed,
+    the largest change of a channel in % of the range."""
+
+    colour: float
+    shape: float
+    motion: float
+    background: float
+    still: float
+    drift: float
+    brightness: float
+    hue: float
+
+    @property
+    def right(self) -> float:
+        return min(self.colour, self.shape, self.motion, self.background)
+
+
+def score_long(video: Floats, clip: Clip) -> LongScore:
+    """A video of one scene, of ten seconds or more."""
+    start, end = len(video) - FRAMES, len(video) - 1
+    last = score_scene(video[start:], world_at(clip.scene, clip.hidden, (), start))
+    return LongScore(
+        *(last.colour, last.shape, last.motion, last.background),
+        still=min(drift(video, at, at + SECOND) for at in range(0, len(video) - SECOND, SECOND)),
+        drift=drift(video, 0, end),
+        brightness=100 * abs(brightness_change(video, 0, end)),
+        hue=100 * _hue_change(video[FRAMES - SECOND : FRAMES], video[-SECOND:]),
+    )
+
+
+def _hue_change(early: Floats, late: Floats) -> float:
+    """Between the mean colours of what is a thing in each; NaN if none is there."""
+    means = [part[saturated(part)] for part in (early, late)]
+    if min(map(len, means)) < LEAST_AREA:
+        return float("nan")
+    return float(np.abs(means[0].mean(0) - means[1].mean(0)).max())
