@@ -203,7 +203,7 @@ def _evaluate_stories(
     one.sort(key=lambda clip: clip.starts)
     for batch, group in generate(parts, config(settings), one, args.batch):
         for video, clip in zip(batch.videos, group, strict=True):
-            report.add(name, _prefixed("switch", score_scenes(video, clip)[-1]))
+            report.add(name, _prefixed("later", score_scenes(video, clip)[-1]))
     frames = pixel_frame(TEN_FRAMES)
     ten = [make_clip(TEN_SEED, i, TEN_SWITCHES, frames, held=True) for i in range(args.ten)]
     for batch, group in generate(parts, config([*streaming, f"num_output_frames={TEN_FRAMES}"]), ten, MANY_FRAMES):

@@ -31,12 +31,18 @@ LOG_VARIANCE = -6.0  # what the encoder says of its certainty; nobody reads it
 
 
 def export(work: Path, folder: Path) -> Path:
-    """Write `folder`/Wan2.1-T2V-shapes from the states in `work`; returns it."""
+    """Write `folder`/Wan2.1-T2V-shapes from the states in `work`; returns it.
+
+    Where no VAE has been trained in `work` the one in the folder stays: the linear code, towards which every VAE is
+    trained, is the same.
+    """
     target = folder / MODEL
     write_tokenizer(target / "google" / "umt5-xxl")
     _write_transformer(cast(Flow, averaged(work / "dit.pt", Flow())), target)
     _write_text_encoder(trained_text_encoder(work), target)
-    torch.save(_halved(native_vae(averaged(work / "vae.pt", build_vae()))), target / "Wan2.1_VAE.pth")
+    vae = target / "Wan2.1_VAE.pth"
+    if (work / "vae.pt").is_file() or not vae.is_file():
+        torch.save(_halved(native_vae(averaged(work / "vae.pt", build_vae()))), vae)
     return target
 
 

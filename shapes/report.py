@@ -34,22 +34,22 @@ COLUMNS = {
     "drift": ("drift dB", 1, 1),
     "seam": ("seam", 1, 2),
     "psnr": ("PSNR to full dB", 1, 1),
-    "switch_right": ("after a switch %", 100, 1),
-    "switch_colour": ("- colour %", 100, 1),
-    "switch_shape": ("- shape %", 100, 1),
-    "switch_motion": ("- motion %", 100, 1),
-    "switch_background": ("- background %", 100, 1),
-    "switch_position": ("- position px", 1, 2),
+    "later_right": ("after switch %", 100, 1),
+    "later_colour": ("after switch: colour %", 100, 1),
+    "later_shape": ("after switch: shape %", 100, 1),
+    "later_motion": ("after switch: motion %", 100, 1),
+    "later_background": ("after switch: background %", 100, 1),
+    "later_position": ("after switch px", 1, 2),
     "ten_right": ("scenes of ten switches %", 100, 1),
     "long_right": ("after 60 s %", 100, 1),
-    "long_colour": ("- colour %", 100, 1),
-    "long_shape": ("- shape %", 100, 1),
-    "long_motion": ("- motion %", 100, 1),
-    "long_background": ("- background %", 100, 1),
-    "long_still": ("- still dB", 1, 1),
-    "long_drift": ("- drift dB", 1, 1),
-    "long_brightness": ("- brightness %", 1, 2),
-    "long_hue": ("- hue %", 1, 2),
+    "long_colour": ("after 60 s: colour %", 100, 1),
+    "long_shape": ("after 60 s: shape %", 100, 1),
+    "long_motion": ("after 60 s: motion %", 100, 1),
+    "long_background": ("after 60 s: background %", 100, 1),
+    "long_still": ("after 60 s: still dB", 1, 1),
+    "long_drift": ("after 60 s: drift dB", 1, 1),
+    "long_brightness": ("after 60 s: brightness %", 1, 2),
+    "long_hue": ("after 60 s: hue %", 1, 2),
     "block_ms": ("ms a block", 1, 1),
 }
 QUALITY = ("colour", "shape", "motion", "remembered")  # what the plot's vertical axis is the mean of
@@ -150,9 +150,11 @@ def quality(row: Mapping[str, float]) -> float:
 
 
 def table(policies: Mapping[str, Any]) -> str:
-    """Markdown of `Report.as_dict`: a row a metric, a column a policy, the interval in brackets."""
+    """Markdown of `Report.as_dict`: a row a metric that was measured, a column a policy, the interval in brackets."""
     lines = ["| | " + " | ".join(policies) + " |", "|---" * (len(policies) + 1) + "|"]
     for metric, (heading, factor, decimals) in COLUMNS.items():
+        if not any(metric in row for row in policies.values()):
+            continue
         cells = [_cell(row.get(metric), factor, decimals) for row in policies.values()]
         lines.append(f"| {heading} | " + " | ".join(cells) + " |")
     observed = [(policy, row["current_share"]) for policy, row in policies.items() if "current_share" in row]

@@ -116,7 +116,7 @@ def test_the_evaluation_in_short_keeps_the_gate(tmp_path: Path, capsys: pytest.C
     assert "| colour % |" in capsys.readouterr().out
     report = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["policies"]
     assert report["packed"]["psnr"]["n"] == 16 and "psnr" not in report["full"]
-    assert report["full"]["switch_right"]["n"] == 4
+    assert report["full"]["later_right"]["n"] == 4
     assert len(report["packed"]["current_share"]) == 4
 
 

@@ -1,0 +1,111 @@
+"""Stories are drawn as the product draws videos, take switches where they are, and go on where they were stopped."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor
+
+from dummy.policy import ContextPolicy
+from pipeline.runtime.generator import BlockGenerator, GeneratorSettings, Segment
+from shapes.batches import Batch
+from shapes.dit import Flow, TextEncoder
+from shapes.dit_training import batch_loss
+from shapes.forward import Plan, init_
+from shapes.linear import LinearCode
+from shapes.schedule import SCHEDULE
+from shapes.stories import BLOCK, TURN, WINDOW, Stories, draw
+from shapes.vae import fit_linear_code
+from wan.attention.head_group import Retention
+from wan.config import ModelConfig
+from wan.geometry import LatentGeometry
+from wan.transformer.model import CausalWanModel
+
+CONFIG = ModelConfig(dim=48, ffn_dim=64, num_heads=2, num_layers=2, freq_dim=16, text_dim=12, text_len=7)
+
+
+class Noise:
+    """The loop's noise, from a generator in the order in which it is asked for."""
+
+    def __init__(self, seed: int, batch: int) -> None:
+        self._generator, self._batch = torch.Generator().manual_seed(seed), batch
+
+    def normal(self, shape: Sequence[int]) -> Tensor:
+        return torch.randn(self._batch, *shape, generator=self._generator)
+
+
+@pytest.mark.parametrize(("switch", "blocks"), [(None, 1), (12, 4), (15, 5)])
+def test_blocks_are_drawn_as_the_products_loop_draws_them(switch: int | None, blocks: int) -> None:
+    """At a video's beginning, and after a switch behind `blocks` blocks."""
+    net = init_(CausalWanModel(CONFIG), 3)
+    torch.nn.init.normal_(net.head.head.weight, 0.0, 0.3, generator=torch.Generator().manual_seed(4))
+    generator = torch.Generator().manual_seed(5)
+    past = torch.randn(2, 3 * blocks, 16, 4, 4, generator=generator)
+    embeds = torch.randn(2, 2, 7, 12, generator=generator)
+    window = ContextPolicy("window", Retention(1, WINDOW - 1 - BLOCK), window_sinks=1)
+    settings = GeneratorSettings(SCHEDULE, window, window=WINDOW, relative_rope=True)
+    with torch.inference_mode():
+        texts = [net.encode_text(embeds[0]), net.encode_text(embeds[1])]
+    segments = [Segment(0, texts[0]), *([Segment(switch, texts[1])] if switch else [])]
+    geometry = LatentGeometry(4, 4, 3 * (blocks + TURN), 3)
+    rollout = BlockGenerator(net, settings).start(geometry, segments, Noise(6, 2), 2, prefix_latents=past)
+    expected = torch.cat([block.latents for block in rollout.blocks()][blocks:], dim=1)
+    plan = Plan(TURN, prefix=min(3 * blocks, WINDOW), window=WINDOW)
+    found = draw(net, past[:, -plan.prefix :], embeds[int(switch is not None)], plan, torch.Generator().manual_seed(6))
+    assert (found - expected).abs().max() < 1e-4
+
+
+@pytest.fixture(scope="module")
+def code(tmp_path_factory: pytest.TempPathFactory) -> LinearCode:
+    return fit_linear_code(Path(tmp_path_factory.mktemp("code")), clips=4)
+
+
+def turns(stories: Stories, flow: Flow, steps: range) -> list[Batch]:
+    return [stories.next(flow.model, step) for step in steps]
+
+
+def test_stories_go_on_where_they_were_stopped(code: LinearCode) -> None:
+    flow, text = Flow(), TextEncoder().requires_grad_(False)
+    whole, first, second = (Stories(code, text, 1, batch=2) for _ in range(3))
+    turns(whole, flow, range(2))
+    turns(first, flow, range(2))
+    second.restore(first.state())
+    for one, other in zip(turns(whole, flow, range(2, 4)), turns(second, flow, range(2, 4)), strict=True):
+        tensors = {name: getattr(other, name) for name in ("history", "target", "embeds")}
+        assert all(torch.equal(getattr(one, name), value) for name, value in tensors.items())
+        assert replace(one, **tensors) == other
+
+
+def test_a_story_is_told_turn_by_turn(code: LinearCode) -> None:
+    """Of one group: its captions change with its switches, where the last frames become the prefix; a model that knows
+    nothing is put right every time, so that the history is the film's."""
+    flow, text = Flow(), TextEncoder().requires_grad_(False)
+    stories, rng = Stories(code, text, 0, batch=2), np.random.default_rng(2)
+    group = next(group for group in (stories._begin(rng, step, fresh=True) for step in range(50)) if group.switches)
+    (clip,) = group.clips
+    plans = []
+    while group.at < min(group.length, group.switches[0] + 3 * BLOCK * TURN):
+        at, prefix = group.at, group.prefix
+        batch = stories._turn(group, flow.model, rng)
+        plans.append((at, batch.plan))
+        caption = clip.captions[sum(switch <= at for switch in clip.switches)]
+        assert torch.equal(batch.embeds, text([caption]))
+        if at in clip.switches:
+            assert torch.equal(group.prefix, batch.history[:, :WINDOW]) and group.prefix.shape[1] == WINDOW
+        else:
+            assert torch.equal(group.prefix, prefix)
+        truth = stories._truth(group, at, at + BLOCK * TURN)
+        assert torch.equal(batch.target.flatten(1, 2), truth)
+        assert torch.equal(batch.history[:, -BLOCK * TURN :], truth)
+        assert batch.history.shape[1] >= batch.plan.clean
+    assert plans[0] == (BLOCK, Plan(TURN, prefix=BLOCK, window=WINDOW))
+    assert (group.switches[0], Plan(TURN, prefix=WINDOW, window=WINDOW)) in plans
+    assert all(plan.gap == (at not in (BLOCK, *group.switches)) for at, plan in plans)
+    torch.autograd.backward(batch_loss(flow, None, batch))
+    head = flow.model.head.head.weight.grad
+    assert head is not None and head.abs().max() > 0
