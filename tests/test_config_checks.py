@@ -229,6 +229,17 @@ def test_sizes_that_no_machine_can_mean_are_refused(setting: str, value: int) ->
     assert message.startswith(setting), message
 
 
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("model_kwargs.timestep_shift=1e-308", "model_kwargs.timestep_shift=1e308", "adapter.alpha=1e308"),
+        *("device=cuda:999999999999", "vae_device=cpu:99999999999999999999", "device=cuda:٣", "resolution=[8208,16]"),
+    ],
+)
+def test_numbers_with_which_nothing_can_be_computed_are_refused(override: str) -> None:
+    assert message_of(override).startswith(f"{override.partition('=')[0]}: ")
+
+
 def test_no_more_videos_are_planned_than_a_run_can_mean(tmp_path: Path) -> None:
     (tmp_path / "p.txt").write_text("a red fox runs\n" * 200)
     config = load_config(SELF_FORCING, [f"data_path={tmp_path / 'p.txt'}", "num_samples=1000"])

@@ -16,6 +16,8 @@ from utils.errors import InputError, require_range, shown
 from wan.geometry import MOST_FRAMES
 
 MOST_RANK = 65536  # wider than any layer
+MOST_ALPHA = 1e6  # a LoRA's strength; far beyond, its weights leave the range of bf16
+MOST_SHIFT = 1000.0  # all steps are noise from there on, and clean below its inverse
 
 # The largest sizes of any model that could be meant: what lies beyond is a slip or an attack, and to build such a model
 # would take minutes.
@@ -129,6 +131,11 @@ class ModelKwargs:
             raise InputError(
                 f"model_kwargs.timestep_shift: must be above 0 (published: 5.0), got {self.timestep_shift}"
             )
+        if not 1 / MOST_SHIFT <= self.timestep_shift <= MOST_SHIFT:
+            raise InputError(
+                f"model_kwargs.timestep_shift: must be from {1 / MOST_SHIFT:g} to {MOST_SHIFT:g} (published: 5.0), got "
+                f"{self.timestep_shift}"
+            )
         require_range("model_kwargs.local_attn_size", self.local_attn_size, -1, MOST_FRAMES)
         require_range("model_kwargs.sink_size", self.sink_size, 0, MOST_FRAMES, "latent frames")
 
@@ -151,3 +158,5 @@ class AdapterConfig:
             require_range("adapter.rank", self.rank, 1, MOST_RANK)
         if self.alpha is not None and self.alpha <= 0:
             raise InputError(f"adapter.alpha: must be above 0, got {self.alpha}")
+        if self.alpha is not None and self.alpha > MOST_ALPHA:
+            raise InputError(f"adapter.alpha: must be {MOST_ALPHA:g} or less, got {self.alpha}")

@@ -265,7 +265,7 @@ def _check_run(config: InferenceConfig) -> None:
     )
     _require(0 <= config.seed < 2**63, f"seed: must be from 0 to 2**63 - 1, got {config.seed}")
     for name in ("device", "vae_device"):
-        fits = re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:\d+)?", getattr(config, name))
+        fits = re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:[0-9]{1,3})?", getattr(config, name))
         told = f"expected auto, cpu, cuda, cuda:1 or the like, got {quoted(getattr(config, name))}"
         _require(fits is not None, f"{name}: {told}")
 

@@ -10,7 +10,7 @@ Resolution = int | tuple[int, int]
 # Rows of pixels -> latent rows and columns. 1080 is no multiple of 16: 1088 rows are made and 8 cropped.
 _LATENT_SIZES = {480: (60, 104), 720: (90, 160), 1080: (136, 240)}
 _PIXEL_MULTIPLE = 16  # a latent side of the VAE (8 pixels) times the patch's side (2)
-MOST_PIXELS = 16384  # a side; H.264 ends there, and 4096 x 4096 needs more memory than any GPU has
+MOST_PIXELS = 8192  # a side; 8K is 4320 x 7680, and needs more memory than any GPU has
 
 
 def latent_size(resolution: Resolution) -> tuple[int, int]:
