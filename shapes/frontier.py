@@ -36,6 +36,7 @@ from shapes.world import HEIGHT, WIDTH
 from utils import command
 from utils.errors import InputError
 from utils.files import ensure_writable_folder, write_atomic
+from utils.plots import save
 
 logger = logging.getLogger(__name__)
 
@@ -151,7 +152,7 @@ def run(args: argparse.Namespace, given: Sequence[str]) -> int:
     else:
         content = stored(args.stored)
     write_atomic(args.out / "frontier.md", table(content))
-    draw(content).save(args.out, "frontier")
+    save(draw(content), args.out, "frontier")
     sys.stdout.write(table(content))
     return 0
 

@@ -1,19 +1,29 @@
-"""The evaluation's numbers: means with confidence intervals, as a table, as JSON, as a plot, and held to bounds."""
+"""The evaluation's numbers: means with confidence intervals, as a table, as JSON, as a plot, and held to bounds.
+
+    python -m shapes.report REPORT.json FIGURE.svg
+
+draws a stored report anew.
+"""
 
 from __future__ import annotations
 
 import json
 import logging
+import sys
 from collections import defaultdict
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
-from utils.figure import Figure
+from utils.files import write_atomic
+from utils.plots import BLUE, WIDTH, house_style, name_points, new_figure, svg
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 logger = logging.getLogger(__name__)
 
@@ -101,32 +111,6 @@ class Report:
             result[policy] = row
         return result
 
-    def figure(self) -> Figure:
-        """Quality (mean of QUALITY, %) against milliseconds a block, with intervals."""
-        points = {p: (self.mean(p, "block_ms") or 0.0, 100 * (self.mean(p, "quality") or 0.0)) for p in self.policies}
-        figure = Figure(560, 360)
-        left, top, right, bottom = 60, 20, 540, 314
-        most = 1.15 * max(x for x, _ in points.values())
-        low = max(0.0, 5 * (min(100 * self.interval(p, "quality")[0] for p in self.policies) // 5) - 5)
-
-        def place(x: float, y: float) -> tuple[float, float]:
-            return left + (right - left) * x / most, top + (bottom - top) * (100 - y) / (100 - low)
-
-        for share, ms in zip(np.linspace(low, 100, 6), np.linspace(0, most, 6), strict=True):
-            x, y = place(float(ms), float(share))
-            figure.line([(left, y), (right, y)], "#dddddd")
-            figure.text(left - 8, y + 4, f"{share:.0f}", anchor="end")
-            figure.text(x, bottom + 16, f"{ms:.0f}", anchor="middle")
-        figure.text((left + right) / 2, 352, "milliseconds a block", anchor="middle")
-        words = "right, % (colour, shape, motion, remembered)"
-        figure.text(16, (top + bottom) / 2, words, anchor="middle", upright=True)
-        for policy, (ms, quality) in points.items():
-            x, y = place(ms, quality)
-            figure.line([place(ms, 100 * end) for end in self.interval(policy, "quality")], "#224466")
-            figure.circle(x, y, 4, "#224466", policy)
-            figure.text(x + 8, y - 6, policy)
-        return figure
-
 
 def interval(values: Doubles) -> dict[str, float] | None:
     """Mean, bootstrap interval and number of what applies (is not NaN); None where nothing does."""
@@ -175,12 +159,31 @@ def _cell(value: Mapping[str, float] | None, factor: float, decimals: int) -> st
     return f"{mean} [{low}, {high}]"
 
 
+@house_style()
+def plot(policies: Mapping[str, Any]) -> Figure:
+    """Of `Report.as_dict`: quality (mean of QUALITY, %) against milliseconds a block, with the intervals of both."""
+    figure = new_figure(0.75 * WIDTH, 3.8)
+    axes = figure.subplots()
+    shown = {name: row for name, row in policies.items() if {"quality", "block_ms"} <= row.keys()}
+    time, right = ([row[metric] for row in shown.values()] for metric in ("block_ms", "quality"))
+    x, y = [one["mean"] for one in time], [100 * one["mean"] for one in right]
+    axes.hlines(y, *([one[end] for one in time] for end in ("low", "high")), color=BLUE, alpha=0.5)
+    axes.vlines(x, *([100 * one[end] for one in right] for end in ("low", "high")), color=BLUE, alpha=0.5)
+    axes.plot(x, y, "o", color=BLUE, markersize=5)
+    axes.margins(0.12)
+    axes.set(title=f"bars: {100 * COVERAGE:.0f} % intervals", xlabel="time of a block, ms")
+    axes.set_ylabel(f"right, % ({', '.join(QUALITY)})")
+    axes.yaxis.set_major_formatter("{x:g}")
+    name_points(figure, {axes: dict(zip(shown, zip(x, y, strict=True), strict=True))})
+    return figure
+
+
 def write_report(report: Report, folder: Path, about: Mapping[str, object]) -> None:
     """report.json, with `about` (command, machine) in it, and report.svg."""
     folder.mkdir(parents=True, exist_ok=True)
-    content = {**about, "policies": report.as_dict()}
-    (folder / "report.json").write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
-    (folder / "report.svg").write_text(report.figure().svg(), encoding="utf-8")
+    policies = report.as_dict()
+    write_atomic(folder / "report.json", json.dumps({**about, "policies": policies}, indent=1) + "\n")
+    write_atomic(folder / "report.svg", svg(plot(policies), "report"))
 
 
 def check_gate(report: Report, path: Path) -> int:
@@ -195,3 +198,12 @@ def check_gate(report: Report, path: Path) -> int:
                 missed += 1
                 logger.error("%s: %s is %s, not within %s", policy, metric, value, bound)
     return int(missed > 0)
+
+
+def main() -> None:
+    source, target = map(Path, sys.argv[1:])
+    write_atomic(target, svg(plot(json.loads(source.read_text(encoding="utf-8"))["policies"]), target.stem))
+
+
+if __name__ == "__main__":
+    main()

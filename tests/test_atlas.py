@@ -9,11 +9,15 @@ import subprocess
 import xml.etree.ElementTree as ET
 from collections.abc import Sequence
 from dataclasses import replace
-from itertools import pairwise
+from itertools import combinations, pairwise
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
+from matplotlib.collections import QuadMesh
+from matplotlib.figure import Figure
+from matplotlib.text import Text
 from torch import Tensor
 
 from dummy.atlas.plots import draw_all, frame_map, typical_heads
@@ -388,14 +392,33 @@ def test_pictures_say_what_the_numbers_say() -> None:
     atlas = made_up()
     figures = draw_all(atlas)
     assert set(figures) == {"shares", "current", "examples", "stability"}
-    for figure in figures.values():
-        ET.fromstring(figure.svg())
-    assert "1 of 6 heads (17 %)" in figures["current"].svg()
+    means, maps = atlas.mean_regions(), meshes(figures["shares"])
+    for number, mesh in enumerate(maps):
+        np.testing.assert_allclose(mesh.get_array(), means[..., number])
+    assert {"sink", "neighbor", "current", "layer", "head", f"{float(means[0, 0, 0]):.2f}"} <= words(figures["shares"])
+    (axes,) = figures["current"].axes
+    assert axes.get_title("left").startswith("1 of 6 heads (17 %)")
+    heads = next(line for line in axes.lines if line.get_linestyle() == "None").get_ydata()
+    assert heads[0] > 80 > heads[1] and (np.diff(heads) <= 0).all()
+    bars = np.array([bar[:, 1] for bar in axes.collections[0].get_segments()])
+    assert (bars[:, 0] < heads).all() and (heads < bars[:, 1]).all()  # videos differ
+    for mesh, (name, found) in zip(meshes(figures["stability"]), stability(atlas).items(), strict=True):
+        np.testing.assert_allclose(mesh.get_array(), found.matrix)
+        assert any(word.startswith(f"{name}: mean {found.mean:.2f}") for word in words(figures["stability"]))
+
+
+def test_typical_heads_are_drawn_with_what_they_see() -> None:
+    atlas = made_up()
     assert typical_heads(atlas)[Role.SINK][0] == (0, 0) and typical_heads(atlas)[Role.NEIGHBOR][0] == (0, 1)
     assert typical_heads(atlas)[Role.DUMMY][0] == (1, 2)
     rows = frame_map(atlas, 0, 0)
     assert rows.shape == (2, 9) and rows[0].isnan().tolist() == [False] * 6 + [True] * 3
     assert rows[1].nansum() == pytest.approx(1.0) and rows[1].argmax() == 0
+    drawn = meshes(draw_all(atlas)["examples"])[0]
+    np.testing.assert_array_equal(drawn.get_array().mask, rows.isnan())
+    np.testing.assert_allclose(drawn.get_array().compressed(), rows[~rows.isnan()])
+    grey = drawn.cmap(np.ma.masked)
+    assert grey not in [drawn.cmap(share) for share in (0.0, 0.1, 0.5, 1.0)]
 
 
 def test_every_picture_is_written_twice(program: Program, stored: Path) -> None:
@@ -404,10 +427,12 @@ def test_every_picture_is_written_twice(program: Program, stored: Path) -> None:
     folder = program.folder / "plots"
     assert command.main(["--atlas", str(stored), "--plot", str(folder)]) == 0
     for name, figure in draw_all(load_stored(stored, [])[0]).items():
-        ET.parse(folder / f"{name}.svg")
+        root = ET.parse(folder / f"{name}.svg").getroot()
         with Image.open(folder / f"{name}.png") as image:
-            assert image.size == (2 * figure.width, 2 * figure.height)
+            inches = figure.get_size_inches()
+            assert image.size == pytest.approx(200 * inches, abs=1)
             assert len(image.convert("RGB").getcolors(1 << 24)) > 10
+        assert root.attrib["width"] == f"{72 * inches[0]:g}pt"
 
 
 def test_a_long_atlas_has_names_for_some_blocks() -> None:
@@ -417,9 +442,20 @@ def test_a_long_atlas_has_names_for_some_blocks() -> None:
     entropy = {block: torch.ones(1, 1, 2, 3) for block in blocks}
     frames = {block: tuple(range(3 * block)) for block in blocks}
     long = replace(short, attention=attention, entropy=entropy, frames=frames, passes=("clean",), videos=("a",))
-    labels = ET.fromstring(draw_all(long)["examples"].svg()).iter("{http://www.w3.org/2000/svg}text")
-    places = sorted({float(text.get("y", 0)) for text in labels if text.get("text-anchor") == "end"})
-    assert len(places) > 9 and min(late - early for early, late in pairwise(places)) > 10
+    figure = draw_all(long)["examples"]
+    figure.draw_without_rendering()
+    for axis in (figure.axes[0].xaxis, figure.axes[0].yaxis):
+        boxes = [label.get_window_extent() for label in axis.get_ticklabels()]
+        assert len(boxes) > 8 and not any(one.overlaps(other) for one, other in pairwise(boxes))
+
+
+def meshes(figure: Figure) -> list[QuadMesh]:
+    """The maps of a figure, without the colour bars, whose values are a column."""
+    return [mesh for mesh in figure.findobj(QuadMesh) if mesh.axes.get_label() != "<colorbar>"]
+
+
+def words(figure: Figure) -> set[str]:
+    return {text.get_text() for text in figure.findobj(Text)}
 
 
 def browser() -> str | None:
@@ -429,8 +465,13 @@ def browser() -> str | None:
 
 def test_the_page_stands_alone(tmp_path: Path) -> None:
     html = page(made_up())
-    assert not re.search(r"<script|(src|href)=\"(?!data:,\")|url\(|@import", html)
-    assert html.count("<svg") == 4 and "Head atlas of m" in html
+    assert not re.search(r"<script|(src|href)=\"(?!data:,\"|#)|url\((?!#)|@import", html)
+    assert html.count("<svg") == 4 and "Head atlas of m" in html and "<?xml" not in html
+    # What a picture refers to stands in it, under a name of its own.
+    pictures = re.findall(r"<svg.*?</svg>", html, re.DOTALL)
+    referred = [set(re.findall(r"(?:href=\"#|url\(#)([^\")]+)", picture)) for picture in pictures]
+    assert all(f'id="{name}"' in picture for picture, names in zip(pictures, referred, strict=True) for name in names)
+    assert all(not one & other for one, other in combinations(referred, 2)) and any(referred)
 
 
 @pytest.mark.skipif(browser() is None, reason="no Chromium here; Debian's package chromium will do")

@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import json
 import xml.etree.ElementTree as ET
+from itertools import combinations
 from pathlib import Path
 
 import numpy as np
 import pytest
+from matplotlib.text import Text
 
 from dummy.presets import PRESETS
 from pipeline.config.config import load_config
@@ -75,10 +77,37 @@ def test_the_drawing_names_what_nothing_beats() -> None:
     found = {"full": values(40, 1.0, 15.0), "paper": values(30, 1.5, 1.5), "poor": values(20, 1.6, 3.0)}
     found |= {f"point {number}": values(35, 1.2, 1.5 + 0.01 * number) for number in range(6)}
     drawn = draw(report.summary(found, {name: [] for name in found}))
-    words = [element.text for element in ET.fromstring(drawn.svg()).iter() if element.tag.endswith("}text")]
+    words = [text.get_text() for text in drawn.findobj(Text)]
     assert words.count("paper") == words.count("full") == 2 * len(report.MEASURES)
     assert 0 < words.count("point 0") <= len(report.MEASURES) and "poor" not in words
-    assert {"earlier frames a head sees", "ms a block, median"} <= set(words)
+    assert {"earlier latent frames a head sees", "time of a block, median, ms"} <= set(words)
+
+
+def test_the_stored_frontier_is_drawn_as_it_is() -> None:
+    rows = json.loads(claims.FRONTIER.read_text())["points"]
+    drawn = draw({"points": rows})
+    drawn.draw_without_rendering()
+    for number, axes in enumerate(drawn.axes):
+        measure, cost = list(report.MEASURES)[number // 2], ("context", "block_ms")[number % 2]
+        factor, shown = report.MEASURES[measure][1], [row for row in rows.values() if measure in row]
+        points = [line.get_xydata() for line in axes.lines if line.get_linestyle() == "None"]
+        expected = sorted([row[cost], factor * row[measure]["mean"]] for row in shown)
+        assert sorted(np.concatenate(points).tolist()) == pytest.approx(np.array(expected))
+        bars = [bar.tolist() for bars in axes.collections for bar in bars.get_segments()]
+        ends = sorted([[row[cost], factor * row[measure][end]] for end in ("low", "high")] for row in shown)
+        assert np.array(sorted(bars)) == pytest.approx(np.array(ends))
+        boxes = [text.get_window_extent() for text in axes.texts]
+        assert len(boxes) >= 3 and not any(one.overlaps(other) for one, other in combinations(boxes, 2))
+        room = axes.get_window_extent()
+        assert all(room.containsx(x) and room.containsy(y) for box in boxes for x, y in (box.min, box.max))
+
+
+@pytest.mark.parametrize("names", [[], ["full"], ["full", "paper"]])
+def test_a_frontier_of_few_points_is_drawn(names: list[str]) -> None:
+    rows = report.summary({name: values(40, 1.0, 15.0) for name in names}, {name: [] for name in names})["points"]
+    for row in rows.values():
+        del row["psnr"]
+    assert [text.get_text() for axes in draw({"points": rows}).axes for text in axes.texts] == names * 6
 
 
 def test_the_shortest_run(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -284,7 +284,8 @@ sys.argv = ["program", "--no-such-flag"]
 sys.addaudithook(audit)
 for name in {modules!r}:
     importlib.import_module(name)
-heavy = [name for name in ("diffusers", "transformers", "imageio_ffmpeg", "flash_attn") if name in sys.modules]
+names = ("diffusers", "transformers", "imageio_ffmpeg", "flash_attn", "matplotlib")
+heavy = [name for name in names if name in sys.modules]
 print(opened, heavy, torch.cuda.is_initialized())
 """
     done = subprocess.run(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import math
+import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
 
@@ -12,7 +13,7 @@ import torch
 
 from pipeline.config.config import load_config
 from shapes import evaluate
-from shapes.report import Report, check_gate, table, write_report
+from shapes.report import Report, check_gate, main, plot, table, write_report
 from wan.transformer.fp8 import Fp8Linear
 
 ROOT = Path(__file__).parents[1]
@@ -48,12 +49,30 @@ def test_the_report_is_written_in_three_forms(tmp_path: Path) -> None:
     loaded = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["policies"]
     assert loaded["packed"]["motion"]["n"] == 20 and loaded["packed"]["current_share"][0] == [0.9, 0.9, 0.9]
     drawing = ET.parse(tmp_path / "report.svg").getroot()
-    circles = [element for element in drawing.iter() if element.tag.endswith("circle")]
-    assert len(circles) == 2
-    # The faster policy stands to the left, the better one higher.
-    full, packed = circles
-    assert float(packed.attrib["cx"]) < float(full.attrib["cx"])
-    assert float(packed.attrib["cy"]) > float(full.attrib["cy"])
+    written = [element.text for element in drawing.iter() if element.tag.endswith("}text")]
+    assert {"full", "packed", "time of a block, ms"} <= set(written)
+
+
+def test_the_plot_has_a_point_with_both_intervals_a_policy() -> None:
+    policies = small_report().as_dict()
+    (axes,) = plot(policies).axes
+    points = next(line for line in axes.lines if line.get_linestyle() == "None")
+    assert points.get_xydata().tolist() == [[21.0, 100.0], [12.0, pytest.approx(93.75)]]
+    times, rights = ([bar.tolist() for bar in bars.get_segments()] for bars in axes.collections)
+    low, high = (100 * policies["packed"]["quality"][end] for end in ("low", "high"))
+    assert times[0] == [[21.0, 100.0], [21.0, 100.0]] and rights[1] == [[12.0, low], [12.0, high]]
+    # What was not timed, or not scored, has no point.
+    half = {"full": policies["full"], "timed": {"block_ms": policies["full"]["block_ms"]}, "nothing": {}}
+    assert [text.get_text() for text in plot(half).axes[0].texts] == ["full"]
+
+
+def test_a_stored_report_is_drawn_anew(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    write_report(small_report(), tmp_path, {})
+    first = (tmp_path / "report.svg").read_bytes()
+    (tmp_path / "report.svg").unlink()
+    monkeypatch.setattr(sys, "argv", ["report", str(tmp_path / "report.json"), str(tmp_path / "report.svg")])
+    main()
+    assert (tmp_path / "report.svg").read_bytes() == first
 
 
 @pytest.mark.parametrize(

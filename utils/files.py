@@ -115,19 +115,19 @@ def atomic_write(path: Path) -> Iterator[Path]:
         raise
 
 
-def write_atomic(path: Path, text: str) -> None:
-    """Write `text` as UTF-8 to `path`: the old file or the whole new one is there at any time, never a part.
+def write_atomic(path: Path, content: str | bytes) -> None:
+    """Write `content` (text as UTF-8) to `path`: the old file or the whole new one is there at any time, never a part.
 
     Raises InputError if the folder cannot be written or the disk is full; no partial file is left then.
     """
     with atomic_write(path) as partial:
-        write_partial(partial, path, text)
+        write_partial(partial, path, content)
 
 
-def write_partial(partial: Path, path: Path, text: str) -> None:
-    """Write `text` as UTF-8 to the file that is to become `path`. Raises InputError if the disk is full."""
+def write_partial(partial: Path, path: Path, content: str | bytes) -> None:
+    """Write `content` (text as UTF-8) to the file that is to become `path`. Raises InputError if the disk is full."""
     try:
-        partial.write_bytes(text.encode("utf-8"))
+        partial.write_bytes(content.encode("utf-8") if isinstance(content, str) else content)
     except OSError as error:
         raise write_error(path, error) from error
 

@@ -4,20 +4,28 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
+from typing import TYPE_CHECKING
 
+import numpy as np
 import torch
 from torch import Tensor
 
 from dummy.atlas.stability import PAPER, Overlap, stability
 from dummy.atlas.table import Atlas
 from dummy.roles import Role, normalised
-from utils.figure import Figure, shade
+from utils.plots import ABSENT, BLUE, ORANGE, WIDTH, house_style, new_figure, save
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.collections import QuadMesh
+    from matplotlib.figure import Figure
 
 HIGH = 0.8  # of a head's attention on the block at work: what the paper counts heads above
 REGIONS = ("sink", "neighbor", "current")
-COLOURS = ("#b04a00", "#00694a", "#08519c")  # of the three, and of the roles sink, neighbour and dummy
+SHADES = ("Oranges", "Greens", "Blues")  # of the three, and of the roles sink, neighbour and dummy
 EXAMPLES = 2  # heads a role
-_ABSENT = "#eeeeee"
+_NUMBERED = 20, 6  # at most so many rows and columns have room for their values
+_EDGED = 60  # rows or columns from which on lines between them would hide them
 
 
 def draw_all(atlas: Atlas) -> dict[str, Figure]:
@@ -33,78 +41,74 @@ def draw_all(atlas: Atlas) -> dict[str, Figure]:
 
 def save_all(atlas: Atlas, folder: Path) -> list[Path]:
     """SVG and PNG of every picture. Raises InputError if the folder cannot be written."""
-    return [path for name, figure in draw_all(atlas).items() for path in figure.save(folder, name)]
+    return [path for name, figure in draw_all(atlas).items() for path in save(figure, folder, name)]
 
 
-def grid(
-    figure: Figure, left: float, top: float, cell: tuple[float, float], values: Tensor, colour: str, most: float
-) -> None:
-    """Cells for values [rows, columns], white at 0 and `colour` at `most`; NaN is what is not there."""
-    width, height = cell
-    for row, line in enumerate(values.tolist()):
-        for column, value in enumerate(line):
-            there = value == value
-            fill = shade(value / most if most > 0 else 0.0, colour) if there else _ABSENT
-            tip = f"{row}, {column}: {value:.3f}" if there else ""
-            gap = 0.5 if min(cell) > 4 else 0.0
-            place = left + column * width, top + row * height, width - gap, height - gap
-            figure.rectangle(*place, fill, tip)
+def heat_map(
+    axes: Axes, values: Tensor, rows: Sequence[object], columns: Sequence[object], shades: str, most: float = 0.0
+) -> QuadMesh:
+    """Cells for values [rows, columns], from white at 0 to dark at `most` (else the greatest value), grey where a value
+    is NaN. Few cells have their values written in; of many rows or columns some have names."""
+    import matplotlib
+
+    array = np.ma.masked_invalid(values.double().numpy())
+    most = most or float(array.max()) or 1.0
+    colours = matplotlib.colormaps[shades].with_extremes(bad=ABSENT)
+    edge = 0.5 if max(array.shape) <= _EDGED else 0.0
+    mesh = axes.pcolormesh(array, cmap=colours, vmin=0, vmax=most, edgecolors="white", linewidth=edge)
+    for axis, names, room in ((axes.xaxis, columns, 10), (axes.yaxis, rows, 12)):
+        shown = range(0, len(names), -(-len(names) // room))
+        axis.set_ticks([place + 0.5 for place in shown], [str(names[place]) for place in shown])
+    axes.tick_params(length=0)
+    axes.invert_yaxis()
+    axes.grid(False)
+    axes.spines[:].set_visible(False)
+    if array.shape[0] <= _NUMBERED[0] and array.shape[1] <= _NUMBERED[1]:
+        for (row, column), value in np.ndenumerate(array):
+            ink = "white" if value > 0.6 * most else "black"
+            axes.text(column + 0.5, row + 0.5, f"{value:.2f}", color=ink, ha="center", va="center", fontsize=7)
+    return mesh
 
 
-def ticks(
-    figure: Figure, left: float, top: float, cell: tuple[float, float], rows: Sequence[str], columns: Sequence[str]
-) -> None:
-    """Names of rows and columns, as many as there is room for."""
-    every = max(1, round(26 / cell[0]))
-    for column in range(0, len(columns), every):
-        figure.text(left + (column + 0.5) * cell[0], top - 5, columns[column], 10, "middle", "#666666")
-    every = max(1, round(16 / cell[1]))
-    for row in range(0, len(rows), every):
-        figure.text(left - 5, top + (row + 0.5) * cell[1] + 3.5, rows[row], 10, "end", "#666666")
+def colour_bar(mesh: QuadMesh, axes: Axes) -> None:
+    """What the colours of a map mean, beside it."""
+    bar = axes.figure.colorbar(mesh, ax=axes, aspect=15, pad=0.03)
+    bar.outline.set_visible(False)
+    bar.ax.tick_params(length=2)
 
 
+@house_style()
 def shares(atlas: Atlas) -> Figure:
     """Layers x heads, a map for each share, the mean over all that was recorded."""
-    means = atlas.mean_regions()
     layers, heads = atlas.shape
-    cell = min(max(280 / heads, 6), 34), min(max(360 / layers, 6), 24)
-    panel, left, top = max(cell[0] * heads, 190) + 56, 46, 62
-    figure = Figure(round(left + 3 * panel), round(top + layers * cell[1] + 16))
-    figure.text(left, 20, "Share of attention, by layer (down) and head (across)", 14)
-    for number, (name, colour) in enumerate(zip(REGIONS, COLOURS, strict=True)):
-        x, values = left + number * panel, means[..., number]
-        most = float(values.max())
-        figure.text(x, 40, f"{name}: 0 (white) to {most:.2f}", 12, fill=colour)
-        grid(figure, x, top, cell, values, colour, most)
-        ticks(figure, x, top, cell, list(map(str, range(layers))), list(map(str, range(heads))))
+    title = "Share of attention, mean over blocks, passes and videos"
+    figure = new_figure(WIDTH, 0.9 + min(max(0.3 * layers, 1.0), 6.0), title)
+    panels = zip(figure.subplots(1, len(REGIONS)), REGIONS, SHADES, atlas.mean_regions().unbind(-1), strict=True)
+    for axes, name, shades, values in panels:
+        colour_bar(heat_map(axes, values, range(layers), range(heads), shades), axes)
+        axes.set(title=name, xlabel="head", ylabel="layer")
     return figure
 
 
+@house_style()
 def current(atlas: Atlas) -> Figure:
-    """Heads sorted by the share of their attention that stays in the block."""
-    values = sorted(atlas.mean_regions()[..., 2].flatten().tolist(), reverse=True)
-    above = sum(value > HIGH for value in values)
-    figure = Figure(560, 340)
-    left, top, width, height = 62, 48, 470, 240
-    title = f"{above} of {len(values)} heads ({100 * above / len(values):.0f} %) keep more than 80 % in the block"
-    figure.text(left, 24, title, 14)
-    for step in range(6):
-        y = top + height * (1 - step / 5)
-        figure.line([(left, y), (left + width, y)], "#dddddd")
-        figure.text(left - 8, y + 4, f"{20 * step} %", 11, "end", "#666666")
-    y = top + height * (1 - HIGH)
-    figure.line([(left, y), (left + width, y)], COLOURS[0], 1.5, dashed=True)
-    step_width = width / len(values)
-    points = [(left + (i + 0.5) * step_width, top + height * (1 - value)) for i, value in enumerate(values)]
-    if above:
-        x = left + above * step_width
-        figure.line([(x, top), (x, top + height)], COLOURS[0], 1, dashed=True)
-    figure.line(points, COLOURS[2], 2)
-    if len(values) <= 60:
-        for x, y in points:
-            figure.circle(x, y, 3, COLOURS[2])
-    figure.text(left + width / 2, top + height + 34, f"heads, sorted (1 to {len(values)})", 12, "middle")
-    figure.text(16, top + height / 2, "attention on the own block", 12, "middle", upright=True)
+    """Heads sorted by the share of their attention that stays in the block, with the least and greatest video."""
+    mean = atlas.mean_regions()[..., 2].flatten()  # [heads of all layers]
+    by_video = torch.stack([atlas.regions(block)[..., 2].mean(1).flatten(1) for block in atlas.blocks]).mean(0)
+    order = mean.argsort(descending=True)
+    values, low, high = (100 * found[order] for found in (mean, by_video.amin(0), by_video.amax(0)))
+    above = int((mean > HIGH).sum())
+    figure = new_figure(0.8 * WIDTH, 3.4)
+    axes = figure.subplots()
+    share, bound = f"{100 * above / len(mean):.0f} %", f"{100 * HIGH:.0f} %"
+    axes.set_title(f"{above} of {len(mean)} heads ({share}) keep more than {bound} in the block")
+    axes.set(xlabel="head, sorted", ylabel="attention on the own block, %", ylim=(0, 102))
+    axes.set_xlim(0, len(mean) + 1)
+    axes.axhline(100 * HIGH, color=ORANGE, linestyle="--", linewidth=1, label=bound)
+    places = range(1, len(mean) + 1)
+    axes.vlines(places, low, high, color=BLUE, alpha=0.4, linewidth=1.5, label="least to greatest video")
+    axes.plot(places, values, "o", color=BLUE, markersize=4 if len(mean) <= 60 else 2, label="mean of all videos")
+    axes.legend(loc="best")
     return figure
 
 
@@ -134,43 +138,35 @@ def typical_heads(atlas: Atlas) -> dict[Role, list[tuple[int, int]]]:
     }
 
 
+@house_style()
 def examples(atlas: Atlas) -> Figure:
     """For each role the most typical heads: blocks (down) by latent frames (across)."""
-    blocks, frames = len(atlas.blocks), (atlas.blocks[-1] + 1) * atlas.block_frames
-    cell = min(max(300 / frames, 3), 22), min(max(120 / blocks, 4), 20)
-    panel, height, left, top = frames * cell[0] + 60, blocks * cell[1] + 56, 46, 44
-    figure = Figure(round(left + EXAMPLES * panel), round(top + 3 * height))
-    figure.text(left, 20, "Typical heads: attention from a block (down) to each latent frame (across)", 14)
-    for row, (role, places) in enumerate(typical_heads(atlas).items()):
-        for column, (layer, head) in enumerate(places):
-            x, y = left + column * panel, top + row * height + 30
+    frames = (atlas.blocks[-1] + 1) * atlas.block_frames
+    heads = typical_heads(atlas)
+    height = 0.5 + len(heads) * (0.7 + min(max(0.2 * len(atlas.blocks), 0.8), 2.0))
+    title = "Typical heads: share of attention from a block to a latent frame (grey: not seen)"
+    figure = new_figure(WIDTH, height, title)
+    for panels, (role, places) in zip(figure.subplots(len(heads), EXAMPLES, squeeze=False), heads.items(), strict=True):
+        for axes, (layer, head) in zip(panels, places, strict=False):
             values = frame_map(atlas, layer, head)
-            most = float(values.nan_to_num().max())
-            name = f"{role.name.lower()}: layer {layer}, head {head}, up to {most:.2f}"
-            figure.text(x, y - 20, name, 12, fill=COLOURS[int(role)])
-            grid(figure, x, y, cell, values, COLOURS[int(role)], most)
-            ticks(figure, x, y, cell, list(map(str, atlas.blocks)), list(map(str, range(frames))))
+            colour_bar(heat_map(axes, values, atlas.blocks, range(frames), SHADES[int(role)]), axes)
+            axes.set(title=f"{role.name.lower()}: layer {layer}, head {head}", xlabel="latent frame", ylabel="block")
     return figure
 
 
+@house_style()
 def overlaps(atlas: Atlas) -> Figure:
     """Overlap of the dummy set between blocks, steps, prompts and seeds, two by two."""
     found = stability(atlas)
-    side, left, top = 200, 46, 84
-    panel = side + 66
-    figure = Figure(left + len(found) * panel, top + side + 20)
-    figure.text(left, 20, "Overlap of the dummy set, two by two (white 0, dark 1)", 14)
-    for number, (name, result) in enumerate(found.items()):
-        x = left + number * panel
-        figure.text(x, 44, f"between {name}: {_mean(result)}", 12, fill=COLOURS[2])
-        paper = f"(paper: {PAPER[name]})" if name in PAPER else "(of one prompt)"
-        figure.text(x, 60, paper, 11, fill="#666666")
-        count = len(result.names)
-        cell = side / count, side / count
-        grid(figure, x, top, cell, result.matrix, COLOURS[2], 1.0)
-        ticks(figure, x, top, cell, result.names, result.names)
+    title = "Overlap of the dummy set, two by two (0: no head in common, 1: all)"
+    figure = new_figure(max(WIDTH * len(found) / 4, WIDTH / 2 + 1), 2.8, title)
+    for axes, (name, result) in zip(figure.subplots(1, len(found), squeeze=False)[0], found.items(), strict=True):
+        mesh = heat_map(axes, result.matrix, result.names, result.names, SHADES[2], 1.0)
+        paper = f"paper: {PAPER[name]}" if name in PAPER else "of one prompt"
+        axes.set(title=f"{name}: {_mean(result)}\n({paper})", xlabel=name.removesuffix("s"), aspect="equal")
+    colour_bar(mesh, axes)
     return figure
 
 
 def _mean(result: Overlap) -> str:
-    return "one alone" if result.mean is None else f"{result.mean:.2f}"
+    return "one alone" if result.mean is None else f"mean {result.mean:.2f}"

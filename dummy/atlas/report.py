@@ -14,6 +14,7 @@ from dummy.atlas.stability import PAPER, consensus, has_role_pass, lost_attentio
 from dummy.atlas.table import Atlas
 from dummy.roles import HeadRoles, Role
 from utils.files import write_atomic
+from utils.plots import svg
 
 _STYLE = """
 body { font: 15px/1.5 sans-serif; color: #222; max-width: 1000px; margin: 2em auto; padding: 0 1em; }
@@ -28,7 +29,7 @@ CAPTIONS = {
     "shares": "How the attention of every head divides between the first frame (sink), the other earlier frames "
     "(neighbor) and the block at work (current), as a mean over all blocks, passes and videos recorded.",
     "current": "Heads in the order of what they keep for the block at work. Heads on the left lose little if they "
-    "cannot see the past.",
+    "cannot see the past. Bars go from the video in which a head keeps least to that in which it keeps most.",
     "examples": "The heads that are most typical of each role. Grey: not there to be seen.",
     "stability": "How much of the dummy set is the same between blocks, denoising steps, prompts and seeds of "
     "one prompt.",
@@ -43,7 +44,7 @@ def write_report(atlas: Atlas, path: Path) -> list[Path]:
 
 def page(atlas: Atlas) -> str:
     figures = "\n".join(
-        f'<figure id="{name}">{figure.svg()}<figcaption>{escape(CAPTIONS[name])}</figcaption></figure>'
+        f'<figure id="{name}">{svg(figure, name)}<figcaption>{escape(CAPTIONS[name])}</figcaption></figure>'
         for name, figure in draw_all(atlas).items()
     )
     model = escape(str(atlas.about.get("model", "a model")))
