@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from dummy.calibration.dial import Allocation, Dial
 from dummy.calibration.measured import Calibration
@@ -12,8 +13,11 @@ from pipeline.config.config import InferenceConfig, geometry_of, load_config
 from pipeline.planning.cost import block_operations
 from pipeline.runtime.calibrated import load_dial
 from utils.errors import InputError
-from utils.figure import Figure, ticks
+from utils.plots import BLUE, ORANGE, WIDTH, house_style, new_figure, save
 from wan.config import ModelConfig
+
+if TYPE_CHECKING:
+    from matplotlib.figure import Figure
 
 FRAMES = (0, 0.5, 1, 1.33, 1.67, 2, 2.5, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 18, 24, 30, 48, 72, 96, 120, 180, 240)
 
@@ -31,7 +35,7 @@ def show_curve(path: Path, overrides: Sequence[str], plot: Path | None) -> str:
     config, sizes = stored(path, overrides)
     points = curve(load_dial(config, sizes, path), config, sizes)
     if plot is not None:
-        draw(points).save(plot, "curve")
+        save(draw(points), plot, "curve")
     return table(points)
 
 
@@ -71,32 +75,19 @@ def table(points: Sequence[Point]) -> str:
     return "\n".join(lines) + "\n"
 
 
+@house_style()
 def draw(points: Sequence[Point]) -> Figure:
-    """The predicted error (per cent of the output) and, on the same axis of frames, operations of a block."""
-    figure = Figure(640, 380)
-    left, top, right, bottom = 64, 40, 576, 322
-    errors = [100 * point.allocation.error for point in points]
-    costs = [100 * point.operations / points[-1].operations for point in points]
+    """The predicted error with its standard error over videos, and below it the operations of a block, over frames."""
+    figure = new_figure(0.8 * WIDTH, 4.6, "Predicted error and cost over frames a head")
+    above, below = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
     frames = [point.allocation.frames for point in points]
-    across, up = ticks(0, max(frames[-1], 1e-9)), ticks(0, max(*errors, 1e-9))
-
-    def place(x: float, y: float, most: float) -> tuple[float, float]:
-        return left + (right - left) * x / across[-1], bottom - (bottom - top) * y / most
-
-    figure.text(left, 22, "Predicted error and cost over frames a head", 14)
-    for x in across:
-        figure.text(place(x, 0, 1)[0], bottom + 18, f"{x:g}", anchor="middle")
-    for y in up:
-        figure.line([place(0, y, up[-1]), place(across[-1], y, up[-1])], "#dddddd")
-        figure.text(left - 8, place(0, y, up[-1])[1] + 4, f"{y:g}", anchor="end")
-    for y in (0, 25, 50, 75, 100):
-        figure.text(right + 8, place(0, y, 100)[1] + 4, f"{y}", fill="#b04a00")
-    for values, most, colour in ((errors, up[-1], "#08519c"), (costs, 100.0, "#b04a00")):
-        spots = [place(x, y, most) for x, y in zip(frames, values, strict=True)]
-        figure.line(spots, colour, 2)
-        for (x, y), kept, value in zip(spots, frames, values, strict=True):
-            figure.circle(x, y, 3, colour, f"{kept:.2f} frames: {value:.3g} %")
-    figure.text((left + right) / 2, 364, "earlier latent frames that a head keeps, mean", anchor="middle")
-    figure.text(16, (top + bottom) / 2, "error, % of the output", anchor="middle", fill="#08519c", upright=True)
-    figure.text(628, (top + bottom) / 2, "operations a block, %", anchor="middle", fill="#b04a00", upright=True)
+    errors, spreads = ([100 * getattr(point.allocation, name) for point in points] for name in ("error", "spread"))
+    above.errorbar(frames, errors, spreads, fmt="o-", color=BLUE, markersize=3, linewidth=1.2, elinewidth=1)
+    above.set_ylabel("error, % of the heads' output")
+    above.set_ylim(bottom=0)
+    costs = [100 * point.operations / points[-1].operations for point in points]
+    below.plot(frames, costs, "o-", color=ORANGE, markersize=3, linewidth=1.2)
+    below.set_ylabel("operations a block, %")
+    below.set_ylim(0, 105)
+    below.set_xlabel("earlier latent frames that a head keeps, mean over heads")
     return figure
