@@ -9,7 +9,8 @@ from torch import Tensor
 
 from benchmarks.machine import elapsed
 from dummy.config import DummyForcingConfig
-from dummy.policy import ContextPolicy, policy_from_config
+from dummy.policies.registry import policy_from_config
+from dummy.policy import ContextPolicy
 from pipeline.planning.cost import assumed_roles, block_operations
 from pipeline.runtime.generator import BlockGenerator
 from pipeline.runtime.inputs import GeneratorSettings, Passes, Segment

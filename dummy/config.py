@@ -1,7 +1,7 @@
 """The YAML section `dummy_forcing`: which attention heads lose their history, from when on, and what they keep.
 
 Method: "Efficient Autoregressive Video Diffusion with Dummy Head" (arXiv 2601.20499); TeaCache: arXiv 2411.19108.
-Conditions that involve the video's length or the model's size are not checked here: this file knows neither.
+Conditions that involve the video's length, the model's size or the policy are not checked here: this file knows none.
 """
 
 from __future__ import annotations
@@ -14,9 +14,6 @@ from dummy.budget import DummyBudget, Within
 from dummy.presets import PRESETS, PresetName
 from utils.errors import InputError, require_range
 from wan.geometry import MOST_FRAMES
-
-_OF_CALIBRATION = ("calibration", "frames_per_head", "max_lengths")
-_OF_ROLES = ("retention", "equal_cost", "roles", "reclassify_on_switch")
 
 
 class HeadRetentions(NamedTuple):
@@ -65,11 +62,12 @@ class DummyForcingConfig:
     room for, which mean what they do in `equal_cost`.
 
     Raises:
-        InputError: a value out of range, or a retention for a policy that has none.
+        InputError: a value out of range.
     """
 
     enabled: bool = True
-    policy: Literal["packed", "prune", "calibrated"] = "packed"
+    policy: str = "packed"  # one of dummy/policies/registry.py: packed, prune, calibrated
+    options: dict[str, object] | None = None  # of a policy that has keys of its own
     denoise_start: int = 0  # denoising step from which heads are split; published programs work with 0 alone
     ar_start: int = 1  # block, counted from 0, in whose clean pass the head roles are found
     local_context_length: int = 1  # L, blocks that neighbour heads (before the split: all heads) look back
@@ -96,9 +94,6 @@ class DummyForcingConfig:
             raise InputError(f"dummy_forcing.denoise_start: only 0 works, got {self.denoise_start}")
         if self.teacache_threshold < 0:
             raise InputError(f"dummy_forcing.teacache_threshold: must be 0 or more, got {self.teacache_threshold}")
-        self._check_calibrated()
-        if self.policy == "calibrated":
-            return
         observing = ("ar_start", "sink_score_frames") if self.roles is None else ()
         for name in ("local_context_length", *observing):
             require_range(f"dummy_forcing.{name}", getattr(self, name), 1, MOST_FRAMES)
@@ -108,58 +103,21 @@ class DummyForcingConfig:
                 "dummy_forcing.score_query_share: must be above 0 and at most 1 (all queries), "
                 f"got {self.score_query_share}"
             )
-        for name, default in (("retention", None), ("preset", "paper"), ("equal_cost", None)):
-            if self.policy == "prune" and getattr(self, name) != default:
-                raise InputError(
-                    f"dummy_forcing.{name}: policy prune drops all earlier frames of dummy heads and leaves the other "
-                    f"heads as they are; remove the {name} or use dummy_forcing.policy=packed"
-                )
+        if self.max_lengths is not None and self.max_lengths < 1:
+            raise InputError(
+                f"dummy_forcing.max_lengths: a layer's heads keep something, so it must be 1 or more, got "
+                f"{self.max_lengths}; or leave it out"
+            )
         if isinstance(self.equal_cost, float) and self.equal_cost <= 0:
             raise InputError(
                 "dummy_forcing.equal_cost: must be full, window, or a speed above 0 in pixel frames a second, "
                 f"got {self.equal_cost}"
             )
 
-    def _check_calibrated(self) -> None:
-        calibrated = self.policy == "calibrated"
-        foreign = _OF_ROLES if calibrated else _OF_CALIBRATION
-        for name in foreign:
-            default = next(field.default for field in fields(self) if field.name == name)
-            if getattr(self, name) != default:
-                raise InputError(
-                    f"dummy_forcing.{name}: policy {self.policy} would ignore it; remove it or use "
-                    f"dummy_forcing.policy={'packed' if calibrated else 'calibrated'}"
-                )
-        if not calibrated:
-            return
-        if self.calibration is None:
-            raise InputError(
-                "dummy_forcing.calibration: policy calibrated needs a file; make one with python -m pipeline.calibrate "
-                "--config_path YAML --out FILE"
-            )
-        if self.max_lengths is not None and self.max_lengths < 1:
-            raise InputError(
-                f"dummy_forcing.max_lengths: a layer's heads keep something, so it must be 1 or more, got "
-                f"{self.max_lengths}; or leave it out"
-            )
-        frames, speed = self.frames_per_head, self.speed
-        if isinstance(frames, float) and frames >= 0:
-            return
-        if frames not in ("window", "full") and (speed is None or not speed > 0):
-            raise InputError(
-                "dummy_forcing.frames_per_head: policy calibrated needs a number of earlier latent frames from 0 on, "
-                f"window, full, or a speed above 0 such as 16fps; got {_shown(frames)}"
-            )
-
-    @property
-    def finds_roles(self) -> bool:
-        """Whether head roles are observed in a video."""
-        return self.enabled and self.policy != "calibrated" and (self.roles is None or self.reclassify_on_switch)
-
     @property
     def cost_key(self) -> str:
         """The key that says what blocks may cost."""
-        return "frames_per_head" if self.policy == "calibrated" else "equal_cost"
+        return "equal_cost" if self.frames_per_head is None else "frames_per_head"
 
     @property
     def costs_window(self) -> bool:
@@ -169,8 +127,8 @@ class DummyForcingConfig:
     @property
     def speed(self) -> float | None:
         """The pixel frames a second that the run is to measure and meet, if it is."""
-        if self.policy != "calibrated":
-            return self.equal_cost if isinstance(self.equal_cost, float) else None
+        if isinstance(self.equal_cost, float):
+            return self.equal_cost
         match = re.fullmatch(r"([0-9]{1,9}(?:\.[0-9]{1,9})?) *fps", str(self.frames_per_head), re.IGNORECASE)
         return float(match[1]) if match else None
 
@@ -203,7 +161,3 @@ class DummyForcingConfig:
             given.neighbor or preset.neighbor.frames(context),
             given.dummy or preset.dummy.frames(context),
         )
-
-
-def _shown(value: object) -> str:
-    return "nothing" if value is None else repr(value)[:40]

@@ -1,13 +1,14 @@
 """Context policies: what every head keeps, before and after the roles of the heads are known.
 
-Full history, a window with sinks, prune and packed (arXiv 2601.20499, heterogeneous memory allocation), calibrated and
-any other head-wise method are retentions here and nothing else; neither the cache nor attention has a branch for them.
+Full history, a window with sinks, and every method of dummy/policies/ are retentions here and nothing else; neither the
+cache nor attention has a branch for them. A method is a `CachePolicy`; this file knows none of them.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass, field, replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import ClassVar, Protocol
 
 from torch import Tensor
 
@@ -18,9 +19,8 @@ from dummy.equal_cost import EqualCost
 from dummy.frame_attention import regions
 from dummy.retentions import RetentionTable
 from dummy.roles import HeadRoles, Role
-from utils.errors import InputError
-from wan.attention.head_group import FULL_HISTORY, UNBOUNDED, HeadLayout, Retention
-from wan.config import ModelKwargs
+from wan.attention.head_group import FULL_HISTORY, HeadLayout, Retention
+from wan.config import ModelConfig, ModelKwargs
 
 MOST_KEPT = 10_000  # frames: 40 minutes, more than any memory holds
 
@@ -81,6 +81,7 @@ class ContextPolicy:
     table: RetentionTable | None = None
     dial: Dial | None = None
     allocation: Allocation | None = None
+    at_frames: Callable[[float], ContextPolicy] | None = None
 
     def fixed_layout(self) -> HeadLayout | None:
         """What every head keeps, where that holds from the first block on."""
@@ -100,109 +101,42 @@ class ContextPolicy:
         return max(kept) <= MOST_KEPT
 
 
-def base_retention(local_attn_size: int, sink: int, block: int) -> Retention:
-    """All earlier frames for a size of -1; else a window of that many frames, sinks and block (`block`) included."""
-    return FULL_HISTORY if local_attn_size == -1 else Retention(sink, local_attn_size - sink - block)
+@dataclass(frozen=True)
+class PolicyRequest:
+    """What is known when a policy is made, all of it on the host.
 
-
-def prune_by_role(base: Retention) -> dict[Role, Retention]:
-    """Dummy heads see nothing earlier, all others what `base` keeps."""
-    return {Role.SINK: base, Role.NEIGHBOR: base, Role.DUMMY: Retention(0, 0)}
-
-
-def policy_of_table(table: RetentionTable) -> ContextPolicy:
-    """Every head keeps what the table says from the first block on."""
-    return ContextPolicy("calibrated", table.largest(), table=table)
-
-
-def calibrated_policy(dial: Dial, frames: float) -> ContextPolicy:
-    """Every head keeps what costs least with `frames` earlier frames a head. Raises InputError if that cannot be."""
-    allocation = dial.choose(frames)
-    return replace(policy_of_table(allocation.table), dial=dial, allocation=allocation)
-
-
-def frames_asked(dummy: DummyForcingConfig, base: Retention, dial: Dial) -> float:
-    """Earlier frames a head that policy calibrated may spend: as many as there are where it asks for more than that
-    without giving a number, and as few as can be where the run has yet to measure."""
-    least, most = dial.limits()
-    if isinstance(dummy.frames_per_head, float):
-        return dummy.frames_per_head
-    if dummy.speed is not None:
-        return least
-    return min(max(base.total, least), most) if dummy.frames_per_head == "window" else most
-
-
-def largest(by_role: Mapping[Role, Retention]) -> Retention:
-    """What all heads keep until a packed split: enough for every role."""
-    return Retention(max(r.sink for r in by_role.values()), max(r.recent for r in by_role.values()))
-
-
-def policy_from_config(
-    window: ModelKwargs,
-    dummy: DummyForcingConfig,
-    block: int,
-    roles: HeadRoles | None = None,
-    dial: Dial | None = None,
-) -> ContextPolicy:
-    """The policy that the settings ask for, with blocks of `block` latent frames and given or observed roles; policy
-    calibrated goes by the `dial`.
-
-    Raises InputError for an equal cost with given roles of which none is a neighbour head's, and for frames a head that
-    the dial does not have.
+    `block`: latent frames a block (n). `base`: what all heads keep without the section `dummy_forcing`. `roles` and
+    `dial` are those of the files `dummy_forcing.roles` and `.calibration`, where they are set. `model` has the numbers
+    of layers and heads.
     """
-    base = base_retention(window.local_attn_size, window.sink_size, block)
-    if not dummy.enabled:
-        return ContextPolicy("full" if base == FULL_HISTORY else "window", base, window_sinks=base.sink)
-    if dummy.policy == "calibrated":
-        assert dial is not None
-        return calibrated_policy(dial, frames_asked(dummy, base, dial))
-    if dummy.policy == "prune":
-        by_role = prune_by_role(base)
-    else:
-        by_role = {role: Retention(*kept) for role, kept in zip(Role, dummy.retentions(block), strict=True)}
-    split = HeadSplit(
-        by_role,
-        dummy.ar_start,
-        dummy.budget,
-        dummy.sink_score_frames,
-        dummy.score_query_share,
-        roles,
-        from_start=roles is not None,
-    )
-    if dummy.policy == "prune":
-        return ContextPolicy("prune", base, split, window_sinks=base.sink)
-    if dummy.equal_cost is not None and roles is not None and not roles.counts()[Role.NEIGHBOR]:
-        raise InputError(
-            f"dummy_forcing.equal_cost: {dummy.equal_cost} gives neighbor heads what the others save, but in "
-            f"dummy_forcing.roles {dummy.roles} no head is one; give other roles or remove the equal_cost"
-        )
-    packed = ContextPolicy("packed", largest(by_role), split)
-    if dummy.equal_cost == "window":
-        return with_equal_cost(packed, base.total, block)
-    return with_equal_cost(packed, UNBOUNDED, block) if dummy.equal_cost == "full" else packed
+
+    settings: DummyForcingConfig
+    block: int
+    base: Retention
+    roles: HeadRoles | None = None
+    dial: Dial | None = None
+    model: ModelConfig | None = None
 
 
-def split_of(dummy: DummyForcingConfig, block: int) -> HeadSplit:
-    """How heads part with these settings (prune: over full history); given roles are not looked at."""
-    split = policy_from_config(ModelKwargs(), replace(dummy, enabled=True), block).split
-    assert split is not None
-    return split
+class CachePolicy(Protocol):
+    """A head-wise method: how it is decided what every head keeps. dummy/policies/registry.py lists them.
 
-
-def with_equal_cost(packed: ContextPolicy, frames: float, block: int) -> ContextPolicy:
-    """The policy with neighbour heads that keep what is left of `frames` earlier frames a head, see `EqualCost`.
-
-    How many that are is known when the roles are; until then all heads keep all that there is by then.
+    An implementation is a frozen dataclass; its fields are the keys of `dummy_forcing.options`, with their types and
+    defaults. `uses`: the keys of `dummy_forcing` among `registry.SELECTIVE` that it goes by; others are refused.
     """
-    assert packed.split is not None
-    until_split = (packed.split.ar_start + 1) * block
-    initial = Retention(packed.initial.sink, max(packed.initial.recent, until_split))
-    return replace(packed, initial=initial, split=replace(packed.split, equal_cost=EqualCost(frames)))
+
+    uses: ClassVar[frozenset[str]]
+
+    def check(self, settings: DummyForcingConfig) -> None:
+        """Raises InputError for settings of which nothing can be made, whatever the model."""
+
+    def build(self, request: PolicyRequest) -> ContextPolicy:
+        """What heads keep. Raises InputError where the request cannot be met."""
 
 
-def with_frames(policy: ContextPolicy, frames: float, block: int) -> ContextPolicy:
-    """The policy with `frames` earlier frames a head, a cost that was measured and not given."""
-    if policy.dial is None:
-        return with_equal_cost(policy, frames, block)
-    least, most = policy.dial.limits()
-    return calibrated_policy(policy.dial, min(max(frames, least), most))
+def base_retention(window: ModelKwargs, block: int) -> Retention:
+    """All earlier frames for a `local_attn_size` of -1; else what a window of that many frames has besides the block of
+    `block` frames at work: the first `sink_size` and the last ones."""
+    if window.local_attn_size == -1:
+        return FULL_HISTORY
+    return Retention(window.sink_size, window.local_attn_size - window.sink_size - block)

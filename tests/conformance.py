@@ -25,7 +25,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from dummy.config import DummyForcingConfig, RetentionConfig
-from dummy.policy import ContextPolicy, policy_from_config, policy_of_table
+from dummy.policies.calibrated import policy_of_table
+from dummy.policies.registry import policy_from_config
+from dummy.policy import ContextPolicy
 from dummy.retentions import RetentionTable
 from dummy.roles import HeadRoles
 from pipeline.runtime.engine import WAYS, passes_of

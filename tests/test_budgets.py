@@ -10,7 +10,7 @@ from torch import Tensor
 
 from dummy.budget import DummyBudget
 from dummy.config import DummyForcingConfig
-from dummy.policy import split_of
+from dummy.policies.registry import split_of
 from dummy.roles import HeadRoles, Role, dummy_ranks
 from pipeline.config.config import check_against_model, load_config
 from pipeline.planning.plan import planner_for

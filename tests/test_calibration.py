@@ -16,7 +16,8 @@ from dummy.calibration.candidates import CANDIDATES, named, parse_candidates
 from dummy.calibration.dial import Dial
 from dummy.calibration.measured import KEY, Calibration, Subject
 from dummy.calibration.recorder import HeadErrors, query_bytes
-from dummy.policy import ContextPolicy, calibrated_policy
+from dummy.policies.calibrated import calibrated_policy
+from dummy.policy import ContextPolicy
 from pipeline.calibrate import command, recording
 from pipeline.calibrate.cost import observed_operations, recorder_bytes
 from pipeline.config.config import geometry_of, load_config

@@ -132,7 +132,7 @@ ONE_SIDED = "dummy_forcing.retention.neighbor"
         (f"{ONE_SIDED}=[3]", f"{ONE_SIDED}: expected a list of 2 integers, got [3] (list)"),
         (
             "dummy_forcing.policy=prune dummy_forcing.retention.sink=[1,0]",
-            "dummy_forcing.retention: policy prune drops",
+            "dummy_forcing.retention: policy prune would ignore it",
         ),
         # switches
         ("switch_frame_indices=6,x", "switch_frame_indices: expected latent frames such as 40, 80, 120, got '6,x'"),

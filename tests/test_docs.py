@@ -4,9 +4,13 @@ from __future__ import annotations
 
 import re
 import shutil
+import sys
 from pathlib import Path
+from types import ModuleType
 
 import pytest
+
+from dummy.policies import registry
 
 ROOT = Path(__file__).parents[1]
 PAGES = [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))]
@@ -19,6 +23,8 @@ def test_the_examples_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monkey
     monkeypatch.chdir(tmp_path)
     for name in ("configs", "checkpoints"):
         shutil.copytree(ROOT / name, tmp_path / name)
-    names: dict[str, object] = {}
+    monkeypatch.setattr(registry, "POLICIES", dict(registry.POLICIES))  # a page may register its own
+    module = ModuleType("page")
+    monkeypatch.setitem(sys.modules, "page", module)  # where classes that it defines look for names
     for block in BLOCK.findall(page.read_text(encoding="utf-8")):
-        exec(compile(block, str(page), "exec"), names)
+        exec(compile(block, str(page), "exec"), module.__dict__)

@@ -12,7 +12,7 @@ from torch import Tensor
 from dummy.budget import DummyBudget
 from dummy.config import DummyForcingConfig
 from dummy.frame_attention import FrameAttention, sampled
-from dummy.policy import policy_from_config
+from dummy.policies.registry import policy_from_config
 from dummy.roles import HeadRoles, Role
 from dummy.teacache import computed_steps
 from pipeline.runtime.generator import BlockGenerator

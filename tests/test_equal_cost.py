@@ -11,7 +11,7 @@ import torch
 
 from dummy.config import DummyForcingConfig
 from dummy.equal_cost import EqualCost, mean_frames
-from dummy.policy import policy_from_config
+from dummy.policies.registry import policy_from_config
 from dummy.roles import HeadRoles, Role
 from pipeline.assembly import assemble
 from pipeline.config.config import check_against_model, load_config
@@ -132,7 +132,7 @@ def test_a_speed_in_a_whole_run(program: Program) -> None:
         (["model_kwargs.local_attn_size=-1"], "equal_cost: window is the cost of model_kwargs.local_attn_size"),
         (["dummy_forcing.equal_cost=0"], "equal_cost: must be full, window, or a speed above 0"),
         (["dummy_forcing.equal_cost=windows"], "equal_cost: expected one of full, window or a number or null"),
-        (["dummy_forcing.policy=prune"], "equal_cost: policy prune drops"),
+        (["dummy_forcing.policy=prune"], "equal_cost: policy prune would ignore it"),
     ],
 )
 def test_costs_that_make_no_sense_are_refused(overrides: Sequence[str], message: str) -> None:

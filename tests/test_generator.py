@@ -13,7 +13,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from dummy.config import DummyForcingConfig
-from dummy.policy import ContextPolicy, HeadSplit, policy_from_config
+from dummy.policies.registry import policy_from_config
+from dummy.policy import ContextPolicy, HeadSplit
 from dummy.roles import HeadRoles, Role
 from pipeline.runtime.generator import BlockGenerator, Rollout
 from pipeline.runtime.inputs import GeneratorSettings

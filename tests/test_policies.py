@@ -16,7 +16,9 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from dummy.config import DummyForcingConfig, RetentionConfig
-from dummy.policy import ContextPolicy, policy_from_config, policy_of_table
+from dummy.policies.calibrated import policy_of_table
+from dummy.policies.registry import policy_from_config
+from dummy.policy import ContextPolicy
 from dummy.presets import PRESETS, PresetName
 from dummy.retentions import RetentionTable
 from dummy.roles import HeadRoles, Role

@@ -30,7 +30,8 @@ def build(cls: type[T], mapping: Mapping[str, object], where: str = "") -> T:
     """Makes dataclass `cls`, and those nested in it, from plain values; `where` is the dotted prefix in messages.
 
     Values must have the annotated type: int (of 64 bits), float (an integer will do, infinities will not), str, bool,
-    None (also written as Python does), Literal, unions, tuple and list (from a list), or a dataclass (from a mapping).
+    None (also written as Python does), Literal, unions, tuple and list (from a list), dict (any mapping with keys of
+    text, taken as it is), or a dataclass (from a mapping).
     Nothing is converted beyond that.
 
     Raises:
@@ -107,6 +108,8 @@ def _convert(annotation: object, value: object, where: str) -> object:
             return _convert_sequence(option, value, where)
         if _is_dataclass(option) and isinstance(value, Mapping):
             return _build(option, value, where)
+        if get_origin(option) is dict and isinstance(value, Mapping):
+            return {str(key): item for key, item in value.items()}
     for option in sorted(_options(annotation), key=lambda option: option is not type(None)):  # "None" is no text
         converted = _convert_scalar(option, value)
         if converted is not _MISFIT:
@@ -171,6 +174,8 @@ def _describe(annotation: object) -> str:
     if get_origin(annotation) in (tuple, list):
         count = "" if arguments[-1] is Ellipsis or get_origin(annotation) is list else f"{len(arguments)} "
         return f"a list of {count}{_NAMES[arguments[0]][1] if arguments[0] in _NAMES else 'entries'}"
+    if get_origin(annotation) is dict:
+        return "a section"
     if _is_dataclass(annotation):
         return f"a section with the keys {', '.join(field.name for field in dataclasses.fields(annotation))}"
     if annotation is bool:

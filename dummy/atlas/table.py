@@ -18,7 +18,8 @@ from torch import Tensor
 from dummy.atlas.stored import KEY, read_atlas
 from dummy.config import DummyForcingConfig
 from dummy.frame_attention import regions
-from dummy.policy import HeadSplit, split_of
+from dummy.policies.registry import split_of
+from dummy.policy import HeadSplit
 from dummy.roles import HeadRoles, Role, dummy_ranks
 from utils.files import atomic_write
 

@@ -16,7 +16,8 @@ from torch import Tensor
 from dummy.atlas.recorder import PassRecorder
 from dummy.atlas.stability import overlap
 from dummy.frame_attention import sampled
-from dummy.policy import HeadSplit, split_of
+from dummy.policies.registry import split_of
+from dummy.policy import HeadSplit
 from dummy.roles import HeadRoles, Role
 from pipeline.atlas.recording import choose_passes, role_settings, watch, watched_generator, watched_policy
 from pipeline.config.config import InferenceConfig, geometry_of

@@ -18,7 +18,8 @@ from torch import Tensor
 from dummy.atlas.recorder import PassRecorder
 from dummy.atlas.table import CLEAN, Atlas
 from dummy.config import DummyForcingConfig
-from dummy.policy import ContextPolicy, policy_from_config
+from dummy.policies.registry import has_roles, policy_from_config
+from dummy.policy import ContextPolicy
 from pipeline.config.config import InferenceConfig, geometry_of
 from pipeline.config.jobs import VideoJob, check_count, read_jobs
 from pipeline.runtime.generator import BlockGenerator
@@ -77,7 +78,7 @@ def choose_passes(config: InferenceConfig, blocks: str | None, steps: str | None
 
 def role_settings(config: InferenceConfig) -> DummyForcingConfig:
     """How roles would be found, also where they are given, or there are none (half of them are dummy then)."""
-    with_roles = config.dummy_forcing.enabled and config.dummy_forcing.policy != "calibrated"
+    with_roles = has_roles(config.dummy_forcing)
     forcing = config.dummy_forcing if with_roles else DummyForcingConfig(num_dummy=0.5)
     return replace(forcing, roles=None)
 

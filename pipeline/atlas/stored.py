@@ -8,7 +8,7 @@ from pathlib import Path
 from dummy.atlas.stability import has_role_pass, roles_of_videos
 from dummy.atlas.stored import read_about
 from dummy.atlas.table import Atlas
-from dummy.policy import policy_from_config
+from dummy.policies.registry import policy_from_config
 from pipeline.atlas.recording import role_settings
 from pipeline.config.config import InferenceConfig, load_config
 from pipeline.config.published_keys import expand_overrides

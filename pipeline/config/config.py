@@ -15,6 +15,7 @@ from pathlib import Path
 from typing import Literal
 
 from dummy.config import DummyForcingConfig
+from dummy.policies.registry import cache_policy, finds_roles, has_roles, policy_from_config
 from pipeline.config import paths
 from pipeline.config.published_keys import expand_overrides, translate
 from pipeline.config.resolution import MOST_PIXELS, check_resolution, latent_size, pixel_size
@@ -22,8 +23,6 @@ from utils.config import build
 from utils.errors import InputError, quoted, require_range
 from wan.config import AdapterConfig, ModelConfig, ModelKwargs
 from wan.geometry import MOST_FRAMES, LatentGeometry
-
-PolicyName = Literal["full", "window", "packed", "prune", "calibrated"]
 
 # What no run can mean, though it may be a slip of the keyboard; each of these is built as a list somewhere.
 _MOST = {"num_samples": 10_000, "num_flickering_samples": 10_000, "samples_per_batch": 1_000}
@@ -103,8 +102,8 @@ class InferenceConfig:
         return self.num_output_frames // self.num_frame_per_block
 
     @property
-    def policy(self) -> PolicyName:
-        """The context policy: `packed`, `prune` or `calibrated` with Dummy Forcing on, else `full` or `window`."""
+    def policy(self) -> str:
+        """The context policy: with Dummy Forcing on, one of dummy/policies/registry.py, else `full` or `window`."""
         if self.dummy_forcing.enabled:
             return self.dummy_forcing.policy
         return "full" if self.model_kwargs.local_attn_size == -1 else "window"
@@ -182,7 +181,7 @@ def geometry_of(config: InferenceConfig, channels: int) -> LatentGeometry:
 def check_against_model(config: InferenceConfig, model: ModelConfig) -> None:
     """The conditions that need the model's sizes. Raises InputError."""
     forcing = config.dummy_forcing
-    if not forcing.finds_roles:
+    if not finds_roles(forcing):
         return
     forcing.budget.check(model.num_layers, model.num_heads)
     least, heads = forcing.budget.possible(model.num_layers, model.num_heads)[0], model.num_layers * model.num_heads
@@ -279,8 +278,10 @@ def _check_context(config: InferenceConfig) -> None:
     )
     if config.rope == "absolute":
         return
-    if config.policy == "packed":
-        sink = max(first for first, _ in config.dummy_forcing.retentions(block))
+    if has_roles(config.dummy_forcing):
+        split = policy_from_config(config.model_kwargs, config.dummy_forcing, block).split
+        assert split is not None
+        sink = max(retention.sink for retention in split.by_role.values())
     _require(
         window >= sink + block,
         f"rope: relative places {sink} sink frames and a block of {block} in a window of model_kwargs.local_attn_size "
@@ -290,13 +291,15 @@ def _check_context(config: InferenceConfig) -> None:
 
 def _check_dummy_forcing(config: InferenceConfig) -> None:
     forcing, block, blocks = config.dummy_forcing, config.num_frame_per_block, config.num_blocks
+    if forcing.enabled:
+        cache_policy(forcing)  # which refuses what it cannot use
     _require(
         not forcing.costs_window or config.model_kwargs.local_attn_size != -1,
         f"dummy_forcing.{forcing.cost_key}: window is the cost of model_kwargs.local_attn_size, which is -1 (all "
         f"frames); set it (published: 12), or use dummy_forcing.{forcing.cost_key}=full",
     )
     # Roles found in the last block would never be used; roles from a file need no block to find them in.
-    if not forcing.finds_roles or forcing.roles is not None or forcing.ar_start <= blocks - 2:
+    if not finds_roles(forcing) or forcing.roles is not None or forcing.ar_start <= blocks - 2:
         return
     remedies = [f"num_output_frames={(forcing.ar_start + 2) * block} or more", "dummy_forcing.enabled=false"]
     if blocks >= 3:

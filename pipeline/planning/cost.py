@@ -6,7 +6,8 @@ from collections.abc import Iterable
 from dataclasses import replace
 
 from dummy.equal_cost import mean_frames
-from dummy.policy import ContextPolicy, HeadSplit, policy_from_config
+from dummy.policies.registry import policy_from_config
+from dummy.policy import ContextPolicy, HeadSplit
 from dummy.roles import HeadRoles, Role
 from pipeline.config.config import InferenceConfig
 from wan.attention.head_group import UNBOUNDED, Retention

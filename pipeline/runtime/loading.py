@@ -8,7 +8,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dummy.policy import policy_from_config
+from dummy.policies.registry import policy_from_config
 from dummy.roles import HeadRoles
 from pipeline.config.config import InferenceConfig, check_against_model
 from pipeline.runtime.calibrated import compare_checkpoints, load_dial
@@ -280,7 +280,7 @@ def generator_settings(config: InferenceConfig, sizes: ModelConfig) -> Generator
         schedule=DenoisingSchedule.build(
             config.denoising_step_list, config.model_kwargs.timestep_shift, config.warp_denoising_step
         ),
-        policy=policy_from_config(config.model_kwargs, forcing, config.num_frame_per_block, roles, dial),
+        policy=policy_from_config(config.model_kwargs, forcing, config.num_frame_per_block, roles, dial, sizes),
         context_noise=float(config.context_noise),
         window=None if window == -1 else window,
         relative_rope=config.rope == "relative",

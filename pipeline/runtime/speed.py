@@ -13,7 +13,7 @@ from dataclasses import replace
 
 import torch
 
-from dummy.policy import ContextPolicy, with_frames
+from dummy.policy import ContextPolicy
 from pipeline.runtime.generator import BlockGenerator, Rollout
 from pipeline.runtime.inputs import GeneratorSettings, Segment
 from utils.errors import InputError
@@ -33,7 +33,8 @@ def at_speed(
     """The generator's settings, with as many frames for neighbour heads (policy calibrated: for all heads) as `speed`
     (pixel frames a second of diffusion, the VAE not counted) allows. Raises InputError, which names `key`, if blocks
     without any history are slower."""
-    block = geometry.frames_per_block
+    block, at_frames = geometry.frames_per_block, generator.settings.policy.at_frames
+    assert at_frames is not None
     short, long = (block_seconds(generator, geometry, frames) for frames in (block, 4 * block))
     frames = frames_in_time(pixel_frames(block, first=False) / speed, (block, short), (4 * block, long))
     if frames < 0:
@@ -43,7 +44,7 @@ def at_speed(
             f"make {fastest:.3g}; use a lower speed, or window"
         )
     logger.info("%s: %g pixel frames/s leave %.2f earlier frames a head, as a mean over all heads", key, speed, frames)
-    return replace(generator.settings, policy=with_frames(generator.settings.policy, frames, block))
+    return replace(generator.settings, policy=at_frames(frames))
 
 
 def frames_in_time(seconds: float, one: tuple[float, float], other: tuple[float, float]) -> float:
