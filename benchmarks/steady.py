@@ -109,8 +109,8 @@ class SteadyBlock:
     @torch.inference_mode()
     def run(self) -> None:
         """The steps and the clean pass, after which the cache has to be prepared again."""
-        latents = self.rollout.denoise(self._text, self.start)
-        self.rollout.clean_pass(latents, self._text, self.start, self.start // self.geometry.frames_per_block)
+        block = self.start // self.geometry.frames_per_block
+        self.rollout.clean_pass(self.rollout.denoise(self._text, block), self._text, self.start, block)
 
     @torch.inference_mode()
     def flow(self) -> Tensor:
@@ -118,7 +118,7 @@ class SteadyBlock:
         self.prepare()
         generator = torch.Generator().manual_seed(1)
         latents = torch.randn(1, *self.geometry.block_shape, generator=generator).to(self.model.device)
-        first = self._generator.steps[0]
+        first = self._generator.usual.steps[0]
         return self._generator.passes(latents, first, self._text, self.rollout.cache, self.start)
 
     def time_ms(self) -> tuple[float, float]:

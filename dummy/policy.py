@@ -7,7 +7,7 @@ cache nor attention has a branch for them. A method is a `CachePolicy`; this fil
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import ClassVar, Protocol
 
 from torch import Tensor
@@ -19,7 +19,9 @@ from dummy.equal_cost import EqualCost
 from dummy.frame_attention import regions
 from dummy.retentions import RetentionTable
 from dummy.roles import HeadRoles, Role
-from wan.attention.head_group import FULL_HISTORY, HeadLayout, Retention
+from wan.attention.ema_sink import EmaSinks
+from wan.attention.head_group import FULL_HISTORY, UNBOUNDED, HeadLayout, Retention, RetentionRule
+from wan.attention.rolling_sink import RollingSinks
 from wan.config import ModelConfig, ModelKwargs
 
 MOST_KEPT = 10_000  # frames: 40 minutes, more than any memory holds
@@ -91,6 +93,22 @@ class ContextPolicy:
             return self.split.layout(self.split.roles)
         return None
 
+    def at_most(self, sink: int, recent: int) -> ContextPolicy:
+        """The policy with heads that keep no more than so many of the first and of the last frames each; full history
+        becomes just that."""
+        assert self.split is None or self.split.from_start
+
+        def less(kept: Retention) -> Retention:
+            first = sink if kept.recent >= UNBOUNDED else min(kept.sink, sink)
+            return Retention(first, min(kept.recent, recent))
+
+        table, split = self.table, self.split
+        if table is not None:
+            table = RetentionTable.of([[less(kept) for kept in row] for row in table.rows])
+        if split is not None:
+            split = replace(split, by_role={role: less(kept) for role, kept in split.by_role.items()})
+        return replace(self, initial=less(self.initial), table=table, split=split)
+
     @property
     def bounded(self) -> bool:
         """Whether no head ever keeps more than `MOST_KEPT` frames, however long the video is."""
@@ -136,7 +154,10 @@ class CachePolicy(Protocol):
 
 def base_retention(window: ModelKwargs, block: int) -> Retention:
     """All earlier frames for a `local_attn_size` of -1; else what a window of that many frames has besides the block of
-    `block` frames at work: the first `sink_size` and the last ones."""
+    `block` frames at work: the first `sink_size` and the last ones, by the rule that the section names, if it does."""
+    rule: RetentionRule | None = RollingSinks() if window.rolling_sink else None
+    if window.ema_sink_alpha is not None:
+        rule = EmaSinks(window.ema_sink_alpha)
     if window.local_attn_size == -1:
-        return FULL_HISTORY
-    return Retention(window.sink_size, window.local_attn_size - window.sink_size - block)
+        return replace(FULL_HISTORY, rule=rule)
+    return Retention(window.sink_size, window.local_attn_size - window.sink_size - block, rule)

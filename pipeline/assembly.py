@@ -47,7 +47,9 @@ logger = logging.getLogger(__name__)
 
 
 SESSION_SETTINGS = frozenset(
-    ("dummy_forcing", "model_kwargs", "rope", "global_sink", "context_noise", "denoising_step_list")
+    ("dummy_forcing", "model_kwargs", "rope", "rope_window", "rolling", "global_sink", "kv_flush", "scene_cut_from")
+) | frozenset(
+    ("context_noise", "denoising_step_list", "denoising_step_list_first_chunk", "first_frame_denoising_step_list")
 )
 """What sessions of one pipeline may differ in: what heads keep, and how blocks are denoised."""
 
@@ -259,13 +261,14 @@ class Pipeline:
 
 def require_bounded(settings: GeneratorSettings) -> None:
     """Raises InputError if a video without end would need memory without end."""
-    if settings.window is None or not settings.policy.bounded:
+    encodes_all = settings.window is None and not settings.kv_flush and settings.rolling is None
+    if encodes_all or not settings.policy.bounded:
         raise InputError(
             f"frames: a session without end needs memory of a bounded length, but the policy {settings.policy.name} "
             "keeps (or a prompt switch encodes anew) all earlier frames; set model_kwargs.local_attn_size (published: "
             "12), or give the session a number of frames"
         )
-    if not settings.relative_rope:
+    if not settings.relative_rope and settings.rolling is None:
         logger.warning(
             "rope: absolute positions leave the trained range in a session without end; rope=relative stays in it"
         )

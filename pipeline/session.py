@@ -16,18 +16,20 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
 
 from dummy.roles import HeadRoles
 from pipeline.runtime.decoding import BlockDecoder, HostFrames
-from pipeline.runtime.generator import BlockGenerator, CleanBlock, Rollout
+from pipeline.runtime.generator import BlockGenerator, Rollout
 from pipeline.runtime.inputs import NoiseSource
+from pipeline.runtime.outputs import CleanBlock
 from utils.errors import InputError
 from utils.profiler import Profiler
 from utils.transfer import to_device
@@ -84,6 +86,14 @@ class SessionBlock:
         return self.seconds_to_host
 
 
+class _Due(NamedTuple):
+    """A prompt that takes effect with a block."""
+
+    prompt: Prompt
+    embeds: Sequence[Tensor]
+    cut: bool
+
+
 class Session:
     """A video, or a batch of videos with common head roles, in the making. Iterate over it for its blocks.
 
@@ -123,7 +133,7 @@ class Session:
         self._live = live
         self._keep_buffers = keep_buffers
         self.prefix_blocks = 0 if prefix_latents is None else prefix_latents.shape[1] // geometry.frames_per_block
-        self._typed: tuple[Prompt, Sequence[Tensor]] | None = None
+        self._typed: _Due | None = None
         self._typing = threading.Lock()
         self._scenes: list[tuple[int, Prompt]] = []
         self.closed = False
@@ -140,25 +150,31 @@ class Session:
             self._decoder = decoder(self.profiler) if decoder is not None else None
         self._blocks = self.rollout.blocks()
         self._next_frame = 0
-        self._planned: list[tuple[int, Prompt]] = []
+        self._planned: list[tuple[int, Prompt, bool]] = []
+        self.cuts: list[int] = []
+        """Latent frames of the storyboard at which another scene begins."""
 
-    def prompt(self, text: str | Sequence[str]) -> None:
-        """Let a prompt, or one for each video, take effect with the next block that begins. Of several that come while
-        one block is made, the last counts. Encodes it, so it may take as long as the text encoder does.
+    def prompt(self, text: str | Sequence[str], *, cut: bool = False) -> None:
+        """Let a prompt, or one for each video, take effect with the next block that begins; with `cut` as another
+        scene. Of several that come while one block is made, the last counts. Encodes it, so it may take as long as the
+        text encoder does.
 
-        Raises InputError for an empty prompt, or if the session is closed.
+        Raises InputError for an empty prompt, one that the settings leave no place for, or if the session is closed.
         """
         given: Prompt = text if isinstance(text, str) else tuple(text)
+        self._generator.settings.check_switch(self._next_frame, cut)
         embeds = self._embedded(given)
         with self._typing:
             if self.closed:
                 raise InputError("prompt: the session is closed; open another one")
-            self._typed = given, embeds
+            self._typed = _Due(given, embeds, cut)
 
-    def plan(self, storyboard: Sequence[tuple[int, str | Sequence[str]]]) -> None:
-        """Let prompts take effect at the blocks that begin at or after the given latent frames."""
-        planned = [(frame, text if isinstance(text, str) else tuple(text)) for frame, text in storyboard]
-        for _, text in planned:
+    def plan(self, storyboard: Sequence[tuple[int, str | Sequence[str]]], cuts: Collection[int] = ()) -> None:
+        """Let prompts take effect at the blocks that begin at or after the given latent frames; those of the frames
+        `cuts` begin another scene. Raises InputError as `prompt` does."""
+        planned = [(frame, text if isinstance(text, str) else tuple(text), frame in cuts) for frame, text in storyboard]
+        for frame, text, cut in planned:
+            self._generator.settings.check_switch(frame, cut)
             self._embedded(text)  # what is wrong with a prompt is told now
         self._planned += planned
 
@@ -170,15 +186,15 @@ class Session:
             raise InputError("prompt: it is empty; write what is to be seen")
         return [self._embed(text) for text in texts]
 
-    def _due(self) -> tuple[Prompt, Sequence[Tensor]] | None:
+    def _due(self) -> _Due | None:
         """The prompt that takes effect with the next block, if there is a new one."""
         # A prompt that takes effect now or later needs the clean frames of the block before it.
         self.rollout.keep_past = self._live or bool(self._planned)
         with self._typing:
             due, self._typed = self._typed, None
         while self._planned and self._planned[0][0] <= self._next_frame:
-            _, prompt = self._planned.pop(0)
-            due = prompt, self._embedded(prompt)
+            _, prompt, cut = self._planned.pop(0)
+            due = _Due(prompt, self._embedded(prompt), cut)
         return due
 
     def _text(self, embeds: Sequence[Tensor]) -> TextContext:
@@ -205,11 +221,11 @@ class Session:
         self._next_frame = block.start_frame + self._geometry.frames_per_block
         return self._finished(block, host, began)
 
-    def _go_over_to(self, due: tuple[Prompt, Sequence[Tensor]] | None) -> None:
+    def _go_over_to(self, due: _Due | None) -> None:
         if due is not None:
-            prompt, embeds = due
-            self.rollout.prompt(self._text(embeds))
-            self._scenes.append((self._next_frame, prompt))
+            self.rollout.prompt(self._text(due.embeds), due.cut)
+            self._scenes.append((self._next_frame, due.prompt))
+            self.cuts += [self._next_frame] * due.cut
         elif not self._scenes:
             raise InputError("prompt: the session has none yet; call session.prompt(text) before the first block")
 

@@ -48,8 +48,8 @@ def write_videos(pipeline: Pipeline, jobs: Sequence[VideoJob], on_block: OnBlock
     last, so that one under its name has its JSON and contact sheet, whenever the process was killed.
     """
     config, first = pipeline.config, jobs[0]
-    shared = (first.prompts, first.starts, first.start_from)
-    assert all((job.prompts, job.starts, job.start_from) == shared for job in jobs)
+    shared = (first.prompts, first.starts, first.start_from, first.cuts)
+    assert all((job.prompts, job.starts, job.start_from, job.cuts) == shared for job in jobs)
     session = pipeline.session(
         frames=config.num_output_frames,
         noise_seeds=[job.noise_seed for job in jobs],
@@ -58,7 +58,7 @@ def write_videos(pipeline: Pipeline, jobs: Sequence[VideoJob], on_block: OnBlock
         keep_buffers=True,
     )
     with session, ExitStack() as files:
-        session.plan(list(zip(first.starts, first.prompts, strict=True)))
+        session.plan(list(zip(first.starts, first.prompts, strict=True)), first.cuts)
         writers = [files.enter_context(_writer(config, job)) for job in jobs]
         counts = deliver(session, writers, session.profiler, on_block, overlap=config.overlap is not False)
         with session.profiler.host_span("write"):
@@ -152,6 +152,7 @@ def _metadata(config: InferenceConfig, job: VideoJob, session: Session, profile:
     return {
         "prompts": list(job.prompts),
         "starts": list(job.starts),
+        "scene_cuts": list(job.cuts),
         "seed": config.seed,
         "prompt_index": job.prompt_index,
         "sample_index": job.sample_index,

@@ -14,7 +14,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import get_args
@@ -31,9 +31,11 @@ from dummy.policy import ContextPolicy
 from dummy.retentions import RetentionTable
 from dummy.roles import HeadRoles
 from pipeline.runtime.engine import WAYS, passes_of
-from pipeline.runtime.generator import BlockGenerator, FlowRecord
+from pipeline.runtime.generator import BlockGenerator
 from pipeline.runtime.inputs import GeneratorSettings, Passes
+from pipeline.runtime.outputs import FlowRecord
 from pipeline.runtime.schedule import DenoisingSchedule
+from pipeline.runtime.windows import Round, one_by_one, rolling
 from pipeline.session import Session
 from utils import command
 from utils.errors import InputError
@@ -61,16 +63,28 @@ Tensors = Mapping[str, Tensor]
 class ReplayedNoise:
     """The case's noise in the order in which the loop draws: a block's own, then one per re-noising step."""
 
-    def __init__(self, noise: Tensor, renoise: Tensor, frames_per_block: int) -> None:
-        blocks = noise.split(frames_per_block, dim=1)
-        steps = renoise.shape[0] // len(blocks)
-        per_block = renoise.unflatten(0, (len(blocks), steps)) if steps else [()] * len(blocks)
-        self._draws = iter([draw for block, fresh in zip(blocks, per_block, strict=True) for draw in (block, *fresh)])
+    def __init__(self, noise: Tensor, renoise: Tensor, frames_per_block: int, settings: GeneratorSettings) -> None:
+        blocks, fresh, steps = noise.split(frames_per_block, dim=1), iter(renoise), len(settings.schedule)
+        if settings.rolling is not None:
+            rounds = rolling(len(blocks), steps)
+        else:
+            first = settings.first_schedule or settings.schedule
+            rounds = one_by_one(len(blocks), 0, len(first), steps)
+        self._draws = iter([draw for one in rounds for draw in _draws_of(one, blocks, fresh)])
 
     def normal(self, shape: Sequence[int]) -> Tensor:
         draw = next(self._draws)
         assert tuple(draw.shape[1:]) == tuple(shape)
         return draw
+
+
+def _draws_of(one: Round, blocks: Sequence[Tensor], fresh: Iterator[Tensor]) -> Iterator[Tensor]:
+    """The noise that the passes of a round ask for: a block's own as it enters, then one for each that goes on."""
+    for window in one.windows:
+        if window.entering is not None:
+            yield blocks[window.entering]
+        finished = window is one.windows[-1]  # and so its first block draws no more
+        yield from (next(fresh) for _ in window.steps[finished:])
 
 
 def read_case(path: Path) -> tuple[Case, dict[str, Tensor]]:
@@ -113,7 +127,12 @@ def context_policy(case: Case) -> tuple[ContextPolicy, int | None]:
     if kind not in ("full", "window", "prune", "packed", "calibrated"):
         raise InputError(f"the case's policy.kind is {kind!r}; it is full, window, prune, packed or calibrated")
     size = given.pop("local_attn_size", -1)
-    window = ModelKwargs(local_attn_size=size, sink_size=given.pop("sink_size", 0))
+    window = ModelKwargs(
+        local_attn_size=size,
+        sink_size=given.pop("sink_size", 0),
+        ema_sink_alpha=given.pop("ema_sink_alpha", None),
+        rolling_sink=given.pop("rolling_sink", False),
+    )
     recache = case.get("recache", size)
     frames = None if recache in (-1, None) else int(recache)
     if kind in ("full", "window"):
@@ -150,17 +169,24 @@ def retention_table(numbers: Sequence[Sequence[Sequence[int]]], sizes: ModelConf
 
 
 def make_generator(case: Case, model: CausalWanModel, machine: Machine) -> BlockGenerator:
-    schedule = case["schedule"]
+    schedule, block = case["schedule"], int(case["frames_per_block"])
     policy, window = context_policy(case)
+    first = schedule.get("denoising_step_list_first_chunk")
+    most = case["rolling"]["max_attention"] if case.get("rolling") else None
     settings = GeneratorSettings(
         DenoisingSchedule.build(schedule["denoising_step_list"], schedule["shift"], schedule["warp"]),
-        policy,
+        policy if most is None else policy.at_most(block, most - block),
         context_noise=float(case.get("context_noise", 0)),
         window=window,
         relative_rope=case.get("rope") == "relative",
         global_sink=bool(case.get("global_sink", False)),
         reclassify_on_switch=bool(case.get("reclassify_on_switch", False)),
         teacache_threshold=case.get("teacache"),
+        first_schedule=None if first is None else DenoisingSchedule.build(first, schedule["shift"], schedule["warp"]),
+        rope_window=case.get("rope_window"),
+        kv_flush=bool(case.get("kv_flush", False)),
+        cut_from=int(case.get("scene_cut_from", 45)),
+        rolling=most,
     )
     return BlockGenerator(model, settings, machine.passes(model))
 
@@ -168,7 +194,7 @@ def make_generator(case: Case, model: CausalWanModel, machine: Machine) -> Block
 def start_session(case: Case, tensors: Tensors, generator: BlockGenerator) -> Session:
     """A session with the case's noise, whose prompts are called `i.b`: embedding i of video b."""
     geometry = LatentGeometry(case["height"], case["width"], case["num_frames"], case["frames_per_block"])
-    noise = ReplayedNoise(tensors["noise"], tensors["renoise"], geometry.frames_per_block)
+    noise = ReplayedNoise(tensors["noise"], tensors["renoise"], geometry.frames_per_block, generator.settings)
     batch = int(case["batch"])
 
     def embed(name: str) -> Tensor:
@@ -177,7 +203,8 @@ def start_session(case: Case, tensors: Tensors, generator: BlockGenerator) -> Se
 
     session = Session(generator, geometry, noise, embed, batch=batch, live=False)
     starts = enumerate([0, *case.get("switch", ())])
-    session.plan([(start, tuple(f"{i}.{video}" for video in range(batch))) for i, start in starts])
+    cuts = [frame for frame, cut in zip(case.get("switch", ()), case.get("scene_cut", ()), strict=False) if cut]
+    session.plan([(start, tuple(f"{i}.{video}" for video in range(batch))) for i, start in starts], cuts)
     return session
 
 

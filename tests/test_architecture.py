@@ -87,4 +87,4 @@ def test_the_library_does_not_print(path: Path) -> None:
 def test_only_the_configuration_sees_all_layers_settings() -> None:
     settings = {"dummy.config", "wan.config"}
     seers = [path for path in LIBRARY if settings <= set(imported(path)) and path.relative_to(ROOT).parts[0] != "dummy"]
-    assert [path.name for path in seers] == ["config.py"]
+    assert [path.name for path in seers] == ["settings.py"]

@@ -294,15 +294,9 @@ def test_files_of_neighbours_load_with_one_warning(
     ("name", "overrides", "expected"),
     [
         (
-            "first_chunk_steps",
-            [],
-            "denoising_step_list_first_chunk: a first block with denoising steps of its own is not",
-        ),
-        (
             "fork_method",
-            ["first_frame_denoising_step_list=[1000,500]", "method=rolling_forcing"],
-            "first_frame_denoising_step_list: a first block with denoising steps of its own is not supported; "
-            "method: 'rolling_forcing' is not supported yet.",
+            ["use_pyramidkv=true", "method=rolling_forcing"],
+            "use_pyramidkv: Pyramid Forcing's cache is not supported; method: 'rolling_forcing' is not supported yet.",
         ),
         ("krea_server", [], "do_kv_recomp: a cache that is computed anew before each block is not supported yet."),
         ("longlive_2", [], "checkpoints, data, inference, logging: sections of a file of LongLive 2.0, whose model"),
@@ -319,6 +313,11 @@ def test_what_neighbours_can_and_this_cannot_is_called_that(name: str, overrides
     message = message_of(*overrides, path=NEIGHBOURS / f"{name}.yaml")
     assert message.startswith(expected), message
     assert "did you mean denoising_step_list" not in message
+
+
+def test_the_first_block_may_have_steps_of_its_own() -> None:
+    config = load_config(NEIGHBOURS / "first_chunk_steps.yaml")
+    assert (config.denoising_step_list_first_chunk, config.denoising_step_list) == ((1000, 750, 500, 250), (1000,))
 
 
 def test_features_that_are_switched_off_are_no_error() -> None:

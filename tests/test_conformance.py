@@ -16,7 +16,7 @@ ROLLOUTS = [path for path in CASES if path.stem not in ("text_encoder", "vae")]
 
 
 def test_all_vectors_are_here() -> None:
-    assert len(CASES) == 16
+    assert len(CASES) == 23
 
 
 @pytest.mark.parametrize("path", CASES, ids=lambda path: path.stem)

@@ -44,7 +44,7 @@ def test_a_vector_from_recordings(path: Path) -> None:
     result, expected = conformance.compute(path, machine)
     for name, difference in conformance.differences(result, expected).items():
         assert difference <= conformance.TOLERANCES.get(name, conformance.TOLERANCE), name
-    assert machine.recorder.replays > 0
+    assert (machine.recorder.replays > 0) == (path.stem != "rolling_window")  # which runs without
 
 
 def recording(eager: BlockGenerator, **options: object) -> tuple[BlockGenerator, GraphedPasses]:

@@ -119,7 +119,7 @@ def test_storyboards_of_data_sets(tmp_path: Path, caplog: pytest.LogCaptureFixtu
     assert read_storyboards(path) == [Storyboard(("a", "b", "c"), (3, 6))] * 2
     (record,) = caplog.records
     assert record.getMessage().endswith(
-        "keys without a use here are ignored: id, split. Known: prompts and switch_frame_indices"
+        "keys without a use here are ignored: id, split. Known: prompts, switch_frame_indices, scene_cuts"
     )
 
 

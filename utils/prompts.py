@@ -21,7 +21,7 @@ from utils.user_paths import read_text
 logger = logging.getLogger(__name__)
 
 STORYBOARD_SUFFIX = ".jsonl"
-_STORYBOARD_KEYS = ("prompts", "switch_frame_indices")
+_STORYBOARD_KEYS = ("prompts", "switch_frame_indices", "scene_cuts")
 _STRUCTURED = frozenset(
     {".json", ".jsonl", ".ndjson", ".json5", ".yaml", ".yml", ".toml", ".ini", ".xml", ".html", ".htm"}
     | {".csv", ".tsv", ".xls", ".xlsx", ".ods", ".parquet", ".arrow", ".db"}
@@ -115,15 +115,17 @@ class Storyboard:
     """Prompts that follow one another in one video, and the latent frames at which each but the first takes over.
 
     `switch_frames` is None where the storyboard leaves them to the configuration; else it is one shorter than `prompts`
-    and ascends from 1 or more.
+    and ascends from 1 or more. `cuts`, if there are any, says of every switch whether another scene begins with it.
     """
 
     prompts: tuple[str, ...]
     switch_frames: tuple[int, ...] | None = None
+    cuts: tuple[bool, ...] = ()
 
 
 def read_storyboards(path: Path, setting: str = "") -> list[Storyboard]:
-    """The storyboards of a jsonl file: `{"prompts": [...], "switch_frame_indices": [...]}` a line, the second optional.
+    """The storyboards of a jsonl file: `{"prompts": [...], "switch_frame_indices": [...], "scene_cuts": [...]}` a line,
+    all but the first optional.
 
     Other keys, as lines of data sets have them, are named in one warning. Raises InputError, which names the file and
     the line, for anything else.
@@ -134,9 +136,10 @@ def read_storyboards(path: Path, setting: str = "") -> list[Storyboard]:
         record = _record(where, line)
         ignored.update(dict.fromkeys(key for key in record if key not in _STORYBOARD_KEYS))
         prompts = _storyboard_prompts(where, record.get("prompts"))
-        boards.append(Storyboard(prompts, _switch_frames(where, record.get("switch_frame_indices"), len(prompts))))
+        switches = _switch_frames(where, record.get("switch_frame_indices"), len(prompts))
+        boards.append(Storyboard(prompts, switches, _cuts(where, record.get("scene_cuts"), len(prompts))))
     if ignored:
-        known = " and ".join(_STORYBOARD_KEYS)
+        known = ", ".join(_STORYBOARD_KEYS)
         logger.warning("%s: keys without a use here are ignored: %s. Known: %s", path, ", ".join(ignored), known)
     return boards
 
@@ -183,6 +186,19 @@ def frame_list(value: object, where: str) -> list[int]:
         else:
             raise InputError(f"{where}: expected latent frames such as 40, 80, 120, got {brief(value)}")
     return frames
+
+
+def _cuts(where: str, value: object, num_prompts: int) -> tuple[bool, ...]:
+    if value is None:
+        return ()
+    if not isinstance(value, list) or not all(isinstance(flag, bool) for flag in value):
+        raise InputError(f"{where}: scene_cuts must be a list of true and false, not {brief(value)}.")
+    if len(value) != num_prompts - 1:
+        raise InputError(
+            f"{where}: {num_prompts} prompts need {num_prompts - 1} scene_cuts, not {len(value)}: one for each prompt "
+            "but the first, true where it begins another scene."
+        )
+    return tuple(value)
 
 
 def _switch_frames(where: str, value: object, num_prompts: int) -> tuple[int, ...] | None:

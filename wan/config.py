@@ -120,6 +120,8 @@ class ModelKwargs:
     local_attn_size: int = -1  # latent frames that a block sees, sinks and itself included; -1: all
     timestep_shift: float = 5.0  # s in sigma = s u / (1 + (s - 1) u)
     sink_size: int = 0  # first latent frames of the video that stay in the window
+    ema_sink_alpha: float | None = None  # what sinks keep of themselves as frames leave (Reward Forcing: 0.999)
+    rolling_sink: bool = False  # old frames give way to the first ones, to and fro (Rolling Sink)
 
     def __post_init__(self) -> None:
         if self.local_attn_size != -1 and self.local_attn_size < 1:
@@ -137,6 +139,11 @@ class ModelKwargs:
                 f"{self.timestep_shift}"
             )
         require_range("model_kwargs.local_attn_size", self.local_attn_size, -1, MOST_FRAMES)
+        if self.ema_sink_alpha is not None and not 0 < self.ema_sink_alpha < 1:
+            raise InputError(
+                f"model_kwargs.ema_sink_alpha: must be above 0 and below 1 (published: 0.999), got "
+                f"{self.ema_sink_alpha}; or leave it out"
+            )
         require_range("model_kwargs.sink_size", self.sink_size, 0, MOST_FRAMES, "latent frames")
 
 

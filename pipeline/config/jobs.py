@@ -11,7 +11,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from pipeline.config.config import InferenceConfig, as_dict, check_switches
+from pipeline.config.cache_rules import check_cuts
+from pipeline.config.checks import check_switches
+from pipeline.config.config import InferenceConfig, as_dict
 from utils.errors import InputError
 from utils.file_names import output_stems
 from utils.prompts import STORYBOARD_SUFFIX, Storyboard, is_storyboard_file, read_prompts, read_storyboards
@@ -31,7 +33,8 @@ NOT_OF_THE_VIDEO = {*WHICH, *WHERE, *HOW_FAST, *WITH_WHAT_MEMORY}
 
 @dataclass(frozen=True)
 class VideoJob:
-    """One video: `prompts[i]` takes effect at latent frame `starts[i]`, the first at 0."""
+    """One video: `prompts[i]` takes effect at latent frame `starts[i]`, the first at 0; those of `cuts` begin another
+    scene."""
 
     prompts: tuple[str, ...]
     starts: tuple[int, ...]
@@ -40,6 +43,7 @@ class VideoJob:
     noise_seed: int
     path: Path
     start_from: Path | None = None
+    cuts: tuple[int, ...] = ()
 
     @property
     def metadata_path(self) -> Path:
@@ -118,7 +122,10 @@ def _job(
             f"data_path: storyboard {index + 1} of {config.data_path} has {len(board.prompts)} prompts for "
             f"{len(switches)} switches {list(switches)}; it needs one prompt more than switch_frame_indices"
         )
-    check_switches(switches, config, f"data_path: storyboard {index + 1} of {config.data_path}: switch_frame_indices")
+    where = f"data_path: storyboard {index + 1} of {config.data_path}"
+    check_switches(switches, config, f"{where}: switch_frame_indices")
+    cuts = tuple(frame for frame, cut in zip(switches, board.cuts, strict=False) if cut)
+    check_cuts(switches, cuts, config, where)
     return VideoJob(
         prompts=board.prompts,
         starts=(0, *switches),
@@ -127,6 +134,7 @@ def _job(
         noise_seed=video_seed(config.seed, index, sample),
         path=Path(config.output_folder) / f"{stem}-{sample}.mp4",
         start_from=start_from,
+        cuts=cuts,
     )
 
 
@@ -136,12 +144,14 @@ def stale_reason(config: InferenceConfig, job: VideoJob) -> str:
         **{key: value for key, value in as_dict(config).items() if key not in NOT_OF_THE_VIDEO},
         "prompts": list(job.prompts),
         "switch_frame_indices": list(job.starts[1:]),
+        "scene_cuts": list(job.cuts),
         "seed": job.noise_seed,
     }
     try:
         made: Any = read_json(job.metadata_path, "", "video's metadata")
         switches, seed = made["starts"][1:], made["noise_seed"]
         then = {**made["config"], "prompts": made["prompts"], "switch_frame_indices": switches, "seed": seed}
+        then["scene_cuts"] = made.get("scene_cuts", [])
     except (InputError, KeyError, TypeError):
         return ""  # no metadata, or not ours: nothing is known of the file
     others = [key for key, value in now.items() if then.get(key, value) != value]

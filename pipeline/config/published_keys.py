@@ -73,8 +73,6 @@ ONLY_VALUE = {"independent_first_frame": False, "i2v": False, "causal": True, "i
 
 # Features of other programs, by the keys that ask for them; switched off (null, false, nothing) they are dropped.
 NOT_SUPPORTED = {
-    "denoising_step_list_first_chunk": "a first block with denoising steps of its own",
-    "first_frame_denoising_step_list": "a first block with denoising steps of its own",
     "reference_images": "reference images",
     "forcingkv": "Forcing-KV",
     "use_pyramidkv": "Pyramid Forcing's cache",

@@ -1,9 +1,10 @@
-"""The one block x step loop: from noise and prompts to clean latent blocks.
+"""The one loop over passes: from noise and prompts to clean latent blocks.
 
 A video is generated block by block; each block is denoised in the schedule's steps over the cache of what came before,
-yielded, and then passed once more at timestep `context_noise` so that its keys and values join the cache. A storyboard
-is a list of segments, a single prompt a list of one. The loop knows no files, no VAE and no text encoder, and reads no
-value from the device except, once a video, the head roles that it has observed.
+alone or in a rolling window with its neighbours (pipeline/runtime/windows.py), yielded, and then passed once more at
+timestep `context_noise` so that its keys and values join the cache. A storyboard is a list of segments, a single prompt
+a list of one. The loop knows no files, no VAE and no text encoder, and reads no value from the device except, once a
+video, the head roles that it has observed.
 """
 
 from __future__ import annotations
@@ -11,30 +12,22 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
 
 import torch
 from torch import Tensor
 
 from dummy.frame_attention import FrameAttention
 from dummy.policy import HeadSplit
-from dummy.teacache import computed_steps
+from pipeline.runtime.denoising import Denoising
 from pipeline.runtime.inputs import GeneratorSettings, NoiseSource, Passes, Segment
+from pipeline.runtime.outputs import CleanBlock, FlowRecord
+from pipeline.runtime.windows import Round, Window, one_by_one, rolling, rolling_context
 from utils.profiler import Profiler
 from utils.transfer import to_device
 from wan.attention.cache import KVCache
 from wan.attention.head_group import HeadLayout
 from wan.geometry import LatentGeometry
-from wan.transformer.model import CausalWanModel, TeaCacheResidual, TextContext
-
-
-@dataclass(frozen=True)
-class CleanBlock:
-    """Finished latents [B, n, C, h, w], float32, of the frames from `start_frame` on."""
-
-    index: int
-    start_frame: int
-    latents: Tensor
+from wan.transformer.model import CausalWanModel, TeaCacheResidual, TextContext, TimeContext
 
 
 class BlockGenerator:
@@ -50,9 +43,11 @@ class BlockGenerator:
         self.passes: Passes = passes or model
         self._spare: tuple[LatentGeometry, int, KVCache] | None = None
         with torch.inference_mode():
-            self.steps = tuple(model.encode_time(timestep) for timestep in settings.schedule.timesteps)
+            self.usual = Denoising.of(model, settings.schedule, settings.teacache_threshold)
+            self.first = self.usual
+            if settings.first_schedule is not None:
+                self.first = Denoising.of(model, settings.first_schedule, settings.teacache_threshold)
             self.clean = model.encode_time(settings.context_noise)
-        self.computed = computed_steps([time.modulation for time in self.steps], settings.teacache_threshold)
 
     def start(
         self,
@@ -86,8 +81,7 @@ class BlockGenerator:
         policy = self.settings.policy
         until_split = None if policy.split is None else policy.split.ar_start * geometry.frames_per_block
         if self._spare is None:
-            window = self.settings.window if self.settings.relative_rope else None
-            return self.model.new_cache(geometry, batch, policy.initial, window, layout, until_split)
+            return self.model.new_cache(geometry, batch, policy.initial, self.settings.rope_span, layout, until_split)
         cache, self._spare = self._spare[2], None
         if layout is None:
             cache.reset(policy.initial, until_split)
@@ -102,26 +96,6 @@ class BlockGenerator:
     def drop_spare_cache(self) -> None:
         """Free the cache that waits for the next video, and with it what was captured over it."""
         self._spare = None
-
-
-@dataclass
-class FlowRecord:
-    """The flows of the first `limit` forwards, for comparison with other implementations.
-
-    As long as it is not full, passes that only fill the cache compute the flow too, and with any limit the last block
-    has a clean pass, neither of which anybody else needs.
-    """
-
-    limit: int
-    flows: list[Tensor] = field(default_factory=list)
-
-    @property
-    def open(self) -> bool:
-        return len(self.flows) < self.limit
-
-    def add(self, flow: Tensor) -> None:
-        if self.open:
-            self.flows.append(flow)
 
 
 class Rollout:
@@ -146,14 +120,18 @@ class Rollout:
         self._geometry = geometry
         self._text: TextContext | None = None  # what the block at work is made with
         self._pending = deque(segments)
-        self._prompted: TextContext | None = None
+        self._prompted: Segment | None = None
         self._live = live
         self.keep_past = live  # clean frames, for prompts to come
         self._noise = noise
         self._profiler = profiler
         whole = geometry.frames_per_block
         self._prefix_latents = deque() if prefix_latents is None else deque(torch.split(prefix_latents, whole, dim=1))
-        self._past: deque[Tensor] = deque(maxlen=settings.window)  # clean frames [B, C, h, w], for prompt switches
+        self._given = len(self._prefix_latents)
+        self._moving: dict[int, Tensor] = {}  # by block, latents [B, n, C, h, w] on their way
+        self._residual: TeaCacheResidual | None = None
+        most = 0 if settings.kv_flush or settings.rolling else settings.window
+        self._past: deque[Tensor] = deque(maxlen=most)  # clean frames [B, C, h, w], for prompt switches
         self._observed_block = self._split.ar_start if self._split else None
         self.roles = self._split.roles if self._split else None
         self.frame_attention: Tensor | None = None
@@ -175,14 +153,15 @@ class Rollout:
 
     @property
     def _passes(self) -> Passes:
-        """Graphs captured over a layout that goes after a block or two would cost more than they save."""
-        return self._model if self.roles_pending else self._generator.passes
+        """Graphs captured over a layout that goes after a block or two would cost more than they save; what a rolling
+        window sees follows from more than the layout."""
+        return self._model if self.roles_pending or self._settings.rolling else self._generator.passes
 
-    def prompt(self, text: TextContext) -> None:
-        """Let a prompt take effect with the next block that begins, as a segment that starts there would. For videos
-        that were started `live`; may be called while a block is made, from another thread too."""
+    def prompt(self, text: TextContext, cut: bool = False) -> None:
+        """Let a prompt take effect with the next block that begins, as a segment that starts there would, from any
+        thread; for videos that were started `live`."""
         assert self._live
-        self._prompted = text
+        self._prompted = Segment(0, text, cut)
 
     @torch.inference_mode()
     def blocks(self) -> Generator[CleanBlock, None, None]:
@@ -193,18 +172,27 @@ class Rollout:
             self._generator.release_cache(self.cache, self._geometry, self._batch)
 
     def _blocks(self) -> Iterator[CleanBlock]:
-        starts = self._geometry.block_starts()
-        for index, start in enumerate(starts):
+        size = self._geometry.frames_per_block
+        for one in self._rounds():
+            start = one.block * size
             with self._profiler.span("denoise"):
-                if self._take_prompt(start) and index:
-                    self._switch(start, index)
-                self.cache.begin_pass(start, self._geometry.frames_per_block)
-                x0 = self._prefix_latents.popleft() if self._prefix_latents else self.denoise(self.text, start)
-            yield CleanBlock(index, start, x0)
-            if start != starts[-1] or self.record.limit:
-                self.clean_pass(x0, self.text, start, index)
+                x0 = self._finish(one)
+            yield CleanBlock(one.block, start, x0)
+            if start + size != self._geometry.num_frames or self.record.limit:
+                self.clean_pass(x0, self.text, start, one.block)
                 if self._pending or self.keep_past:
                     self._past.extend(x0.unbind(1))
+
+    def _rounds(self) -> Iterator[Round]:
+        blocks, usual = self._geometry.num_blocks, len(self._generator.usual.schedule)
+        if self._settings.rolling is not None:
+            return rolling(blocks, usual)
+        return one_by_one(blocks, self._given, len(self._denoising(self._given).schedule), usual)
+
+    def _denoising(self, block: int) -> Denoising:
+        """The schedule of a block."""
+        first = block == self._given and not (block and self._settings.first_at_zero)
+        return self._generator.first if first else self._generator.usual
 
     @property
     def text(self) -> TextContext:
@@ -212,33 +200,82 @@ class Rollout:
         assert self._text is not None, "a video begins with a prompt"
         return self._text
 
-    def _take_prompt(self, start: int) -> bool:
-        """Go over to the prompt that is due at frame `start`; whether there is one."""
+    def _finish(self, one: Round) -> Tensor:
+        """The clean latents [B, n, C, h, w] of a block: those that were given, or what its passes lead to."""
+        if one.block < self._given:
+            self._enter(one.block)
+            return self._prefix_latents.popleft()
+        for window in one.windows:
+            if window.entering is not None:
+                self._enter(window.entering)
+            self._pass(window)
+        return self._moving.pop(one.block)
+
+    def denoise(self, text: TextContext, block: int) -> Tensor:
+        """The clean latents of a block that takes its steps alone, over whatever the cache holds; for measurements."""
+        self._text = text
+        for step in range(len(self._denoising(block).schedule)):
+            self._pass(Window(block, (step,)))
+        return self._moving.pop(block)
+
+    def _enter(self, block: int) -> None:
+        """Go over to the prompt that is due with a block, and prepare the cache for its passes."""
+        start, settings, moved = block * self._geometry.frames_per_block, self._settings, 0
+        due = self._take_prompt(start)
+        if due is not None and block:
+            if not settings.kv_flush:
+                self._switch(start, block)
+            elif due.cut:
+                span = settings.rope_span or start
+                moved = settings.cut_from - min(start, span - self._geometry.frames_per_block)
+        if settings.rolling is None:
+            self.cache.begin_pass(start, self._geometry.frames_per_block, moved)
+
+    def _take_prompt(self, start: int) -> Segment | None:
+        """Go over to the prompt that is due at frame `start`, if there is one."""
         due, self._prompted = self._prompted, None
         while self._pending and self._pending[0].start_frame <= start:
-            due = self._pending.popleft().text
-        self._text = due or self._text
-        return due is not None
+            due = self._pending.popleft()
+        if due is not None:
+            self._text = due.text
+        return due
 
     def _draw(self) -> Tensor:
         return to_device(self._noise.normal(self._geometry.block_shape), self._model.device)
 
-    def denoise(self, text: TextContext, start: int) -> Tensor:
-        """The schedule's steps for the block that begins at frame `start`; returns x0 [B, n, C, h, w]."""
-        schedule, steps = self._settings.schedule, self._generator.steps
-        residual = None if all(self._generator.computed) else TeaCacheResidual()
-        x = self._draw()
-        for step, (time, compute) in enumerate(zip(steps, self._generator.computed, strict=True)):
-            if compute:
-                flow = self._passes(x, time, text, self.cache, start, residual=residual)
-            else:
-                assert residual is not None
-                flow = self._model.skip_layers(x, time, residual)
-            self._count(flow, compute)
-            x0 = schedule.predict_x0(x, flow, step)
-            if step + 1 < len(steps):
-                x = schedule.renoise(x0, self._draw(), step + 1)
-        return x0
+    def _pass(self, window: Window) -> None:
+        """Take the blocks of a window one step further, a new one from noise."""
+        size, denoising = self._geometry.frames_per_block, self._denoising(window.first)
+        if window.entering is not None:
+            self._moving[window.entering] = self._draw()
+            self._residual = None if all(denoising.computed) else TeaCacheResidual()
+        blocks = range(window.first, window.first + len(window.steps))
+        x = torch.cat([self._moving[block] for block in blocks], dim=1) if blocks[1:] else self._moving[window.first]
+        flows = torch.split(self._flow(x, window, denoising), size, dim=1)
+        for block, step, flow in zip(blocks, window.steps, flows, strict=True):
+            x0 = denoising.schedule.predict_x0(self._moving[block], flow, step)
+            if step + 1 == len(denoising.schedule):
+                self._moving[block] = x0
+                continue
+            if self._settings.rolling and block == window.first and self.record.open:
+                self._count(self._passes(x0, self._generator.clean, self.text, self.cache, block * size), True)
+            self._moving[block] = denoising.schedule.renoise(x0, self._draw(), step + 1)
+
+    def _flow(self, x: Tensor, window: Window, denoising: Denoising) -> Tensor:
+        start, step = window.first * self._geometry.frames_per_block, window.steps[0]
+        time = denoising.steps[step]
+        if self._settings.rolling is not None:
+            context, sinks_at = rolling_context(window, self._geometry.frames_per_block, self._settings.rolling)
+            self.cache.begin_pass(start, x.shape[1], context=context, sinks_at=sinks_at)
+            by_block = [denoising.steps[step] for step in window.steps]
+            time = TimeContext.by_frame([time for time in by_block for _ in range(self._geometry.frames_per_block)])
+        if compute := denoising.computed[step]:
+            flow = self._passes(x, time, self.text, self.cache, start, residual=self._residual)
+        else:
+            assert self._residual is not None
+            flow = self._model.skip_layers(x, time, self._residual)
+        self._count(flow, compute)
+        return flow
 
     def clean_pass(self, x0: Tensor, text: TextContext, start: int, index: int) -> None:
         """Let the block's keys and values join the cache; find and apply the head roles if it is the time.
@@ -246,6 +283,9 @@ class Rollout:
         The first step of the next block could share this pass, at the price of a loop that knows two blocks at once;
         `python -m benchmarks.merged` measures the most that it could save.
         """
+        if self._settings.rolling is not None:
+            seen = range(max(0, start + x0.shape[1] - self._settings.rolling), start)
+            self.cache.begin_pass(start, x0.shape[1], context=seen, sinks_at=0)
         due = self._split is not None and index == self._observed_block
         observer = self._observer() if due and self.roles is None else None
         with self._profiler.span("clean"), self.cache.observed(observer) if observer else nullcontext():
@@ -281,11 +321,9 @@ class Rollout:
             count -= self._settings.policy.window_sinks
         first = start - count
         self.cache.forget(keep_sinks_before=first if keep_sinks else 0)
-        if not count:
-            return
-        self.cache.begin_pass(first, count)
-        frames = torch.stack(list(self._past)[-count:], dim=1)
-        self._encode(frames, self.text, first)
+        if count:
+            self.cache.begin_pass(first, count)
+            self._encode(torch.stack(list(self._past)[-count:], dim=1), self.text, first)
 
     def _encode(self, latents: Tensor, text: TextContext, start: int, join: bool = True) -> None:
         """Let the keys and values of clean frames from `start` on join the cache, which has no room for the last; or
@@ -298,7 +336,8 @@ class Rollout:
         if join:
             self._passes.commit(latents, clean, text, self.cache, start)
         else:
-            self._model.encode(latents, clean, text, self.cache, self._model.rotation(latents, start))
+            rotation = self._model.rotation(latents, start + self.cache.moved)
+            self._model.encode(latents, clean, text, self.cache, rotation)
         self.forwards += 1
 
     def _observer(self) -> FrameAttention:

@@ -9,6 +9,7 @@ from typing import Protocol
 from torch import Tensor
 
 from dummy.policy import ContextPolicy
+from pipeline.config.cache_rules import SwitchRules
 from pipeline.runtime.schedule import DenoisingSchedule
 from wan.attention.cache import KVCache
 from wan.transformer.model import TeaCacheResidual, TextContext, TimeContext
@@ -23,24 +24,51 @@ class NoiseSource(Protocol):
 
 @dataclass(frozen=True)
 class Segment:
-    """A prompt and the latent frame at or after which it takes effect (with the next block that begins)."""
+    """A prompt and the latent frame at or after which it takes effect (with the next block that begins), as another
+    shot of the same scene or, with `cut`, as another scene."""
 
     start_frame: int
     text: TextContext
+    cut: bool = False
 
 
 @dataclass(frozen=True)
 class GeneratorSettings:
-    """What stays the same for all videos of a run."""
+    """What stays the same for all videos of a run.
+
+    `first_schedule` is that of the first block that is made, or with `first_at_zero` of a block that begins the video.
+    `window` is W of `local_attn_size`: what a switch re-encodes at most, and what positions span with `relative_rope`,
+    unless `rope_window` says more. `kv_flush`: switches encode nothing anew, only the text changes; a cut then moves
+    its block to `cut_from`. `rolling`: the most frames that a window of blocks sees, itself included, where several
+    blocks are denoised at once.
+    """
 
     schedule: DenoisingSchedule
     policy: ContextPolicy
     context_noise: float = 0.0
-    window: int | None = None  # W, latent frames: the most that a switch re-encodes; what relative RoPE spans
+    window: int | None = None
     relative_rope: bool = False
     global_sink: bool = False
     reclassify_on_switch: bool = False
     teacache_threshold: float | None = None
+    first_schedule: DenoisingSchedule | None = None
+    first_at_zero: bool = False
+    rope_window: int | None = None
+    kv_flush: bool = False
+    cut_from: int = 45
+    rolling: int | None = None
+
+    def check_switch(self, frame: int, cut: bool = False) -> None:
+        """Raises InputError where there is no place for a prompt switch at latent frame `frame`."""
+        span = self.rope_span if self.relative_rope else None
+        SwitchRules(self.rolling is not None, self.kv_flush, self.policy.initial.rule, span).check(frame, cut)
+
+    @property
+    def rope_span(self) -> int | None:
+        """Latent frames that relative positions span; None for absolute ones."""
+        if self.rolling is not None:
+            return self.rolling  # positions are absolute, but for the first block's, which go where a window has them
+        return (self.rope_window or self.window) if self.relative_rope else None
 
 
 class Passes(Protocol):

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
 from pathlib import Path
 
 import torch
@@ -275,16 +276,27 @@ def generator_settings(config: InferenceConfig, sizes: ModelConfig) -> Generator
     dial = None if path is None else load_dial(config, sizes, path)
     if forcing.enabled and forcing.roles is not None:
         roles = HeadRoles.load(Path(forcing.roles), sizes.num_layers, sizes.num_heads)
-    window = config.model_kwargs.local_attn_size
+    window, block = config.model_kwargs.local_attn_size, config.num_frame_per_block
+    policy = policy_from_config(config.model_kwargs, forcing, block, roles, dial, sizes)
+    rolling = None if config.rolling is None else config.rolling.max_attention
+    first = config.denoising_step_list_first_chunk or config.first_frame_denoising_step_list
     return GeneratorSettings(
-        schedule=DenoisingSchedule.build(
-            config.denoising_step_list, config.model_kwargs.timestep_shift, config.warp_denoising_step
-        ),
-        policy=policy_from_config(config.model_kwargs, forcing, config.num_frame_per_block, roles, dial, sizes),
+        schedule=_schedule(config, config.denoising_step_list),
+        policy=policy if rolling is None else policy.at_most(block, rolling - block),
         context_noise=float(config.context_noise),
         window=None if window == -1 else window,
         relative_rope=config.rope == "relative",
         global_sink=config.global_sink,
         reclassify_on_switch=forcing.enabled and forcing.reclassify_on_switch,
         teacache_threshold=forcing.teacache_threshold if forcing.enabled and forcing.teacache_enabled else None,
+        first_schedule=None if first is None else _schedule(config, first),
+        first_at_zero=config.first_frame_denoising_step_list is not None,
+        rope_window=config.rope_window,
+        kv_flush=config.kv_flush,
+        cut_from=config.scene_cut_from,
+        rolling=rolling,
     )
+
+
+def _schedule(config: InferenceConfig, steps: Sequence[int]) -> DenoisingSchedule:
+    return DenoisingSchedule.build(steps, config.model_kwargs.timestep_shift, config.warp_denoising_step)

@@ -68,7 +68,7 @@ def block_seconds(generator: BlockGenerator, geometry: LatentGeometry, frames: i
         times = []
         for start in range(frames, measured.num_frames, block):
             begin = time.perf_counter()
-            rollout.clean_pass(rollout.denoise(text, start), text, start, start // block)
+            rollout.clean_pass(rollout.denoise(text, start // block), text, start, start // block)
             if model.device.type == "cuda":
                 torch.cuda.synchronize(model.device)
             times.append(time.perf_counter() - begin)

@@ -8,14 +8,15 @@ comes: softmax does not care about the order of keys. Which frame lies in which 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import NamedTuple
+from typing import NamedTuple, Protocol
 
+import torch
 from torch import Tensor
 
-from wan.attention.rope import Rotation, rotate
+from wan.attention.rope import FrameShifts, Rotation, rotate
 from wan.geometry import ENDLESS
 
 UNBOUNDED = ENDLESS  # a number of frames that no video reaches
@@ -23,10 +24,14 @@ UNBOUNDED = ENDLESS  # a number of frames that no video reaches
 
 @dataclass(frozen=True)
 class Retention:
-    """The earlier frames that a head keeps: the first `sink` and the last `recent`; one that is both counts once."""
+    """The earlier frames that a head keeps: the first `sink` and the last `recent`; one that is both counts once.
+
+    `rule`: what becomes of frames that leave, where they are not just forgotten.
+    """
 
     sink: int
     recent: int
+    rule: RetentionRule | None = None
 
     @property
     def total(self) -> int:
@@ -37,6 +42,17 @@ class Retention:
         if len(frames) <= self.total:
             return frames
         return [*frames[: self.sink], *frames[len(frames) - self.recent :]]
+
+
+class RetentionRule(Protocol):
+    """A hashable value that makes the groups of heads which keep frames by this rule, from `HeadGroup`'s arguments."""
+
+    def group(
+        self, heads: slice, retention: Retention, kv: Tensor, shape: CacheShape, relative: bool, shifts: FrameShifts
+    ) -> HeadGroup: ...
+
+    def check(self, retention: Retention, block: int) -> None:
+        """Raises InputError where the rule has no meaning for a retention, with blocks of `block` latent frames."""
 
 
 FULL_HISTORY = Retention(0, UNBOUNDED)
@@ -119,8 +135,12 @@ class HeadGroup:
     `frames[i]` is the latent frame in kept slot i. The sinks are always the first slots.
     """
 
-    def __init__(self, heads: slice, retention: Retention, kv: Tensor, shape: CacheShape, relative: bool) -> None:
+    def __init__(
+        self, heads: slice, retention: Retention, kv: Tensor, shape: CacheShape, relative: bool, shifts: FrameShifts
+    ) -> None:
+        """`relative`: sinks move with the window, so that their keys are kept as they came, too."""
         self.heads = heads
+        self._shifts = shifts
         self.retention = retention
         self.kv = kv
         self.frames: list[int] = []
@@ -170,13 +190,22 @@ class HeadGroup:
         """Keep the keys of new sinks as they came; those of older sinks may have been turned since."""
         if self._unrotated_sinks is None:
             return
+        for place, tokens in self._new_sinks(copies):
+            self._unrotated_sinks[:, place] = self.kv[0, :, tokens]
+
+    def _new_sinks(self, copies: Sequence[tuple[slice, slice]]) -> Iterator[tuple[slice, slice]]:
+        """Of the copies just made those into sinks: tokens counted from the first sink, and of the buffer."""
         sinks = self._slots(0, self.retention.sink)
         for target, _ in copies:
             stop = min(target.stop, sinks.stop)
             if target.start < stop:
-                self._unrotated_sinks[:, target.start - sinks.start : stop - sinks.start] = self.kv[
-                    0, :, target.start : stop
-                ]
+                yield slice(target.start - sinks.start, stop - sinks.start), slice(target.start, stop)
+
+    def among(self, context: Collection[int]) -> Tensor:
+        """Keys and values [2, B, S, heads, D] of those frames that are kept and in `context`, where they stand."""
+        slots = [slot for slot, frame in enumerate(self.frames) if frame in context]
+        runs = [self.kv[:, :, self._slots(slot, count)] for slot, _, count in _runs(slots, slots)]
+        return torch.cat(runs, dim=2) if runs else self.kv[:, :, :0]
 
     def _kept_frame(self, frame: int) -> tuple[Tensor, Tensor]:
         """Keys as they came and values of a frame, both [B, T, heads, D]."""

@@ -17,6 +17,7 @@ from torch import Tensor
 from utils.transfer import to_device
 
 BASE = 10000.0
+_MOST_SHIFTS = 64  # remembered at once; a block needs as many as a group has sinks, or fewer
 
 
 @dataclass(frozen=True)
@@ -83,6 +84,23 @@ class RotaryEmbedding:
         still = torch.zeros(len(self._row) + len(self._column), dtype=torch.float64, device="cpu")
         cos, sin = _turns(torch.cat((frames * self._frame, still))[None, None], device)
         return Rotation(cos, sin)
+
+
+class FrameShifts:
+    """Turns that move rotated keys along the frame axis, on one device; those in use are remembered."""
+
+    def __init__(self, head_dim: int, device: torch.device) -> None:
+        self._rotary = RotaryEmbedding(head_dim)
+        self._device = device
+        self._known: dict[int, Rotation] = {}
+
+    def __call__(self, frames: int) -> Rotation:
+        """The turn [1, 1, D/2] by so many frames, which may be negative."""
+        if frames not in self._known:
+            if len(self._known) >= _MOST_SHIFTS:
+                self._known.clear()
+            self._known[frames] = self._rotary.frame_shift(frames, self._device)
+        return self._known[frames]
 
 
 def _turns(angles: Tensor, device: torch.device) -> Tensor:

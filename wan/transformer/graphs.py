@@ -144,7 +144,7 @@ class GraphedPasses:
         known = captured is not None and which in captured.replays
         if not known and not self._room():
             return None
-        rotation = self._model.rotation(latents, start_frame)
+        rotation = self._model.rotation(latents, start_frame + cache.moved)
         if captured is None:
             captured = self._captured[cache.buffer_epoch] = _Captured(StaticInputs(latents, time, text, rotation))
         captured.inputs.load(latents, time, text, rotation)

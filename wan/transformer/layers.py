@@ -13,6 +13,7 @@ from typing import cast
 
 import torch
 import torch.nn.functional as F
+from einops import rearrange
 from torch import Tensor, nn
 
 from wan.attention.rope import Rotation, rotate
@@ -154,9 +155,9 @@ class TransformerBlock(nn.Module):
     def before_attention(
         self, x: Tensor, time: Tensor, cos: Tensor, sin: Tensor, order: Tensor | None = None
     ) -> tuple[Tensor, Tensor, Tensor]:
-        """x [B, L, dim], time [6, dim], position tables -> queries, keys, values [B, L, H, D], their heads in the given
-        order [H] (int64) or in that of the weights."""
-        q, k, v = self.self_attn.project(torch.addcmul(time[0], self.norm1(x), time[1]), Rotation(cos, sin))
+        """x [B, L, dim], time [6, dim] (or [6, F, dim], by frame), position tables -> queries, keys, values
+        [B, L, H, D], their heads in the given order [H] (int64) or in that of the weights."""
+        q, k, v = self.self_attn.project(modulated(time[0], self.norm1(x), time[1]), Rotation(cos, sin))
         return in_order(q, order), in_order(k, order), in_order(v, order)
 
     def between_attentions(
@@ -166,25 +167,41 @@ class TransformerBlock(nn.Module):
 
         `inverse` [H] brings heads that are in an order of their own back to that of the weights.
         """
-        x = torch.addcmul(x, time[2], self.self_attn.output(in_order(attended, inverse).flatten(2)))
+        x = gated(x, time[2], self.self_attn.output(in_order(attended, inverse).flatten(2)))
         return x, self.cross_attn.queries(self.norm3(x))
 
     def after_attention(self, x: Tensor, attended: Tensor, time: Tensor) -> Tensor:
         """The rest of the layer: the cross-attention's result [B, L, H, D] added, and the FFN; [B, L, dim]."""
         x = x + self.cross_attn.o(attended.flatten(2))
-        return torch.addcmul(x, time[5], self.ffn(torch.addcmul(time[3], self.norm2(x), time[4])))
+        return gated(x, time[5], self.ffn(modulated(time[3], self.norm2(x), time[4])))
 
     def commit_only(
         self, x: Tensor, time: Tensor, rotation: Rotation, order: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
         """What a clean pass needs of the last layer: its keys and values, nothing that would use them."""
-        k, v = self.self_attn.keys_and_values(torch.addcmul(time[0], self.norm1(x), time[1]), rotation)
+        k, v = self.self_attn.keys_and_values(modulated(time[0], self.norm1(x), time[1]), rotation)
         return in_order(k, order), in_order(v, order)
 
 
 def in_order(x: Tensor, order: Tensor | None) -> Tensor:
     """The heads of x [B, L, H, D] in the given order [H]; compiled, that is done where x is written anyway."""
     return x if order is None else x[:, :, order]
+
+
+def modulated(shift: Tensor, x: Tensor, scale: Tensor) -> Tensor:
+    """shift + x * scale of x [B, L, dim]; shift and scale [dim], or [F, dim] where the L tokens are F frames."""
+    if scale.dim() == 1:
+        return torch.addcmul(shift, x, scale)
+    frames = rearrange(x, "b (f t) c -> b f t c", f=len(scale))
+    return torch.addcmul(shift[:, None], frames, scale[:, None]).flatten(1, 2)
+
+
+def gated(x: Tensor, gate: Tensor, added: Tensor) -> Tensor:
+    """x + gate * added, of x and added [B, L, dim]; gate as in `modulated`."""
+    if gate.dim() == 1:
+        return torch.addcmul(x, gate, added)
+    frames = rearrange(added, "b (f t) c -> b f t c", f=len(gate))
+    return x + (frames * gate[:, None]).flatten(1, 2)
 
 
 class OutputHead(nn.Module):
@@ -195,5 +212,5 @@ class OutputHead(nn.Module):
         self.modulation = nn.Parameter(torch.empty(1, 2, config.dim))
 
     def forward(self, x: Tensor, time: Tensor) -> Tensor:
-        projected: Tensor = self.head(torch.addcmul(time[0], self.norm(x), time[1]))
+        projected: Tensor = self.head(modulated(time[0], self.norm(x), time[1]))
         return projected

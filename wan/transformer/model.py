@@ -8,7 +8,7 @@ heads of its layers can be handed to a cache in an order of its own. Whatever de
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
@@ -36,12 +36,20 @@ class TimeContext:
 
     `layers` [layers, 6, dim]: shift, 1 + scale, gate of self-attention, then of the FFN; `head` [2, dim]: shift and
     1 + scale of the output head; `modulation` [6 * dim] float32: the projected embedding that all layers share.
+    Of a pass whose F frames are at different timesteps: [layers, 6, F, dim] and [2, F, dim], see `by_frame`.
     """
 
     timestep: float
     layers: Tensor
     head: Tensor
     modulation: Tensor
+
+    @classmethod
+    def by_frame(cls, times: Sequence[TimeContext]) -> TimeContext:
+        """Of a pass whose frames are at `times`, one for each."""
+        layers = torch.stack([time.layers for time in times], dim=2)
+        head = torch.stack([time.head for time in times], dim=1)
+        return cls(times[0].timestep, layers, head, times[0].modulation)
 
 
 @dataclass(frozen=True)
@@ -195,12 +203,13 @@ class CausalWanModel(nn.Module):
         With `commit` the pass's keys and values join the cache. `residual` receives what `skip_layers` needs.
         """
         frames = range(start_frame, start_frame + latents.shape[1]) if commit else None
-        return self.flow(latents, time, text, cache, self.rotation(latents, start_frame), frames, residual)
+        rotation = self.rotation(latents, start_frame + cache.moved)
+        return self.flow(latents, time, text, cache, rotation, frames, residual)
 
     def commit(self, latents: Tensor, time: TimeContext, text: TextContext, cache: KVCache, start_frame: int) -> None:
         """A clean pass: like `forward` with `commit`, without what nobody uses (the head, most of the last layer)."""
         frames = range(start_frame, start_frame + latents.shape[1])
-        self.encode(latents, time, text, cache, self.rotation(latents, start_frame), frames)
+        self.encode(latents, time, text, cache, self.rotation(latents, start_frame + cache.moved), frames)
 
     def flow(
         self,
