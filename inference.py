@@ -69,8 +69,8 @@ def run(arguments: argparse.Namespace) -> int:
     return 0
 
 
-def dry_run(config: InferenceConfig, jobs: Sequence[VideoJob], device: torch.device) -> int:
-    """Print what a run would do and take; 0 if every file is there, 2 if not."""
+def dry_run(config: InferenceConfig, jobs: Sequence[VideoJob], device: torch.device, batch: int = 1) -> int:
+    """Print what a run would do and take, with `batch` videos at a time; 0 if every file is there, 2 if not."""
     from pipeline.planning.plan import plan_lines, planner_for
     from pipeline.runtime.finished import is_kept
     from pipeline.runtime.loading import check_before_loading, generator_settings, needed_files, require_files
@@ -78,7 +78,7 @@ def dry_run(config: InferenceConfig, jobs: Sequence[VideoJob], device: torch.dev
     from utils.ffmpeg import check_codec
 
     planner = planner_for(config, device)
-    print("\n".join(plan_lines(config, generator_settings(config, planner.sizes), planner, device)))
+    print("\n".join(plan_lines(config, generator_settings(config, planner.sizes), planner, device, batch)))
     print("Files:")
     for path, setting in needed_files(config).items():
         print(f"  {'ok     ' if exists(path, setting) else 'MISSING'} {path}")

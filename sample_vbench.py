@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace, world: World) -> int:
         return 0
     jobs = read_vbench_jobs(config)
     if arguments.dry_run:
-        return dry_run(config, jobs, rank_device(config, world))
+        return dry_run(config, jobs, rank_device(config, world), config.samples_per_batch)
     if arguments.check:
         report = check_folder(config, jobs)
         print("\n".join(report.lines()))

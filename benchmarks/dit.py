@@ -57,6 +57,7 @@ class Row:
     kernels: int
     cache_bytes: int
     peak_bytes: int
+    reserved_bytes: int  # by the allocator, with what captured passes have for themselves
     ms_by_kind: dict[str, float] | None = None
 
 
@@ -102,7 +103,10 @@ def measure(subject: Subject, ceiling: float, repeat: int, profile: bool, refere
     if device.type == "cuda":
         torch.cuda.reset_peak_memory_stats(device)
     times = [block.time_ms() for _ in range(repeat)]
-    peak = torch.cuda.max_memory_allocated(device) if device.type == "cuda" else 0
+    cuda = device.type == "cuda"
+    peak, reserved = (
+        (torch.cuda.max_memory_allocated(device), torch.cuda.max_memory_reserved(device)) if cuda else (0, 0)
+    )
     milliseconds = statistics.median(total for total, _ in times)
     operations, head_frames = block.operations, block.head_frames
     cache_bytes = block.rollout.cache.bytes().total
@@ -127,6 +131,7 @@ def measure(subject: Subject, ceiling: float, repeat: int, profile: bool, refere
         kernels=seen.kernels,
         cache_bytes=cache_bytes,
         peak_bytes=peak,
+        reserved_bytes=reserved,
         ms_by_kind=seen.milliseconds if profile else None,
     )
 
@@ -150,13 +155,14 @@ def look_inside(subject: Subject) -> Breakdown:
 def table(rows: Sequence[Row]) -> list[str]:
     names = ("rows", "policy", "engine", "attention", "type", "frames/head", "ms/block", "FPS", "TFLOP/s", "share")
     lines = [
-        "{:6}{:8}{:10}{:10}{:5}{:>12}{:>10}{:>8}{:>9}{:>7}{:>9}{:>10}{:>9}".format(
-            *names, "host ms", "launches", "GiB peak"
+        "{:6}{:8}{:10}{:10}{:5}{:>12}{:>10}{:>8}{:>9}{:>7}{:>9}{:>10}{:>9}{:>9}".format(
+            *names, "host ms", "launches", "GiB peak", "reserved"
         )
     ]
     lines += [
         f"{r.resolution:6}{r.policy:8}{r.engine:10}{r.attention:10}{r.precision:5}{r.frames_per_head:12.2f}{r.block_ms:10.1f}{r.fps:8.2f}"
         f"{r.tflops:9.2f}{100 * r.share:6.0f}%{r.host_ms:9.1f}{r.launches:10d}{r.peak_bytes / 2**30:9.2f}"
+        f"{r.reserved_bytes / 2**30:9.2f}"
         for r in rows
     ]
     return lines

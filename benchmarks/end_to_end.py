@@ -29,6 +29,7 @@ from benchmarks.steady import STEPS, build_model, make_policy
 from benchmarks.vae import random_vae
 from pipeline.assembly import Parts, Pipeline
 from pipeline.config.config import InferenceConfig, geometry_of
+from pipeline.planning.plan import Planner
 from pipeline.runtime.decoding import fastest_strategy, start_decoder
 from pipeline.runtime.engine import passes_of, warmup
 from pipeline.runtime.generator import BlockGenerator
@@ -82,15 +83,18 @@ class Row:
     steady_fps: float | None  # between arrivals of blocks
     won_ms: float | None  # against the same without overlap
     peak_bytes: int | None
+    reserved_bytes: int | None = None  # by the allocator of a GPU, with what captured passes have for themselves
+    planned_bytes: int = 0  # what the plan says of these sizes
 
 
-def row(name: tuple[str, str, str, bool], profiles: Sequence[tuple[VideoProfile, float | None]]) -> Row:
-    """The median clip of several."""
+def row(name: tuple[str, str, str, bool], profiles: Sequence[tuple[VideoProfile, float | None]], planned: int) -> Row:
+    """The median clip of several; `planned` bytes are what it was to take."""
     profile, steady = sorted(profiles, key=lambda pair: pair[0].total_ms)[len(profiles) // 2]
     blocks = len(profile.block_ms)
     parts = (profile.vae_ms / blocks, profile.copy_ms / blocks, profile.write_ms / blocks, profile.init_ms)
     times = (profile.total_ms, profile.first_frame_ms or 0.0, statistics.median(profile.block_ms), *parts)
-    return Row(*name, *times, profile.end_to_end_fps or 0.0, steady, None, profile.peak_bytes)
+    rates = profile.end_to_end_fps or 0.0, steady, None
+    return Row(*name, *times, *rates, profile.peak_bytes, profile.reserved_bytes, planned)
 
 
 class Bench:
@@ -104,7 +108,10 @@ class Bench:
         vae = random_vae(arguments.width, device, model.dtype)
         height, width = LATENT_SIZES[resolution]
         size: int | tuple[int, int] = int(resolution) if resolution.isdigit() else (height * 8, width * 8)
-        config = InferenceConfig(resolution=size, num_output_frames=arguments.frames, num_frame_per_block=BLOCK)
+        engine = arguments.engine if arguments.engine in ("eager", "compiled") else "graphed"
+        config = InferenceConfig(
+            resolution=size, num_output_frames=arguments.frames, num_frame_per_block=BLOCK, engine=engine
+        )
         embed = torch.randn(sizes.text_len // 8, sizes.text_dim, generator=torch.Generator().manual_seed(0))
         self._parts = Parts(generator, vae, None, fastest_strategy(device, BLOCK, True), lambda _: embed)
         self._config = config
@@ -118,6 +125,15 @@ class Bench:
             warmup(generator, self._geometry)
         latents = torch.zeros(1, *self._geometry.block_shape, device=self.device)
         start_decoder(vae, engine, True, latents)
+
+    def planned(self, overlap: bool) -> int:
+        """Bytes on a GPU as the plan has them."""
+        generator, vae = self._parts.generator, self._parts.vae
+        assert isinstance(vae, VAE)
+        width = vae.config.base_dim
+        decoder = random_vae(width, torch.device("cpu"), vae.dtype).to("meta").lay_out_for(self.device)
+        planner = Planner(generator.model.config, decoder, vae.dtype, vae_device=self.device, device=self.device)
+        return planner.memory(self._config, generator.settings, fastest_strategy(self.device, BLOCK, overlap)).peak
 
     def clip(self, overlap: bool, folder: Path | None) -> tuple[VideoProfile, float | None]:
         """The profile of a clip, and its steady frames a second."""
@@ -147,7 +163,7 @@ def measure(arguments: argparse.Namespace, resolution: str, policy: str, device:
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             profiles = [bench.clip(overlap, folder) for _ in range(arguments.repeat)]
-            made = row((resolution, policy, arguments.engine, overlap), profiles)
+            made = row((resolution, policy, arguments.engine, overlap), profiles, bench.planned(overlap))
             if arguments.profile:
                 print(format_profile(profiles[-1][0]))
             if not overlap:
@@ -157,19 +173,20 @@ def measure(arguments: argparse.Namespace, resolution: str, policy: str, device:
                 yield Row(**{**asdict(made), "won_ms": without - made.total_ms})
 
 
-HEADER = "{:6}{:9}{:10}{:8}{:>10}{:>9}{:>9}{:>9}{:>8}{:>8}{:>8}{:>8}{:>8}{:>10}".format(
+HEADER = "{:6}{:9}{:10}{:8}{:>10}{:>9}{:>9}{:>9}{:>8}{:>8}{:>8}{:>8}{:>8}{:>10}{:>10}{:>10}".format(
     *("rows", "policy", "engine", "overlap", "ms/clip", "first", "ms/block", "decode", "copy", "write", "FPS"),
-    *("steady", "won ms", "peak MiB"),
+    *("steady", "won ms", "peak MiB", "reserved", "planned"),
 )
 
 
 def line(made: Row) -> str:
     steady, won = ("" if value is None else f"{value:.2f}" for value in (made.steady_fps, made.won_ms))
-    peak = "" if made.peak_bytes is None else f"{made.peak_bytes / 2**20:.0f}"
+    sizes = (made.peak_bytes, made.reserved_bytes, made.planned_bytes)
+    peak, reserved, planned = ("" if size is None else f"{size / 2**20:.0f}" for size in sizes)
     return (
         f"{made.resolution:6}{made.policy:9}{made.engine:10}{'yes' if made.overlap else 'no':8}{made.total_ms:10.1f}"
         f"{made.first_frame_ms:9.1f}{made.block_ms:9.1f}{made.decode_ms:9.1f}{made.copy_ms:8.2f}{made.write_ms:8.1f}"
-        f"{made.fps:8.2f}{steady:>8}{won:>8}{peak:>10}"
+        f"{made.fps:8.2f}{steady:>8}{won:>8}{peak:>10}{reserved:>10}{planned:>10}"
     )
 
 

@@ -83,15 +83,16 @@ def assemble(config: InferenceConfig, prompts: Iterable[str], device: torch.devi
     texts = PromptEncoder(config, device, sizes.text_len)
     texts.prepare(prompts)
     dtype = choose_dtype(config, device)
-    generator = BlockGenerator(load_transformer(config, sizes, device, dtype), settings)
+    generator = BlockGenerator(load_transformer(config, sizes, device, dtype, checked=True), settings)
     geometry = geometry_of(config, sizes.in_dim)
     engine_runs = start_engine(generator, config.engine, geometry, batch)
     _measure_speed(generator, config, geometry)
-    strategy = choose_strategy(config, generator.settings, device)  # the settings now say how large the cache becomes
+    strategy = choose_strategy(config, generator.settings, device, batch)  # the settings now say what heads keep
     vae = load_decoder(config, choose_vae_device(config, device), dtype)
-    if strategy.on_side_stream and strategy.tile is None:
+    if strategy.steady:
         latents = torch.zeros(batch, *geometry.block_shape, device=device)
-        start_decoder(vae, choose_engine(config.engine, vae.device), config.engine != "auto", latents)
+        engine = choose_engine(config.engine, vae.device)
+        start_decoder(vae, engine, config.engine != "auto", latents, strategy.on_side_stream)
     return Parts(generator, vae, load_encoder(config, vae), strategy, texts, batch if engine_runs else 1)
 
 
@@ -103,13 +104,13 @@ def _measure_speed(generator: BlockGenerator, config: InferenceConfig, geometry:
 
 
 @contextmanager
-def memory_explained(config: InferenceConfig, device: torch.device) -> Iterator[None]:
+def memory_explained(config: InferenceConfig, device: torch.device, batch: int = 1) -> Iterator[None]:
     """Within the context, memory that does not suffice becomes an InputError that says what would fit."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
-            raise out_of_memory(config, device) from error
+            raise out_of_memory(config, device, batch) from error
         raise
 
 
@@ -147,7 +148,7 @@ class Pipeline:
         """
         settings = config if isinstance(config, InferenceConfig) else load_config(config, overrides)
         device = choose_device(settings) if device is None else device
-        with memory_explained(settings, device):
+        with memory_explained(settings, device, batch):
             return cls(settings, assemble(settings, prompts, device, batch))
 
     def session(

@@ -141,6 +141,7 @@ def profile_of(session: Session, counts: Sequence[int]) -> VideoProfile:
         block_frames=tuple(counts),
         device_name=device_name(session.device),
         peak_bytes=session.profiler.peak_memory_bytes(),
+        reserved_bytes=session.profiler.reserved_memory_bytes(),
         forwards=rollout.forwards,
         skipped=rollout.skipped,
         copy_ms=sum(spans["copy"]),

@@ -27,8 +27,9 @@ from tests.small_checkpoints import (
     write_small_checkpoints,
 )
 from utils.errors import InputError, shown
+from utils.memory import PeakTracker
 from wan.checkpoints.diffusers_layout import diffusers_layer, read_generator, read_model_config
-from wan.checkpoints.filling import load_into
+from wan.checkpoints.filling import load_into, loading_bytes
 from wan.checkpoints.kinds import require_sizes
 from wan.checkpoints.lora import merge_lora
 from wan.checkpoints.quantisation import expanded
@@ -268,6 +269,21 @@ def test_scaled_fp8_is_dequantised(
         torch.testing.assert_close(parameter, STATE[name], rtol=0.07, atol=0.02)
     half = {name: tensor.to("meta") for name, tensor in state.items()}
     load_into(twin, half, path, torch.bfloat16, "meta")  # as a dry run checks
+
+
+@pytest.mark.parametrize("scales", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_what_loading_takes_is_foreseen(scales: bool, dtype: torch.dtype) -> None:
+    plain = {f"blocks.{i}.weight": torch.ones(64, 8 * size) for i, size in enumerate((1, 9, 4))}
+    state = scaled(plain, "scale_weight", lambda weight: []) if scales else plain
+    with torch.device("meta"):
+        model = torch.nn.ModuleDict()
+        model["blocks"] = torch.nn.Sequential(*(torch.nn.Linear(*w.shape[::-1], bias=False) for w in plain.values()))
+    with PeakTracker() as tracker:
+        load_into(model, state, HERE, dtype, "cpu")
+    at_work = 64 * 72 if scales else 0  # the FP8 numbers of the largest, which a GPU gets too
+    assert loading_bytes(state, dtype) == pytest.approx(tracker.peak + at_work, rel=0.01)
+    assert loading_bytes(state, dtype) >= dtype.itemsize * sum(weight.numel() for weight in plain.values())
 
 
 def test_a_lora_is_merged_into_what_fp8_means(tmp_path: Path) -> None:

@@ -111,8 +111,10 @@ def test_a_run_is_begun_by_one_and_worked_on_by_several(tmp_path: Path) -> None:
             first.__exit__(None, None, None)
             with pytest.raises(InputError, match="Busy"):
                 other.begin("the other")  # process 1 is still at work
+        assert first.holder() == ""
         other.begin("the other")
         assert first.holder() == "the other"
+    assert [entry.name for entry in tmp_path.iterdir() if entry.name.endswith("holder")] == []
 
 
 @posix

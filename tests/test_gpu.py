@@ -13,7 +13,9 @@ from torch import Tensor
 
 from benchmarks.vae import random_vae
 from dummy.roles import HeadRoles
-from pipeline.runtime.decoding import BlockDecoder, DecodeStrategy
+from pipeline.config.config import InferenceConfig, geometry_of
+from pipeline.planning.plan import RESERVE, Planner
+from pipeline.runtime.decoding import BlockDecoder, DecodeStrategy, fastest_strategy, start_decoder
 from pipeline.runtime.engine import choose_engine, passes_of, start_engine
 from pipeline.runtime.generator import BlockGenerator
 from tests.test_generator import GEOMETRY, ROLES, generator, latents, start
@@ -133,3 +135,24 @@ def test_waiting_for_frames_leaves_the_core_to_others() -> None:
     frames.wait()
     waited = time.perf_counter() - before
     assert waited < 0.05 or time.thread_time() - worked < 0.5 * waited
+
+
+def test_the_allocator_holds_no_more_than_the_plan_and_its_reserve() -> None:
+    """With everything captured; the plan counts tensors, the allocator keeps pieces of 2 and 20 MiB beside them."""
+    config = InferenceConfig(resolution=(256, 384), num_output_frames=12, num_frame_per_block=3, engine="graphed")
+    geometry = geometry_of(config, CONFIG.in_dim)
+    torch.cuda.empty_cache()
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_reserved()
+    made = generator(on_gpu(torch.bfloat16), "packed")
+    vae = random_vae(32, torch.device("cuda"), torch.bfloat16)
+    start_engine(made, "graphed", geometry)
+    start_decoder(vae, "graphed", True, torch.zeros(1, *geometry.block_shape, device="cuda"))
+    strategy = fastest_strategy(vae.device, 3, overlap=True)
+    decoder = BlockDecoder(vae, config.pixel_size, Profiler(vae.device), strategy)
+    for block in start(made, 1, geometry=geometry).blocks():
+        decoder.decode(block.latents).wait()
+    held = torch.cuda.max_memory_reserved() - before
+    planned = random_vae(32, torch.device("cpu"), torch.bfloat16).to("meta").lay_out_for(vae.device)
+    plan = Planner(WIDE, planned, torch.bfloat16).memory(config, made.settings, strategy)
+    assert plan.peak * 0.5 < held < plan.peak * (1 + RESERVE) + (128 << 20)

@@ -49,6 +49,20 @@ def test_published_configurations_make_videos(program: Program, config: str, ove
     assert probe(video) == VideoInfo(48, 32, frames, 16.0, "h264", "yuv420p")
 
 
+def test_what_a_lora_makes_one_wonder_is_said_once(
+    program: Program, checkpoints: SmallCheckpoints, caplog: pytest.LogCaptureFixture
+) -> None:
+    factors = torch.load(checkpoints.longlive_lora, weights_only=True)["generator_lora"]
+    halves = {name.replace("lora_A.weight", "alpha"): torch.tensor(2.0) for name in factors if "lora_A" in name}
+    path = program.folder / "half.pt"
+    torch.save({"generator_lora": factors | halves}, path)
+    given = [f"lora_ckpt={path}", "adapter.rank=4", "adapter.alpha=4", *SHORT]
+    for more in (["--dry_run"], []):
+        caplog.clear()
+        assert program(*given, *more, config="longlive_inference", prompts=["A fox."]) == 0
+        assert sum("adapter.alpha is 4" in record.getMessage() for record in caplog.records) == 1
+
+
 def test_the_lora_changes_the_video(program: Program) -> None:
     longlive = ("inference_iter=1", "num_output_frames=12", "adapter.rank=4")
     assert program(*longlive, "adapter.alpha=4", config="longlive_inference") == 0

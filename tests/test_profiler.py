@@ -188,3 +188,10 @@ def test_dictionary_survives_json() -> None:
 def test_blocks_and_their_frames_must_agree() -> None:
     with pytest.raises(ValueError, match="5 blocks were timed, but 1 gave frames"):
         _profile(block_frames=(9,))
+
+
+def test_what_the_allocator_held_stands_beside_the_peak() -> None:
+    """A GPU's captured passes have memory of their own, in which no tensors are counted."""
+    assert Profiler(CPU).reserved_memory_bytes() is None
+    assert _profile(reserved_bytes=5 * 1024**3).format().endswith("Peak memory: 3.00 GiB, reserved 5.00 GiB")
+    assert _profile(reserved_bytes=5 * 1024**3).as_dict()["reserved_bytes"] == 5 * 1024**3

@@ -14,7 +14,7 @@ from torch import Tensor
 from tests.small_checkpoints import SmallCheckpoints, small_tokenizer, write_small_checkpoints
 from utils.errors import InputError
 from wan.checkpoints.text_names import to_transformers
-from wan.text import PromptTokenizer, TextEncoder, clean_prompt, infer_config, load_encoder, pad
+from wan.text import PromptTokenizer, TextEncoder, clean_prompt, encoder_bytes, infer_config, load_encoder, pad
 
 DATA = Path(__file__).parent / "data"
 HERE = Path("file.pth")
@@ -239,6 +239,18 @@ def test_half_precision_stays_half(small: SmallCheckpoints, encoder: TextEncoder
     embed = half.encode(["A cat."])[0]
     assert embed.dtype == torch.bfloat16
     assert (embed.float() - encoder.encode(["A cat."])[0]).abs().mean() < 0.05
+
+
+@pytest.mark.parametrize("stored", [torch.float8_e4m3fn, torch.bfloat16, torch.float32])
+def test_what_an_encoder_takes_is_not_what_its_file_has(
+    tmp_path: Path, small: SmallCheckpoints, stored: torch.dtype
+) -> None:
+    state = torch.load(small.text_encoder, weights_only=True)
+    path = tmp_path / "encoder.safetensors"
+    save_file({name: tensor.to(stored) for name, tensor in state.items()}, path)
+    numbers = sum(tensor.numel() for tensor in state.values())
+    for dtype in (torch.bfloat16, torch.float32):
+        assert encoder_bytes(path, dtype) == dtype.itemsize * numbers
 
 
 def test_files_that_do_not_fit(tmp_path: Path, small: SmallCheckpoints, weights: dict[str, Tensor]) -> None:

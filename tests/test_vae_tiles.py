@@ -200,7 +200,7 @@ def test_1080p_takes_much_less_in_tiles() -> None:
     assert tiled.total < 12.5 * GIB
 
 
-@pytest.mark.parametrize(("tile", "frames_per_call"), [(None, 1), (32, 1), (None, 2)])
+@pytest.mark.parametrize(("tile", "frames_per_call"), [(None, 1), (32, 1), (16, 1), (None, 2)])
 def test_the_prediction_holds(vae: VAE, weights: dict[str, Tensor], tile: int | None, frames_per_call: int) -> None:
     planned = VAE.from_state({name: t.to("meta") for name, t in weights.items()}, None, torch.float32, "meta")
     planned.lay_out_for(vae.device)

@@ -49,13 +49,14 @@ class RunLock:
         for member in self._path.parent.glob(f"{self._path.name}.[0-9]*"):
             self._take(member).release()
         write_atomic(self._holder_file, holder)
+        self._held.callback(self._holder_file.unlink, missing_ok=True)  # before the lock is free for others
 
     def join(self, number: int) -> None:
         """Work on a run that another process has begun, as its process `number`. Raises InputError."""
         self._take(self._path.with_name(f"{self._path.name}.{number}"))
 
     def holder(self) -> str:
-        """What the last one that began a run has left."""
+        """What the one that began the run has left, or one that was killed before."""
         return self._holder_file.read_text(encoding="utf-8") if self._holder_file.exists() else ""
 
     @property
@@ -68,7 +69,9 @@ class RunLock:
             lock.acquire()
         except filelock.Timeout as error:
             self._held.close()
-            raise InputError(f"{self._busy} It is held by {self.holder() or 'a run that has only begun'}.") from error
+            raise InputError(
+                f"{self._busy} It is held by {self.holder() or 'a run that has only begun or is about to end'}."
+            ) from error
         except NotImplementedError:
             logger.warning("%s: no locks on this file system; see that only one run works there", path)
         except OSError as error:

@@ -26,9 +26,10 @@ def format_bytes(n: int) -> str:
 
 
 def memory_of(device: torch.device) -> int:
-    """Bytes of memory that the device has in all; on the CPU, what this process may have."""
+    """Bytes of memory that this process may have: on a CUDA device what is free and what its allocator has already, so
+    without the libraries' part and other programs' (on Windows and in containers too); on the CPU all, or its limit."""
     if device.type == "cuda":
-        return int(torch.cuda.get_device_properties(device).total_memory)
+        return torch.cuda.mem_get_info(device)[0] + torch.cuda.memory_reserved(device)
     pages = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE") if hasattr(os, "sysconf") else 0
     try:
         import resource  # not on Windows
@@ -79,15 +80,14 @@ class PeakTracker(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ign
         kwargs: dict[str, object] | None = None,
     ) -> object:
         kwargs = kwargs or {}
+        given = _storages((args, kwargs))
         # torch.tensor(data) makes its tensor out of sight and shows it first as the argument of lift_fresh.
         if func is not torch.ops.aten.lift_fresh.default:
-            for storage in _storages((args, kwargs)):
+            for storage in given:
                 self._note_outside(storage)
         result = func(*args, **kwargs)
-        for storage in _storages(result):
-            self._count(storage)
-        # An operator may enlarge what it was given (resize_, out=).
-        for storage in _storages((args, kwargs)):
+        # What it was given, too: an operator may enlarge that (resize_, out=).
+        for storage in (*_storages(result), *given):
             self._count(storage)
         self.peak = max(self.peak, self.current)
         return result

@@ -93,6 +93,11 @@ class Profiler:
         """See the function of the same name."""
         return peak_memory_bytes(self._device)
 
+    def reserved_memory_bytes(self) -> int | None:
+        """The most that PyTorch's allocator has held of a CUDA device so far: with what captured passes have for
+        themselves, which `peak_memory_bytes` does not see, and what lies between tensors. None for other devices."""
+        return torch.cuda.max_memory_reserved(self._device) if self._device.type == "cuda" else None
+
 
 def _now(device: torch.device) -> Instant:
     if device.type != "cuda":
@@ -164,6 +169,7 @@ class VideoProfile:
     skipped: int = 0  # forwards that did not run the layers (TeaCache)
     copy_ms: float = 0.0
     prefix_blocks: int = 0
+    reserved_bytes: int | None = None  # on a GPU, what the allocator held at most
 
     def __post_init__(self) -> None:
         if len(self.block_ms) != len(self.block_frames):
@@ -249,6 +255,7 @@ def format_profile(profile: VideoProfile) -> str:
     skipped = f", {profile.skipped} of them without the layers (TeaCache)" if profile.skipped else ""
     first = "n/a" if profile.first_frame_ms is None else f"{profile.first_frame_ms:.2f} ms"
     peak = "n/a" if profile.peak_bytes is None else format_bytes(profile.peak_bytes)
+    reserved = "" if profile.reserved_bytes is None else f", reserved {format_bytes(profile.reserved_bytes)}"
     given = f", {profile.frames - profile.generated_frames} of them given" if profile.prefix_blocks else ""
     return "\n".join(
         [
@@ -268,6 +275,6 @@ def format_profile(profile: VideoProfile) -> str:
             f"Steady diffusion FPS: {_rate(profile.steady_fps, 'frames of a block / median block, warm')}",
             f"End-to-end FPS: {_rate(profile.end_to_end_fps, 'generated pixel frames / total time')}",
             f"Time to first frame: {first}",
-            f"Peak memory: {peak}",
+            f"Peak memory: {peak}{reserved}",
         ]
     )

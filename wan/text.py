@@ -30,7 +30,7 @@ from wan.checkpoints.files import (
     some_names,
     weights_in,
 )
-from wan.checkpoints.filling import load_into
+from wan.checkpoints.filling import load_into, loading_bytes
 from wan.checkpoints.reading import read_tensors
 from wan.checkpoints.state import TEXT_ENCODER_PREFIXES, opened, stripped_tensors
 from wan.checkpoints.text_names import EMBED_TOKENS, SHARED, to_transformers
@@ -152,7 +152,7 @@ class TextEncoder:
         """
         prompt_tokenizer = PromptTokenizer.load(tokenizer, max_length)
         path = weights_in(checkpoint) if checkpoint.is_dir() else checkpoint
-        state = stripped_tensors(opened(read_tensors(path))[1], path, TEXT_ENCODER_PREFIXES)
+        state = _read_encoder(path)
         module = load_encoder(state, dtype, device, path)
         vocabulary = module.get_parameter(SHARED).shape[0]
         if prompt_tokenizer.vocabulary > vocabulary:
@@ -197,6 +197,16 @@ def embed(module: nn.Module, input_ids: Tensor, attention_mask: Tensor) -> Tenso
     mask = attention_mask.to(device)
     output = module(input_ids=input_ids.to(device), attention_mask=mask)
     return cast("Tensor", output.last_hidden_state) * mask.unsqueeze(-1)
+
+
+def _read_encoder(path: Path) -> dict[str, Tensor]:
+    return stripped_tensors(opened(read_tensors(path))[1], path, TEXT_ENCODER_PREFIXES)
+
+
+def encoder_bytes(checkpoint: Path, dtype: torch.dtype) -> int:
+    """What loading the encoder of a file or folder takes on its device. Raises InputError if it is none."""
+    path = weights_in(checkpoint) if checkpoint.is_dir() else checkpoint
+    return loading_bytes(to_transformers(_read_encoder(path)), dtype)
 
 
 def infer_config(state: Mapping[str, Tensor], source: Path) -> dict[str, int]:

@@ -83,7 +83,7 @@ def dry_run(recording: Recording) -> int:
     device = choose_device(config)
     sizes = planned_sizes(config)
     role_settings(config).budget.check(sizes.num_layers, sizes.num_heads)
-    sys.stdout.write("\n".join(cost_lines(recording, sizes)) + "\n")
+    sys.stdout.write("\n".join(cost_lines(recording, sizes, device)) + "\n")
     jobs = jobs_of(config, recording.texts)
     sys.stdout.write(f"Videos: {len(jobs)}\n")
     require_files(config)
@@ -96,7 +96,7 @@ def make(recording: Recording, arguments: argparse.Namespace, command: str) -> A
     config = recording.config
     device = choose_device(config)
     require_files(config)
-    sys.stderr.write("\n".join(cost_lines(recording, model_sizes(config))) + "\n")
+    sys.stderr.write("\n".join(cost_lines(recording, model_sizes(config), device)) + "\n")
     check_outputs(arguments)
     about: dict[str, object] = {"model": config.model_name, "config": as_dict(config), "context": recording.context}
     about |= {"query_share": recording.query_share, "command": command, "torch": torch.__version__}

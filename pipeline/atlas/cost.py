@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import torch
+
 from dummy.frame_attention import PIECE_BYTES, sampled
 from pipeline.atlas.recording import Recording, watched_policy
 from pipeline.config.config import geometry_of
+from pipeline.runtime.loading import choose_dtype
 from utils.memory import format_bytes
 from wan.config import ModelConfig
 from wan.transformer.operations import forward_operations
@@ -20,19 +23,23 @@ def seen_frames(recording: Recording) -> list[int]:
     return [min(block * own, retention.total) + own for block in range(recording.passes.blocks[-1] + 1)]
 
 
-def scoring_bytes(recording: Recording, sizes: ModelConfig) -> int:
-    """The most that a recorded pass adds to what is there, as bytes of tensors.
+def scoring_bytes(recording: Recording, sizes: ModelConfig, device: torch.device) -> int:
+    """The most that a recorded pass adds to what is there, as bytes of tensors on the `device`.
 
-    Beside what is kept of the video's earlier passes: the sampled queries and their copy in float32; the keys in
-    float32, and once more where they are laid out for the product; of one piece of the queries the scores, the shares
-    and two temporaries of the entropy.
+    Beside what is kept of the video's earlier passes: the sampled queries; of one piece of them the scores, the shares
+    and their sums, and those of the piece before, which stay until others take their place; on a CPU, queries and keys
+    in float32 where they are not in it already (a GPU multiplies them as they are).
     """
-    geometry = geometry_of(recording.config, sizes.in_dim)
+    geometry, dtype = geometry_of(recording.config, sizes.in_dim), choose_dtype(recording.config, device)
     queries = sampled(geometry.tokens_per_block, recording.query_share, most=None)
-    keys = max(seen_frames(recording)) * geometry.tokens_per_frame
-    a_query = FLOAT * keys * sizes.num_heads
-    piece = a_query * min(queries, max(1, PIECE_BYTES // a_query))
-    return 2 * FLOAT * (queries + keys) * sizes.dim + 4 * piece + video_bytes(recording, sizes)
+    frames = max(seen_frames(recording))
+    keys = frames * geometry.tokens_per_frame
+    at_a_time = min(queries, max(1, PIECE_BYTES // (FLOAT * keys * sizes.num_heads)))
+    scores, sums = (FLOAT * at_a_time * number * sizes.num_heads for number in (keys, frames))
+    before = 2 * scores if at_a_time < queries else 0
+    converted = FLOAT * (at_a_time + keys) * sizes.dim if device.type == "cpu" and dtype != torch.float32 else 0
+    at_work = max(before + scores + converted, 2 * scores + 3 * sums)
+    return dtype.itemsize * queries * sizes.dim + at_work + video_bytes(recording, sizes)
 
 
 def video_bytes(recording: Recording, sizes: ModelConfig) -> int:
@@ -45,7 +52,7 @@ def video_bytes(recording: Recording, sizes: ModelConfig) -> int:
     return FLOAT * numbers * sizes.num_layers * sizes.num_heads + PLACE * places
 
 
-def cost_lines(recording: Recording, sizes: ModelConfig) -> list[str]:
+def cost_lines(recording: Recording, sizes: ModelConfig, device: torch.device) -> list[str]:
     """A video's forwards, what recording adds to them, and the memory that this takes at most."""
     geometry, chosen, seen = geometry_of(recording.config, sizes.in_dim), recording.passes, seen_frames(recording)
     heads = sizes.num_layers * sizes.num_heads
@@ -58,7 +65,7 @@ def cost_lines(recording: Recording, sizes: ModelConfig) -> list[str]:
         f"A video's forwards take {forwards / 1e12:.3g} TFLOP up to block {chosen.blocks[-1]}; recording "
         f"{len(chosen.wanted)} passes at {queries} of {geometry.tokens_per_block} queries adds {scores / 1e12:.3g} "
         "TFLOP of scores.",
-        f"Recording adds at most {format_bytes(scoring_bytes(recording, sizes))} of tensors on the device, and on the "
-        f"host {format_bytes(video_bytes(recording, sizes))} a video (twice that at the end, when all are joined). The "
-        f"run's own memory comes beside: what inference.py --dry_run says {own}, less the VAE.",
+        f"Recording adds at most {format_bytes(scoring_bytes(recording, sizes, device))} of tensors on the device, and "
+        f"on the host {format_bytes(video_bytes(recording, sizes))} a video (twice that at the end, when all are "
+        f"joined). The run's own memory comes beside: what inference.py --dry_run says {own}, less the VAE.",
     ]

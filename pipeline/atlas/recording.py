@@ -1,7 +1,7 @@
 """Recording a head atlas: videos made by the product's own loop, under one retention for all heads, and watched.
 
 Nothing is decoded. Scores are made in pieces, and what is kept of a pass is one number a layer, head and frame; what
-that takes is in atlas_cost.py.
+that takes is in pipeline/atlas/cost.py.
 """
 
 from __future__ import annotations
@@ -142,7 +142,7 @@ def watched_generator(
     role_settings(config).budget.check(sizes.num_layers, sizes.num_heads)
     prompts = PromptEncoder(config, device, sizes.text_len)
     prompts.prepare(job.prompts[0] for job in jobs)
-    model = load_transformer(config, sizes, device, choose_dtype(config, device))
+    model = load_transformer(config, sizes, device, choose_dtype(config, device), checked=True)
     watched: GeneratorSettings = replace(settings, policy=policy, teacache_threshold=None, reclassify_on_switch=False)
     return BlockGenerator(model, watched), prompts
 

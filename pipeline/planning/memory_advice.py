@@ -21,23 +21,27 @@ SHOWN = 3
 
 @dataclass(frozen=True)
 class Remedy:
-    """Overrides, as they are typed, and the configuration with them."""
+    """Overrides, as they are typed, and the configuration with them; `batch` videos at a time."""
 
     overrides: tuple[str, ...]
     config: InferenceConfig
+    batch: int
 
     def then(self, override: str, config: InferenceConfig) -> Remedy:
-        return Remedy((*self.overrides, override), config)
+        return Remedy((*self.overrides, override), config, self.batch)
 
     def __str__(self) -> str:
         return " ".join(self.overrides)
 
 
-def remedies(config: InferenceConfig, device: torch.device) -> Iterator[Remedy]:
+def remedies(config: InferenceConfig, device: torch.device, batch: int = 1) -> Iterator[Remedy]:
     """Settings that need less, each on top of those before it; resolutions instead of one another."""
-    step = Remedy((), config)
+    step = Remedy((), config, batch)
     if device.type != "cpu" and text_encoder_place(config, device) == device:
         step = step.then("text_encoder_device=cpu", replace(step.config, text_encoder_device="cpu"))
+        yield step
+    if batch > 1:
+        step = Remedy((*step.overrides, "samples_per_batch=1"), replace(step.config, samples_per_batch=1), 1)
         yield step
     if config.precision == "fp32" or (config.precision == "auto" and device.type == "cpu"):
         step = step.then("precision=bf16", replace(step.config, precision="bf16"))
@@ -62,18 +66,19 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def bytes_needed(config: InferenceConfig, device: torch.device) -> int:
+def bytes_needed(config: InferenceConfig, device: torch.device, batch: int = 1) -> int:
     """The most that a run holds on the device at once, as tensors."""
     planner = planner_for(config, device)
     settings = generator_settings(config, planner.sizes)
-    plan = planner.memory(config, settings, planner.strategy(config, settings, memory_of(device)))
+    _, plan = planner.fitting(config, settings, memory_of(device), batch)
     return max(plan.peak, plan.text_encoder if text_encoder_place(config, device) == device else 0)
 
 
-def out_of_memory(config: InferenceConfig, device: torch.device) -> InputError:
-    """The error for a run that needed more memory than the device has; names overrides that need less."""
-    available, needed = memory_of(device), bytes_needed(config, device)
-    sized = ((remedy, bytes_needed(remedy.config, device)) for remedy in remedies(config, device))
+def out_of_memory(config: InferenceConfig, device: torch.device, batch: int = 1) -> InputError:
+    """The error for a run of `batch` videos at a time that needed more memory than the device has; names overrides that
+    need less."""
+    available, needed = memory_of(device), bytes_needed(config, device, batch)
+    sized = ((remedy, bytes_needed(remedy.config, device, remedy.batch)) for remedy in remedies(config, device, batch))
     fitting = (f"{remedy} ({format_bytes(size)})" for remedy, size in sized if size < min(available, needed))
     advice = "; ".join(islice(fitting, SHOWN))
     return InputError(

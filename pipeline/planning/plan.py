@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -15,6 +16,8 @@ from torch import Tensor
 from dummy.roles import Role
 from pipeline.config.config import InferenceConfig, check_against_model, geometry_of
 from pipeline.planning.cost import assumed_roles, cost_lines, possible_roles
+from pipeline.planning.memory_plan import MemoryPlan
+from pipeline.planning.stages import StagePlanner, VideoStages, no_scores
 from pipeline.runtime.decoding import DecodeStrategy, fastest_strategy
 from pipeline.runtime.inputs import GeneratorSettings
 from pipeline.runtime.loading import (
@@ -28,13 +31,14 @@ from pipeline.runtime.loading import (
     read_sized_generator,
     require_readable,
 )
-from utils.memory import PeakTracker, format_bytes, memory_of
+from utils.memory import memory_of
+from utils.prompts import is_storyboard_file
 from utils.user_paths import exists, is_folder, look
-from wan.attention.cache import KVCache
-from wan.attention.head_group import CacheBytes, Retention
-from wan.checkpoints.files import container_of
+from wan.attention.head_group import Retention
+from wan.checkpoints.files import TooLarge, container_of
 from wan.config import WAN_1_3B, ModelConfig
-from wan.geometry import LatentGeometry, pixel_frames
+from wan.geometry import pixel_frames
+from wan.text import encoder_bytes
 from wan.transformer.model import CausalWanModel
 from wan.vae.memory import decode_bytes
 from wan.vae.preview import PreviewDecoder
@@ -46,63 +50,6 @@ TILES = (960, 640, 512, 384)  # pixels; below, the tiles' halos cost more memory
 MOST_TILES = 24  # more of them cost more memory for their halos than their size saves, and time to plan
 RESERVE = 0.1  # of the device's memory, for its libraries and the allocator
 PUBLISHED_TEXT_ENCODER = 11_361_920_418  # bytes of models_t5_umt5-xxl-enc-bf16.pth
-
-
-@dataclass(frozen=True)
-class MemoryPlan:
-    """Bytes by part for one video at a time. `cache_before_split` counts instead of `cache` until roles are known."""
-
-    transformer: int
-    vae: int  # what decodes, and what encodes if that is another
-    text: int  # cross-attention keys and values of all prompts of a video, and the copy that recordings read
-    cache: CacheBytes
-    cache_before_split: CacheBytes | None
-    transformer_activations: int
-    vae_cache: int
-    vae_activations: int
-    vae_cache_on_host: int  # instead of on the device
-    text_encoder: int  # there before the other parts, and gone before they come
-    on_side_stream: bool = False  # a block is decoded while the next is denoised
-    vae_elsewhere: bool = False  # on another device than the rest
-
-    @property
-    def peak(self) -> int:
-        """The most that is there at once while videos are made."""
-        caches = [self.cache.total, self.cache_before_split.total if self.cache_before_split else 0]
-        standing = self.transformer + self.text + max(caches)
-        if self.vae_elsewhere:
-            return standing + self.transformer_activations
-        at_work = (self.transformer_activations, self.vae_activations)
-        return standing + self.vae + self.vae_cache + (sum(at_work) if self.on_side_stream else max(at_work))
-
-    @property
-    def vae_peak(self) -> int:
-        """The most that the VAE alone takes."""
-        return self.vae + self.vae_cache + self.vae_activations
-
-    def lines(self) -> list[str]:
-        rows = [
-            ("transformer weights", self.transformer),
-            ("VAE weights", self.vae),
-            ("text keys and values", self.text),
-            ("cache, kept frames", self.cache.kept),
-            ("cache, the block's own slots", self.cache.own),
-            ("cache, unturned sinks (relative RoPE)", self.cache.unrotated_sink_keys),
-            ("transformer activations, peak", self.transformer_activations),
-            ("VAE cache", self.vae_cache),
-            ("VAE activations, peak", self.vae_activations),
-        ]
-        if self.cache_before_split is not None:
-            rows.insert(6, ("(cache until the roles are known)", self.cache_before_split.total))
-        table = [f"  {name:40}{format_bytes(size):>12}" for name, size in rows if size]
-        table.append(f"  {'peak while videos are made':40}{format_bytes(self.peak):>12}")
-        if self.vae_elsewhere:
-            table.append(f"  {'peak on the device of the VAE':40}{format_bytes(self.vae_peak):>12}")
-        if self.vae_cache_on_host:
-            table.append(f"  {'VAE cache, in the memory of the host':40}{format_bytes(self.vae_cache_on_host):>12}")
-        if self.text_encoder:
-            table.append(f"  {'text encoder (freed before that)':40}{format_bytes(self.text_encoder):>12}")
-        return table
 
 
 @dataclass(frozen=True)
@@ -130,68 +77,91 @@ class Planner:
     text_encoder_bytes: int = 0
     vae_device: torch.device = GPU  # of the run; which of them decodes in which way
     encoder_bytes: int = 0  # of weights, where another than the decoder encodes
+    device: torch.device = GPU  # of the run
     model: CausalWanModel = field(init=False)
 
     def __post_init__(self) -> None:
         with META:
             model = CausalWanModel(self.sizes).to(self.dtype)
-        model.attention = _no_scores
+        model.attention = no_scores
         object.__setattr__(self, "model", model)
 
     def memory(
-        self, config: InferenceConfig, settings: GeneratorSettings, strategy: DecodeStrategy | None = None
+        self,
+        config: InferenceConfig,
+        settings: GeneratorSettings,
+        strategy: DecodeStrategy | None = None,
+        batch: int = 1,
+        stages: VideoStages | None = None,
     ) -> MemoryPlan:
-        """The plan for one video of this configuration, decoded in this way, or the fastest."""
+        """The plan for `batch` videos at a time, decoded in this way, or the fastest; `stages`: as `stages` finds."""
         strategy = strategy or fastest_strategy(
             self.vae_device, config.num_frame_per_block, config.overlap is not False
         )
-        geometry = geometry_of(config, self.sizes.in_dim)
-        split = settings.policy.split
-        relative = settings.window if settings.relative_rope else None
-        cache = self.model.new_cache(geometry, 1, settings.policy.initial, relative)
-        before = None
-        if settings.policy.table is not None:
-            cache.allocate(settings.policy.table.layout())
-        elif split is not None:
-            before = None if split.from_start else cache.bytes()
-            roles = assumed_roles(self.sizes, split, geometry.num_frames - geometry.frames_per_block)
-            cache.allocate(split.layout(roles))
-        scale = self.vae.spatial_scale
-        sides = geometry.height * scale, geometry.width * scale
-        block = geometry.frames_per_block
+        stages = stages or self.stages(config, settings, batch)
+        plan = self._undecoded(config, strategy, stages)
+        geometry, scale = geometry_of(config, self.sizes.in_dim), self.vae.spatial_scale
         decode = decode_bytes(
             self.vae,
-            *sides,
+            geometry.height * scale,
+            geometry.width * scale,
             strategy.tile,
-            block,
+            geometry.frames_per_block,
             strategy.frames,
+            batch,
             frame_chunk=strategy.frame_chunk,
             on_host=strategy.on_host,
         )
+        recorded = _recorded(config, self.vae_device) and strategy.steady
+        return replace(
+            plan,
+            vae_cache=0 if strategy.on_host else decode.cache,
+            vae_cache_on_host=decode.cache if strategy.on_host else 0,
+            vae_activations=decode.first if recorded else decode.activations,
+            vae_recordings=decode.activations if recorded else 0,
+        )
+
+    def _undecoded(self, config: InferenceConfig, strategy: DecodeStrategy, stages: VideoStages) -> MemoryPlan:
+        """With the decoder's weights, and nothing of what it takes when it is at work."""
+        recorded = _recorded(config, self.device)
         return MemoryPlan(
             transformer=_bytes(self.model.parameters()),
             vae=_bytes(self.vae.module.parameters()) + self.encoder_bytes,
-            text=self._text_bytes() * self._texts(config),
-            cache=cache.bytes(),
-            cache_before_split=before,
-            transformer_activations=self._activations(geometry, cache),
-            vae_cache=0 if strategy.on_host else decode.cache,
-            vae_cache_on_host=decode.cache if strategy.on_host else 0,
-            vae_activations=decode.activations,
+            text=stages.text * (2 if recorded else 1),
+            stages=stages,
             text_encoder=self.text_encoder_bytes,
+            recordings=stages.block.activations if recorded else 0,
             on_side_stream=strategy.on_side_stream,
             vae_elsewhere=config.vae_device != "auto",
         )
 
-    def strategy(self, config: InferenceConfig, settings: GeneratorSettings, available: int) -> DecodeStrategy:
-        """The first of `ways` with which the plan's peak leaves a reserve of the `available` bytes, or the last."""
+    def stages(self, config: InferenceConfig, settings: GeneratorSettings, batch: int = 1) -> VideoStages:
+        """What caches and passes take."""
+        geometry = geometry_of(config, self.sizes.in_dim)
+        storyboards = is_storyboard_file(Path(config.data_path))  # which may have switches of their own, anywhere
+        switches = geometry.block_starts() if storyboards else config.switch_frame_indices
+        return StagePlanner(self.model, geometry, settings, batch).stages(switches)
+
+    def strategy(
+        self, config: InferenceConfig, settings: GeneratorSettings, available: int, batch: int = 1
+    ) -> DecodeStrategy:
+        """The first of `strategies` with which the peak leaves a reserve of the `available` bytes, or the last."""
+        return self.fitting(config, settings, available, batch)[0]
+
+    def fitting(
+        self, config: InferenceConfig, settings: GeneratorSettings, available: int, batch: int = 1
+    ) -> tuple[DecodeStrategy, MemoryPlan]:
+        """As `strategy`, with what it takes."""
         room = available * (1 - RESERVE)
-        strategies = list(self.strategies(config))
-        for strategy in strategies[:-1]:
-            plan = self.memory(config, settings, strategy)
-            if (plan.vae_peak if plan.vae_elsewhere else plan.peak) <= room:
-                return strategy
-        return strategies[-1]
+        stages = self.stages(config, settings, batch)
+        *strategies, last = self.strategies(config)
+        for strategy in strategies:
+            if _decoding_peak(self._undecoded(config, strategy, stages)) > room:
+                continue  # even without the decoder's work, which takes longer to find out
+            plan = self.memory(config, settings, strategy, batch, stages)
+            if _decoding_peak(plan) <= room:
+                return strategy, plan
+        return last, self.memory(config, settings, last, batch, stages)
 
     def strategies(self, config: InferenceConfig) -> Iterator[DecodeStrategy]:
         """How the configuration lets videos be decoded, from the fastest to what takes least memory."""
@@ -213,23 +183,15 @@ class Planner:
             yield from (DecodeStrategy(1, tile, on_host=True) for tile in tiles)
             yield DecodeStrategy(1, tiles[-1], frame_chunk=2, on_host=True)
 
-    def _texts(self, config: InferenceConfig) -> int:
-        """The prompts of a video, and one more that recorded passes read from."""
-        recorded = config.engine in ("auto", "graphed") and self.vae_device.type == "cuda"
-        return len(config.switch_frame_indices) + 1 + recorded
 
-    def _text_bytes(self) -> int:
-        """Cross-attention keys and values of one prompt."""
-        return 2 * self.sizes.num_layers * self.sizes.text_len * self.sizes.dim * self.dtype.itemsize
+def _decoding_peak(plan: MemoryPlan) -> int:
+    """On the device that decodes."""
+    return plan.vae_peak if plan.vae_elsewhere else plan.peak
 
-    def _activations(self, geometry: LatentGeometry, cache: KVCache) -> int:
-        with torch.inference_mode():
-            time = self.model.encode_time(0.0)
-            text = self.model.encode_text(torch.empty(1, self.sizes.text_len, self.sizes.text_dim, device=META))
-            latents = torch.empty(1, *geometry.block_shape, device=META)
-            with PeakTracker() as tracker:
-                self.model(latents, time, text, cache, 0)
-            return int(tracker.peak)
+
+def _recorded(config: InferenceConfig, device: torch.device) -> bool:
+    """Whether what runs on the device is captured, as far as can be told before it is tried."""
+    return config.engine in ("auto", "graphed") and device.type == "cuda"
 
 
 def planner_for(config: InferenceConfig, device: torch.device) -> Planner:
@@ -241,7 +203,7 @@ def planner_for(config: InferenceConfig, device: torch.device) -> Planner:
     decoder = _decoder(config, dtype).lay_out_for(place)
     apart = needs_vae(config) and not isinstance(decoder, VAE)
     encoder_bytes = _bytes(_vae(config, dtype).module.parameters()) if apart else 0
-    return Planner(sizes, decoder, dtype, _text_encoder_bytes(config, device), place, encoder_bytes)
+    return Planner(sizes, decoder, dtype, _text_encoder_bytes(config, device), place, encoder_bytes, device)
 
 
 def planned_sizes(config: InferenceConfig) -> ModelConfig:
@@ -272,16 +234,17 @@ def _decoder(config: InferenceConfig, dtype: torch.dtype) -> LatentDecoder:
 
 
 def _text_encoder_bytes(config: InferenceConfig, device: torch.device) -> int:
-    """Of Wan's file, which holds bf16 and little else; the published size where it is another layout or missing."""
-    path = config.text_encoder_path
+    """What loading it takes; by the size of a file that is not mapped into memory, or of the published one where it is
+    missing, both of which hold bf16 and little else."""
+    path, dtype = config.text_encoder_path, choose_dtype(config, device)
     found = look(path, "model_name")
-    stored = found.st_size if found is not None and not is_folder(path) else PUBLISHED_TEXT_ENCODER
-    return stored * choose_dtype(config, device).itemsize // torch.bfloat16.itemsize
-
-
-def _no_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    """Attention as fused kernels do it: nothing but the result is allocated."""
-    return torch.empty_like(q)
+    if found is not None and (is_folder(path) or container_of(path) != "legacy pickle"):  # that would be read whole
+        try:
+            return encoder_bytes(path, dtype)
+        except TooLarge:
+            pass  # a dry run may be on another machine than the run
+    stored = PUBLISHED_TEXT_ENCODER if found is None or is_folder(path) else found.st_size
+    return stored * dtype.itemsize // torch.bfloat16.itemsize
 
 
 def _bytes(tensors: Iterable[Tensor]) -> int:
@@ -306,14 +269,16 @@ def head_contexts(settings: GeneratorSettings, sizes: ModelConfig) -> list[HeadC
     return before + after
 
 
-def choose_strategy(config: InferenceConfig, settings: GeneratorSettings, device: torch.device) -> DecodeStrategy:
-    """How the run decodes, so that it fits the device."""
+def choose_strategy(
+    config: InferenceConfig, settings: GeneratorSettings, device: torch.device, batch: int = 1
+) -> DecodeStrategy:
+    """How the run decodes `batch` videos at a time, so that they fit into what the device has for this process."""
     place = choose_vae_device(config, device)
-    return planner_for(config, device).strategy(config, settings, memory_of(place))
+    return planner_for(config, device).strategy(config, settings, memory_of(place), batch)
 
 
 def plan_lines(
-    config: InferenceConfig, settings: GeneratorSettings, planner: Planner, device: torch.device
+    config: InferenceConfig, settings: GeneratorSettings, planner: Planner, device: torch.device, batch: int = 1
 ) -> list[str]:
     """Geometry, policy and memory of a run as text."""
     geometry = geometry_of(config, planner.sizes.in_dim)
@@ -330,8 +295,9 @@ def plan_lines(
         *(context.line(max_past, geometry.frames_per_block) for context in head_contexts(settings, planner.sizes)),
     ]
     lines += cost_lines(config, settings.policy, planner.sizes, geometry)
-    strategy = planner.strategy(config, settings, memory_of(choose_vae_device(config, device)))
+    strategy, memory = planner.fitting(config, settings, memory_of(choose_vae_device(config, device)), batch)
     path = config.preview_path
     preview = "" if path is None else f"by the preview decoder {path}, of less quality than the VAE; "
     lines.append(f"Decoding: {preview}{strategy}")
-    return [*lines, "Memory, as tensors:", *planner.memory(config, settings, strategy).lines()]
+    together = "" if batch == 1 else f", for {batch} videos at a time"
+    return [*lines, f"Memory, as tensors{together}:", *memory.lines()]

@@ -5,7 +5,7 @@ Sizes come from the classes that a run uses. This file knows neither the decoder
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
 
@@ -20,7 +20,7 @@ from utils.memory import PeakTracker
 from wan.attention.cache import KVCache
 from wan.attention.head_group import CacheBytes, Observer
 from wan.geometry import LatentGeometry
-from wan.transformer.model import CausalWanModel
+from wan.transformer.model import CausalWanModel, TeaCacheResidual
 
 
 @dataclass(frozen=True)
@@ -37,82 +37,138 @@ class Stage:
 
 @dataclass(frozen=True)
 class VideoStages:
-    """Of `batch` videos at a time. `block`: any block once the roles of heads are known; `before_split`: the block in
-    which they are observed, if they are; `switch`: the pass that encodes earlier frames anew for another prompt, and,
-    if that is asked for, the block after it, in which roles are observed again."""
+    """Of `batch` videos at a time, beside the keys and values of their prompt (`text`).
 
+    `block`: any block once the roles of heads are known; `before_split`: the block in which they are observed, if they
+    are. Where prompts switch, `prompt`: the clean pass of the block before, while those of the next prompt are there
+    beside its own; `switch`: the pass that encodes earlier frames anew, and, if that is asked for, the block after it,
+    in which roles are observed again.
+    """
+
+    text: int
     block: Stage
     before_split: Stage | None = None
+    prompt: Stage | None = None
     switch: Stage | None = None
 
     def __iter__(self) -> Iterator[Stage]:
-        return (stage for stage in (self.before_split, self.block, self.switch) if stage is not None)
+        stages = self.before_split, self.block, self.prompt, self.switch
+        return (stage for stage in stages if stage is not None)
 
 
-@dataclass(frozen=True)
 class StagePlanner:
     """For one model (on the meta device, with an attention that allocates its result alone), settings and geometry."""
 
-    model: CausalWanModel
-    geometry: LatentGeometry
-    settings: GeneratorSettings
-    batch: int = 1
+    @torch.inference_mode()
+    def __init__(
+        self, model: CausalWanModel, geometry: LatentGeometry, settings: GeneratorSettings, batch: int = 1
+    ) -> None:
+        self._model = model
+        self._geometry = geometry
+        self._settings = settings
+        self._batch = batch
+        self._time = model.encode_time(0.0)
+        embeds = torch.empty(batch, model.config.text_len, model.config.text_dim, device=model.device)
+        with PeakTracker() as tracker:
+            self._text = model.encode_text(embeds)
+        self._text_bytes = sum(part.nbytes for part in (*self._text.keys, *self._text.values))
+        self._encoding_text = tracker.peak
 
-    def stages(self, switches: Sequence[int] = ()) -> VideoStages:
-        """`switches`: latent frames at or after which another prompt takes effect; the last one encodes the most."""
-        split = self.settings.policy.split
-        observed = split is not None and not split.from_start
-        block = self.geometry.frames_per_block
-        until_split = split.ar_start * block if split is not None and observed else None
-        relative = self.settings.window if self.settings.relative_rope else None
-        cache = self.model.new_cache(
-            self.geometry, self.batch, self.settings.policy.initial, relative, None, until_split
-        )
-        before = None
-        if split is not None:
-            if until_split is not None:
-                before = self._observed(cache, split, until_split)
-            roles = assumed_roles(self.model.config, split, self.geometry.num_frames - block)
-            cache.allocate(split.layout(roles))
-        steady = Stage(cache.bytes(), self._pass(cache, self.geometry.frames_per_block))
-        start = min(-(-max(switches, default=0) // block) * block, self.geometry.num_frames - block)
-        return VideoStages(steady, before, self._switch(cache, start) if start else None)
+    def stages(self, switches: Iterable[int] = ()) -> VideoStages:
+        """`switches`: the latent frames at or after which another prompt takes effect."""
+        policy, block = self._settings.policy, self._geometry.frames_per_block
+        layout, before, switch = policy.fixed_layout(), None, None
+        split = policy.split if layout is None else None
+        until_split = None if split is None else split.ar_start * block
+        relative = self._settings.window if self._settings.relative_rope else None
+        cache = self._model.new_cache(self._geometry, self._batch, policy.initial, relative, layout, until_split)
+        last = self._geometry.num_frames - block
+        starts = sorted({min(-(-frame // block) * block, last) for frame in switches} - {0})
+        early = [start for start in starts if until_split is not None and start <= until_split]
+        if split is not None and until_split is not None:
+            switch = self._switch(cache, early[-1]) if early else None
+            cache.reset(policy.initial, until_split)
+            self._fill(cache, until_split)
+            before = self._observed(cache, split)
+            cache.allocate(split.layout(assumed_roles(self._model.config, split, last)))
+        steady = Stage(cache.bytes(), self._block(cache))
+        if len(early) < len(starts):
+            late = self._switch(cache, starts[-1])
+            switch = late if switch is None or switch.total < late.total else switch
+        observed = [start for start in starts if until_split is not None and start <= until_split + block]
+        passes = [before] if before is not None and observed else []
+        passes += [steady] if len(observed) < len(starts) else []
+        return VideoStages(self._text_bytes, steady, before, self._prompt(passes), switch)
 
-    def _observed(self, cache: KVCache, split: HeadSplit, past: int) -> Stage:
-        """The clean pass of the block after `past` frames, in which the attention of heads is measured."""
-        block = self.geometry.frames_per_block
-        for start in range(0, past, block):
+    def _prompt(self, passes: Sequence[Stage]) -> Stage | None:
+        """The largest of `passes` with another prompt beside its own."""
+        if not passes:
+            return None
+        largest = max(passes, key=lambda stage: stage.total)
+        return Stage(largest.cache, max(largest.activations + self._text_bytes, self._encoding_text))
+
+    def _fill(self, cache: KVCache, frames: int) -> None:
+        block = self._geometry.frames_per_block
+        for start in range(0, frames, block):
             cache.append_current_block(range(start, start + block))
-        observer = FrameAttention(self.geometry.tokens_per_frame, split.query_share) if split.roles is None else None
-        return Stage(cache.bytes(), max(self._pass(cache, block), self._pass(cache, block, observer)))
+
+    def _observed(self, cache: KVCache, split: HeadSplit) -> Stage:
+        """The block in whose clean pass the attention of heads is measured."""
+        measure = FrameAttention(self._geometry.tokens_per_frame, split.query_share)
+
+        def observer(layer: int, q: Tensor, keys: Tensor, context: Sequence[int], values: Tensor) -> None:
+            if not layer:  # measuring takes as much in all of them
+                measure(layer, q, keys, context, values)
+
+        return Stage(cache.bytes(), max(self._block(cache), self._block(cache, observer)))
 
     def _switch(self, cache: KVCache, start: int) -> Stage:
-        """Going over to another prompt at the block that begins at frame `start`."""
-        split, count = self.settings.policy.split, min(self.settings.window or start, start)
-        if split is None or not self.settings.reclassify_on_switch:
+        """Going over to another prompt at the block that begins at frame `start`, as the loop does."""
+        settings, split = self._settings, self._settings.policy.split
+        window = settings.window or start
+        count = min(window, start)
+        observed_again = settings.reclassify_on_switch and split is not None
+        if observed_again:
+            cache.reset(settings.policy.initial, start)
+        elif settings.global_sink and window < start:
+            count -= settings.policy.window_sinks
+            self._fill(cache, settings.policy.window_sinks)
+            cache.forget(keep_sinks_before=start - count)
+        else:
             cache.forget()
-            return Stage(cache.bytes(), self._pass(cache, count))
-        cache.reset(self.settings.policy.initial, start)
-        encoding = self._pass(cache, count)
-        cache.forget()
-        observed = self._observed(cache, split, min(count, self.settings.policy.initial.total))
-        return Stage(observed.cache, max(encoding, observed.activations))
+        stage = Stage(cache.bytes(), self._encode(cache, start - count, count) if count else 0)
+        if split is None or not observed_again:
+            return stage
+        return Stage(stage.cache, max(stage.activations, self._observed(cache, split).activations))
 
-    def _pass(self, cache: KVCache, frames: int, observer: Observer | None = None) -> int:
-        """The most that a pass over so many frames takes beside the cache."""
-        config, geometry, meta = self.model.config, self.geometry, self.model.device
-        with torch.inference_mode():
-            time = self.model.encode_time(0.0)
-            embeds = torch.empty(self.batch, config.text_len, config.text_dim, device=meta)
-            text = self.model.encode_text(embeds)
-            shape = (self.batch, frames, geometry.channels, geometry.height, geometry.width)
-            latents = torch.empty(shape, device=meta)
-            with PeakTracker() as tracker, cache.observed(observer) if observer is not None else nullcontext():
-                if frames > geometry.frames_per_block:
-                    self.model.commit(latents, time, text, cache, 0)
-                else:
-                    self.model(latents, time, text, cache, 0)
-            return int(tracker.peak)
+    def _block(self, cache: KVCache, observer: Observer | None = None) -> int:
+        """The most that a pass over a block takes beside the cache; observed, or, if any step is left out for what
+        another has found, one that comes after such a one."""
+        latents = self._latents(self._geometry.frames_per_block)
+        left_out = observer is None and self._settings.teacache_threshold is not None
+        residual = TeaCacheResidual() if left_out else None
+
+        def forward() -> None:
+            for _ in range(1 + left_out):
+                self._model(latents, self._time, self._text, cache, 0, residual=residual)
+
+        with cache.observed(observer) if observer is not None else nullcontext():
+            return _peak(forward)
+
+    def _encode(self, cache: KVCache, first: int, count: int) -> int:
+        """As `_block`, of the pass in which `count` frames from `first` on join the cache."""
+        latents = self._latents(count)
+        return _peak(lambda: self._model.commit(latents, self._time, self._text, cache, first))
+
+    def _latents(self, frames: int) -> Tensor:
+        shape = self._batch, frames, self._geometry.channels, self._geometry.height, self._geometry.width
+        return torch.empty(shape, device=self._model.device)
+
+
+def _peak(work: Callable[[], None]) -> int:
+    with torch.inference_mode(), PeakTracker() as tracker:
+        work()
+    return int(tracker.peak)
 
 
 def no_scores(q: Tensor, k: Tensor, v: Tensor) -> Tensor:

@@ -33,6 +33,11 @@ class DecodeStrategy:
     on_side_stream: bool = False
     on_host: bool = False
 
+    @property
+    def steady(self) -> bool:
+        """Whether all calls but a video's first are alike, so that they can be compiled and captured."""
+        return self.tile is None and self.frame_chunk is None and not self.on_host
+
     def __str__(self) -> str:
         frames = "whole frames" if self.tile is None else f"in tiles of at most {self.tile} pixels a side"
         cache = ", the cache in the host's memory" if self.on_host else ""
@@ -106,9 +111,12 @@ def fastest_strategy(device: torch.device, block: int, overlap: bool) -> DecodeS
     return DecodeStrategy(1 if cpu else block, on_side_stream=overlap and not cpu)
 
 
-def start_decoder(vae: LatentDecoder, engine: str, required: bool, latents: Tensor) -> None:
+def start_decoder(
+    vae: LatentDecoder, engine: str, required: bool, latents: Tensor, on_side_stream: bool = True
+) -> None:
     """Compile and record the decoder for blocks like `latents` [B, F, C, h, w], before the first video, for an engine
-    that is not eager. For CUDA devices: on a CPU nearly all of the time goes to convolutions, which stay as they are.
+    that is not eager, and for the stream on which videos are decoded. For CUDA devices: on a CPU nearly all of the time
+    goes to convolutions, which stay as they are.
 
     An engine that does not run here gives way to eager with a warning, or, if `required`, raises InputError.
     """
@@ -119,15 +127,15 @@ def start_decoder(vae: LatentDecoder, engine: str, required: bool, latents: Tens
 
     def make_ready() -> None:
         vae.prepare(frames, compiled_run() if compiled else run, CudaRecorder(vae.device) if recorded else None)
-        warmup_decoder(vae, latents)
+        warmup_decoder(vae, latents, on_side_stream)
 
     or_eager("engine of the VAE", engine, required, make_ready, lambda: vae.prepare(frames, run))
 
 
-def warmup_decoder(vae: LatentDecoder, latents: Tensor) -> None:
+def warmup_decoder(vae: LatentDecoder, latents: Tensor, on_side_stream: bool = True) -> None:
     """Decode until calls repeat themselves: a beginning, a steady block, and that once more."""
     size = [side * vae.spatial_scale for side in latents.shape[3:]]
-    strategy = DecodeStrategy(latents.shape[1], on_side_stream=True)
+    strategy = DecodeStrategy(latents.shape[1], on_side_stream=on_side_stream)
     decoder = BlockDecoder(vae, (size[0], size[1]), Profiler(vae.device), strategy)
     for _ in range(3):
         decoder.decode(latents).wait()

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -217,17 +217,23 @@ def model_sizes(config: InferenceConfig) -> ModelConfig:
 
 
 def load_transformer(
-    config: InferenceConfig, sizes: ModelConfig, device: torch.device, dtype: torch.dtype
+    config: InferenceConfig, sizes: ModelConfig, device: torch.device, dtype: torch.dtype, checked: bool = False
 ) -> CausalWanModel:
-    """The causal transformer with its LoRA merged."""
-    model = _assemble(config, sizes, device, dtype)
+    """The causal transformer with its LoRA merged; `checked`: what there is to warn of, `check_before_loading` has."""
+    model = _assemble(config, sizes, device, dtype, logger.debug if checked else logger.warning)
     model.use_attention(config.attention)
     if config.precision == "fp8":
         to_fp8(model)
     return model
 
 
-def _assemble(config: InferenceConfig, sizes: ModelConfig, device: torch.device, dtype: torch.dtype) -> CausalWanModel:
+def _assemble(
+    config: InferenceConfig,
+    sizes: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    warn: Callable[[str], None] = logger.warning,
+) -> CausalWanModel:
     """On the meta device nothing of the files is read but names and shapes, and those are checked all the same."""
     source = config.generator_path
     state = read_sized_generator(config, sizes)
@@ -235,8 +241,10 @@ def _assemble(config: InferenceConfig, sizes: ModelConfig, device: torch.device,
         state = {name: tensor.to(META) for name, tensor in state.items()}
     if config.lora_path is not None:
         adapter = config.adapter or AdapterConfig()
-        merged = merge_lora(state, read_tensors(config.lora_path), adapter.rank, adapter.alpha, config.lora_path)
-        logger.info("LoRA: merged into %d layers", merged)
+        lora = read_tensors(config.lora_path)
+        merged = merge_lora(state, lora, adapter.rank, adapter.alpha, config.lora_path, warn)
+        if device != META:
+            logger.info("LoRA: merged into %d layers", merged)
     with torch.device("meta"):
         model = CausalWanModel(sizes)
     load_into(model, state, source, dtype, device, consume=True)

@@ -224,7 +224,7 @@ def _make(
     on_video: Callable[[Mapping[str, object]], None],
     report: Callable[[Progress], None],
 ) -> None:
-    with memory_explained(config, device):
+    with memory_explained(config, device, config.samples_per_batch):
         prompts = [batch[0].prompts[0] for batch in mine]
         pipeline = Pipeline.from_config(config, prompts=prompts, device=device, batch=config.samples_per_batch)
         before, begin = _count(jobs), time.monotonic()

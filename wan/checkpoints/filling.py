@@ -10,6 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from utils.errors import InputError, shown
+from utils.memory import PeakTracker
 from wan.checkpoints.files import NAME_LIMIT, identify_hint, some_names
 from wan.checkpoints.quantisation import dequantised, expanded, scale_names
 
@@ -55,6 +56,20 @@ def load_into(
     module.requires_grad_(False)
     left = [name for name, tensor in named_tensors(module) if tensor.is_meta and device.type != "meta"]
     assert not left, f"buffers that no checkpoint holds are still on the meta device: {left}"
+
+
+def loading_bytes(state: Mapping[str, Tensor], dtype: torch.dtype) -> int:
+    """The most that a device holds while `load_into` gives a module these tensors, all of them in `dtype`, and what one
+    that has a scale is made of; found on the meta device."""
+    scale_of = scale_names(state)
+    tensors = {id(state[name]): name for name in state if name not in set(scale_of.values())}  # each once
+    with PeakTracker() as tracker:
+        loaded = []
+        for name in tensors.values():
+            scale = state[scale_of[name]].to("meta") if name in scale_of else None
+            fits = scale is not None and expanded(scale, state[name].shape) is not None  # or loading will refuse it
+            loaded.append(_convert(state[name], scale if fits else None, dtype, torch.device("meta")))
+    return int(tracker.peak)
 
 
 def named_tensors(module: nn.Module) -> Iterable[tuple[str, Tensor]]:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import cast
@@ -55,19 +55,21 @@ def merge_lora(
     rank: int | None,
     alpha: float | None,
     source: Path,
+    warn: Callable[[str], None] = logger.warning,
 ) -> int:
     """Replace in `state` every weight that the LoRA touches by W + (alpha / rank) · B·A, in float32.
 
     The tensors that were in `state` are not written to; they may be on the meta device. `rank` is checked against the
     file, and None takes the file's; `alpha` None takes the file's, of every layer, or the rank where the file says
-    none. Everything is checked before anything is replaced. Returns the number of merged layers. Raises InputError: no
-    layer touched, a name that is not known, a layer that `state` lacks, one factor without the other, shapes that do
-    not fit, a rank other than the file's, or an alpha that must have been meant for another.
+    none. Everything is checked before anything is replaced. `warn` gets what may be a mistake. Returns the number of
+    merged layers. Raises InputError: no layer touched, a name that is not known, a layer that `state` lacks, one factor
+    without the other, shapes that do not fit, a rank other than the file's, or an alpha that must have been meant for
+    another.
     """
-    layers = read_lora(lora_mapping, state, source)
+    layers = read_lora(lora_mapping, state, source, warn)
     for layer in layers:
         _check_layer(layer, state, source)
-    scales = _scales(layers, rank, alpha, source)
+    scales = _scales(layers, rank, alpha, source, warn)
     scale_of_weight = scale_names(state)
     for layer, scale in zip(layers, scales, strict=True):
         name = f"{layer.name}.weight"
@@ -91,7 +93,12 @@ def _merged(weight: Tensor, layer: LoraLayer, scale: float) -> Tensor:
     return torch.addmm(weight.flatten(1), b, a, alpha=scale).view_as(weight)
 
 
-def read_lora(mapping: Mapping[str, object], state: Iterable[str], source: Path) -> list[LoraLayer]:
+def read_lora(
+    mapping: Mapping[str, object],
+    state: Iterable[str],
+    source: Path,
+    warn: Callable[[str], None] = logger.warning,
+) -> list[LoraLayer]:
     """The LoRA's layers under the names of the model whose tensors `state` names, with the file's own scales.
 
     Raises InputError: names that are not known, layers that the model lacks, one factor without the other, numbers that
@@ -112,9 +119,9 @@ def read_lora(mapping: Mapping[str, object], state: Iterable[str], source: Path)
     settings = LoraSettings.beside(source)
     ranks = {name: parts["A"].shape[0] for name, parts in by_layer.items() if "A" in parts and parts["A"].ndim}
     if settings is not None and not settings.fits(ranks):
-        logger.warning(
-            "%s: the settings in %s are of another rank (%d), so they are another file's, and ignored.",
-            *(shown(source), shown(settings.source), settings.rank),
+        warn(
+            f"{shown(source)}: the settings in {shown(settings.source)} are of another rank ({settings.rank}), so they "
+            "are another file's, and ignored."
         )
         settings = None
     return [_layer(name, parts, settings) for name, parts in by_layer.items()]
@@ -211,7 +218,9 @@ def _check_layer(layer: LoraLayer, state: Mapping[str, Tensor], source: Path) ->
             require_finite(added.float(), f"LoRA of {layer.name}", source)
 
 
-def _scales(layers: list[LoraLayer], rank: int | None, alpha: float | None, source: Path) -> list[float]:
+def _scales(
+    layers: list[LoraLayer], rank: int | None, alpha: float | None, source: Path, warn: Callable[[str], None]
+) -> list[float]:
     """By what B·A of every layer is multiplied. Raises InputError where `rank` or `alpha` are another file's."""
     own = [layer.scale for layer in layers]
     factored = [layer for layer in layers if layer.rank is not None]
@@ -235,7 +244,7 @@ def _scales(layers: list[LoraLayer], rank: int | None, alpha: float | None, sour
     if ratio > LEFT_OVER:
         raise InputError(f"{strength}. It was meant for another file: {LEAVE_OUT}, or set adapter.alpha={own_alpha:g}.")
     if any(not math.isclose(scale, stored, rel_tol=1e-6) for scale, stored in zip(given, own, strict=True)):
-        logger.warning("%s. To have the file's own, %s.", strength, LEAVE_OUT)
+        warn(f"{strength}. To have the file's own, {LEAVE_OUT}.")
     return given
 
 

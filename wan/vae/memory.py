@@ -24,6 +24,7 @@ class DecodeBytes:
 
     cache: int
     activations: int
+    first: int = 0  # as `activations`, of the call that begins a video, with a single latent frame
 
     @property
     def total(self) -> int:
@@ -56,10 +57,16 @@ def decode_bytes(
         # The first two frames of a video fill the cache, the next ones are the steady case. All inside: a cache that
         # was filled outside would not count when it is dropped, and so the one that takes its place would twice.
         decoder.decode(latents[:, :1])
+        first = tracker.peak - tracker.current
         decoder.decode(latents[:, :1])
-        decoder.decode(latents)
-    cache = decoder.cache_bytes()
-    return DecodeBytes(cache=cache, activations=tracker.peak - cache)
+        # Of a block's calls, which are alike, one is enough, beside what the others are given and give.
+        call = min(frames_per_call, block)
+        rest = (batch, (block - call) * vae.temporal_scale, 3, height, width)
+        others = torch.empty_like(latents[:, call:], dtype=vae.dtype), torch.empty(rest, dtype=vae.dtype, device="meta")
+        decoder.decode(latents[:, :call])
+        del others
+    # What is left is the cache; where tiles are alike, a part of it, see TiledFrames.
+    return DecodeBytes(cache=decoder.cache_bytes(), activations=tracker.peak - tracker.current, first=first)
 
 
 class _FusedAttention(TorchFunctionMode):

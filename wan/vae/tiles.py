@@ -14,6 +14,7 @@ follow each other in a video.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
@@ -66,35 +67,48 @@ class TiledFrames:
         self._host = host
         self._history = FeatureCache(host)
         self._histories: dict[tuple[int, Tile], FeatureCache] = {}
+        self._alike: dict[Tile, int] = {}  # on the meta device: for how many tiles one stands
 
     def decode(self, z: Tensor, video: Tensor) -> None:
-        height, width = video.shape[-2:]
-        tiles = list(tiling(height, width, self._tile))
+        tiles = self._tiles(video)
         done = 0
         for frame_chunk in torch.split(
             run(self._whole.layers, z, self._history), max(self._frame_chunk // 2, 1), dim=2
         ):
-            x = self._assemble(frame_chunk, tiles, height)
+            x = self._assemble(frame_chunk, tiles, video.shape[-2:])
             self._finish(x, tiles, video[:, done : done + x.shape[2]])
             done += x.shape[2]
+
+    def _tiles(self, video: Tensor) -> list[Tile]:
+        """All tiles; on the meta device, where only sizes count, the first of those of the same size."""
+        height, width = sides = video.shape[-2:]
+        tiles = list(tiling(height, width, self._tile))
+        if not video.is_meta:
+            return tiles
+        first_of: dict[tuple[int, ...], Tile] = {}
+        self._alike = {}
+        for tile in tiles:
+            inputs = [part for index in (0, 1) for part in self._reach(index, tile, sides)[0]]
+            first = first_of.setdefault(tuple(part.stop - part.start for part in inputs), tile)
+            self._alike[first] = self._alike.get(first, 0) + 1
+        return list(self._alike)
 
     def _finish(self, x: Tensor, tiles: Sequence[Tile], video: Tensor) -> None:
         """The last stage, [B, C, F, h, w] into `video` [B, F, 3, H, W]."""
         for tile in tiles:
             part = video[..., tile.top : tile.bottom, tile.left : tile.right]
             for i, frame_chunk in enumerate(torch.split(x, self._frame_chunk, dim=2)):
-                pixels = self._run_tile(1, frame_chunk, tile, video.shape[-2]).transpose(1, 2)
+                pixels = self._run_tile(1, frame_chunk, tile, video.shape[-2:]).transpose(1, 2)
                 torch.clamp(
                     pixels, -1.0, 1.0, out=part[:, i * self._frame_chunk : i * self._frame_chunk + pixels.shape[1]]
                 )
 
-    def _assemble(self, x: Tensor, tiles: Sequence[Tile], height: int) -> Tensor:
+    def _assemble(self, x: Tensor, tiles: Sequence[Tile], sides: Sequence[int]) -> Tensor:
         """The stage before the last of the whole frame, [B, C, F, h, w] to [B, C', F', h', w']."""
-        scale = self._stages[0].scale
-        per_pixel = height // (x.shape[-2] * scale)  # pixels of the video a pixel that comes out
+        scale, per_pixel = (stage.scale for stage in self._stages)  # `per_pixel` that comes out, pixels of the video
         whole = None
         for tile in tiles:
-            frame_chunk = self._run_tile(0, x, tile, height)
+            frame_chunk = self._run_tile(0, x, tile, sides)
             if whole is None:
                 whole = frame_chunk.new_empty(*frame_chunk.shape[:3], x.shape[-2] * scale, x.shape[-1] * scale)
             rows, columns = (slice(a // per_pixel, b // per_pixel) for a, b in _sides(tile))
@@ -102,21 +116,29 @@ class TiledFrames:
         assert whole is not None
         return whole
 
-    def _run_tile(self, index: int, x: Tensor, tile: Tile, height: int) -> Tensor:
-        """The tile's part of what a stage makes of `x`, without the halo."""
+    def _run_tile(self, index: int, x: Tensor, tile: Tile, sides: Sequence[int]) -> Tensor:
+        """The tile's part of what a stage makes of `x`, without the halo; the video has these `sides`."""
         stage = self._stages[index]
-        per_pixel = height // x.shape[-2]
         history = self._histories.setdefault((index, tile), FeatureCache(self._host))
-        inputs, outputs = [], []
-        for (start, stop), size in zip(_sides(tile), x.shape[-2:], strict=True):
-            low, high = start // per_pixel, stop // per_pixel
-            first = max(low - stage.halo, 0)
-            inputs.append(slice(first, min(high + stage.halo, size)))
-            outputs.append(slice((low - first) * stage.scale, (high - first) * stage.scale))
+        inputs, outputs = self._reach(index, tile, sides)
         return run(stage.layers, x[..., inputs[0], inputs[1]], history)[..., outputs[0], outputs[1]]
 
+    def _reach(self, index: int, tile: Tile, sides: Sequence[int]) -> tuple[list[slice], list[slice]]:
+        """Rows and columns of a stage's input that a tile of a video of these sides needs, and those of what comes out
+        that are the tile."""
+        stage = self._stages[index]
+        per_pixel = math.prod(later.scale for later in self._stages[index:])  # pixels of the video a pixel of the input
+        inputs, outputs = [], []
+        for (start, stop), side in zip(_sides(tile), sides, strict=True):
+            low, high = start // per_pixel, stop // per_pixel
+            first = max(low - stage.halo, 0)
+            inputs.append(slice(first, min(high + stage.halo, side // per_pixel)))
+            outputs.append(slice((low - first) * stage.scale, (high - first) * stage.scale))
+        return inputs, outputs
+
     def cache_bytes(self) -> int:
-        return sum(history.nbytes() for history in (self._history, *self._histories.values()))
+        tiles = (self._alike.get(tile, 1) * history.nbytes() for (_, tile), history in self._histories.items())
+        return self._history.nbytes() + sum(tiles)
 
     def clear(self) -> None:
         for history in (self._history, *self._histories.values()):
