@@ -4,7 +4,8 @@ For the 1.3B model in bf16 with packed heads, from the same plan as `--dry_run`:
 card left for libraries and the allocator. Nothing is loaded or measured.
 
 With --videos, for each policy, the most that a whole video of 21 latent frames takes as cache and activations: the loop
-itself, with roles that are observed, run on the meta device, where tensors have sizes and no values.
+itself, with roles that are observed, run on the meta device, where tensors have sizes and no values; once of 480 rows
+and once of a sixteenth of their tokens.
 """
 
 from __future__ import annotations
@@ -23,7 +24,8 @@ from benchmarks.dit import BLOCK
 from benchmarks.steady import STEPS
 from benchmarks.tables import memory
 from dummy.config import DummyForcingConfig
-from dummy.policy import HeadSplit, policy_from_config
+from dummy.policies.registry import policy_from_config
+from dummy.policy import HeadSplit
 from dummy.roles import HeadRoles
 from pipeline.config.config import InferenceConfig, geometry_of
 from pipeline.planning.cost import assumed_roles
@@ -39,6 +41,7 @@ from utils.seed import ZeroNoise
 from wan.config import WAN_1_3B, ModelConfig, ModelKwargs
 from wan.vae.vae import VAE
 
+SMALL = (112, 224)  # rows and columns of pixels
 CARDS = (8, 12, 16, 24, 40, 80)  # GB as they are sold, which are about GiB
 RESOLUTIONS = (480, 720, 1080)
 
@@ -85,10 +88,9 @@ class ObservedSplit(HeadSplit):
         return assumed_roles(self.sizes, self), by_frame
 
 
-def video_bytes(planner: Planner, policy: str, resolution: int = 480, layers: int | None = None) -> int:
-    """The most that the cache and the activations of a video take together; of a model with so many `layers`."""
-    sizes = planner.sizes if layers is None else replace(planner.sizes, num_layers=layers)
-    model = planner.model if layers is None else Planner(sizes, planner.vae, planner.dtype).model
+def video_bytes(planner: Planner, policy: str, resolution: int | tuple[int, int] = 480) -> int:
+    """The most that the cache and the activations of a video take together."""
+    sizes, model = planner.sizes, planner.model
     windowed = policy == "window"
     window = ModelKwargs(local_attn_size=12 if windowed else -1, sink_size=3 if windowed else 0)
     dummy = DummyForcingConfig(policy in ("packed", "prune"), "prune" if policy == "prune" else "packed", num_dummy=0.5)
@@ -119,8 +121,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     planner = Planner(WAN_1_3B, VAE.published(torch.bfloat16), torch.bfloat16)
     if arguments.videos:
         for policy in ("full", "window", "packed", "prune"):
-            whole, two = (video_bytes(planner, policy, layers=layers) for layers in (None, 2))
-            print(f"{policy:8}{format_bytes(whole):>12}, of a model with two layers {format_bytes(two)}", flush=True)
+            whole, small = (video_bytes(planner, policy, size) for size in (480, SMALL))
+            print(f"{policy:8}{format_bytes(whole):>12}, at {SMALL[0]}x{SMALL[1]} {format_bytes(small)}", flush=True)
         return 0
     made = rows(planner)
     command = " ".join(["benchmarks.memory", *(sys.argv[1:] if argv is None else argv)])

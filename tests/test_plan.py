@@ -12,7 +12,10 @@ from typing import Any
 import pytest
 import torch
 
-from dummy.policy import ContextPolicy, policy_of_table
+from dummy.config import DummyForcingConfig
+from dummy.policies.calibrated import policy_of_table
+from dummy.policies.registry import policy_from_config
+from dummy.policy import ContextPolicy
 from dummy.retentions import RetentionTable
 from dummy.roles import HeadRoles, Role
 from pipeline.config.config import InferenceConfig, load_config
@@ -30,7 +33,7 @@ from tests.tiny import CONFIG, random_embeds, tiny_model
 from utils.memory import PeakTracker, memory_of
 from utils.seed import ZeroNoise
 from wan.attention.head_group import Retention
-from wan.config import WAN_1_3B
+from wan.config import WAN_1_3B, ModelKwargs
 from wan.geometry import LatentGeometry
 from wan.transformer.model import CausalWanModel
 from wan.vae.vae import VAE
@@ -226,10 +229,15 @@ def test_the_memory_of_a_gpu_is_what_this_process_may_have(monkeypatch: pytest.M
     assert memory_of(torch.device("cuda", 0)) == 25 * GIB
 
 
-def calibrated() -> ContextPolicy:
-    """Heads of three lengths in every layer, one of which sees nothing earlier."""
-    kept = [Retention(0, 0), Retention(1, 2), Retention(3, 6), Retention(0, 3)]
-    return policy_of_table(RetentionTable.of([kept, kept[::-1], kept]))
+def made(kind: str) -> ContextPolicy:
+    if kind == "calibrated":  # heads of three lengths in every layer, one of which sees nothing earlier
+        kept = [Retention(0, 0), Retention(1, 2), Retention(3, 6), Retention(0, 3)]
+        return policy_of_table(RetentionTable.of([kept, kept[::-1], kept]))
+    if kind == "rolling":
+        return policy("full").at_most(3, 15)
+    if kind == "EMA":
+        return policy_from_config(ModelKwargs(9, sink_size=3, ema_sink_alpha=0.9), DummyForcingConfig(False), 3)
+    return policy(kind)
 
 
 @pytest.mark.parametrize(
@@ -241,8 +249,11 @@ def calibrated() -> ContextPolicy:
         ("window", (0, 12), {"window": 9}),
         ("window", (0, 12), {"window": 9, "global_sink": True}),
         ("window", (0, 12), {"window": 9, "global_sink": True, "relative_rope": True}),
+        ("window", (0, 12), {"window": 9, "kv_flush": True}),
+        ("rolling", (0,), {"rolling": 18}),
+        ("EMA", (0,), {"window": 9, "relative_rope": True}),
+        ("EMA", (0, 12), {"window": 9, "relative_rope": True, "kv_flush": True}),
         ("packed", (0,), {}),
-        ("packed", (0,), {"teacache_threshold": 0.5}),
         ("packed", (0, 3), {"window": 12}),
         ("packed", (0, 12), {"window": 12, "batch": 2}),
         ("packed", (0, 6, 12), {"window": 12, "reclassify_on_switch": True}),
@@ -256,10 +267,9 @@ def test_stages_are_what_a_video_takes(kind: str, starts: tuple[int, ...], setti
     """But for the latents of a block, which count beside a model as narrow as this."""
     batch, settings = settings.get("batch", 1), {key: value for key, value in settings.items() if key != "batch"}
     geometry, wide = LatentGeometry(8, 12, 24, 3), replace(CONFIG, dim=384, ffn_dim=768, text_len=64)
-    made = calibrated() if kind == "calibrated" else policy(kind)
     model = tiny_model(wide)
     model.attention = no_scores  # what a CPU's attention allocates is its own business
-    generator = BlockGenerator(model, GeneratorSettings(SCHEDULE, made, **settings))
+    generator = BlockGenerator(model, GeneratorSettings(SCHEDULE, made(kind), **settings))
     with torch.device("meta"):
         planned = CausalWanModel(wide)
     planned.attention = no_scores

@@ -16,11 +16,12 @@ from dummy.frame_attention import FrameAttention
 from dummy.policy import HeadSplit
 from pipeline.planning.cost import assumed_roles
 from pipeline.runtime.inputs import GeneratorSettings
+from pipeline.runtime.windows import Window, rolling_context
 from utils.memory import PeakTracker
 from wan.attention.cache import KVCache
 from wan.attention.head_group import CacheBytes, Observer
 from wan.geometry import LatentGeometry
-from wan.transformer.model import CausalWanModel, TeaCacheResidual
+from wan.transformer.model import CausalWanModel, TeaCacheResidual, TimeContext
 
 
 @dataclass(frozen=True)
@@ -80,19 +81,19 @@ class StagePlanner:
         layout, before, switch = policy.fixed_layout(), None, None
         split = policy.split if layout is None else None
         until_split = None if split is None else split.ar_start * block
-        relative = self._settings.window if self._settings.relative_rope else None
-        cache = self._model.new_cache(self._geometry, self._batch, policy.initial, relative, layout, until_split)
+        span = self._settings.rope_span
+        cache = self._model.new_cache(self._geometry, self._batch, policy.initial, span, layout, until_split)
         last = self._geometry.num_frames - block
         starts = sorted({min(-(-frame // block) * block, last) for frame in switches} - {0})
         early = [start for start in starts if until_split is not None and start <= until_split]
         if split is not None and until_split is not None:
-            switch = self._switch(cache, early[-1]) if early else None
+            switch = self._switch(cache, early[-1]) if early and not self._settings.kv_flush else None
             cache.reset(policy.initial, until_split)
             self._fill(cache, until_split)
             before = self._observed(cache, split)
             cache.allocate(split.layout(assumed_roles(self._model.config, split, last)))
-        steady = Stage(cache.bytes(), self._block(cache))
-        if len(early) < len(starts):
+        steady = Stage(cache.bytes(), max(self._block(cache), self._rolling(cache)))
+        if len(early) < len(starts) and not self._settings.kv_flush:
             late = self._switch(cache, starts[-1])
             switch = late if switch is None or switch.total < late.total else switch
         observed = [start for start in starts if until_split is not None and start <= until_split + block]
@@ -154,6 +155,20 @@ class StagePlanner:
 
         with cache.observed(observer) if observer is not None else nullcontext():
             return _peak(forward)
+
+    def _rolling(self, cache: KVCache) -> int:
+        """As `_block`, of a pass over as many blocks as are denoised at once; 0 where it is one."""
+        most, block = self._settings.rolling, self._geometry.frames_per_block
+        if most is None:
+            return 0
+        blocks = min(len(self._settings.schedule), self._geometry.num_blocks)
+        window = Window(min(-(-most // block), self._geometry.num_blocks - blocks), tuple(reversed(range(blocks))))
+        start, frames = window.first * block, blocks * block
+        self._fill(cache, start)
+        context, sinks_at = rolling_context(window, block, most)
+        cache.begin_pass(start, frames, context=context, sinks_at=sinks_at)
+        latents, time = self._latents(frames), TimeContext.by_frame([self._time] * frames)
+        return _peak(lambda: self._model(latents, time, self._text, cache, start))
 
     def _encode(self, cache: KVCache, first: int, count: int) -> int:
         """As `_block`, of the pass in which `count` frames from `first` on join the cache."""
