@@ -177,7 +177,9 @@ class StagePlanner:
 
     def _latents(self, frames: int) -> Tensor:
         shape = self._batch, frames, self._geometry.channels, self._geometry.height, self._geometry.width
-        return torch.empty(shape, device=self._model.device)
+        latents = torch.empty(shape, device=self._model.device)
+        self._model.rotation(latents, -1)  # so that a pass makes a table of its own, as every block's first one does
+        return latents
 
 
 def _peak(work: Callable[[], None]) -> int:
