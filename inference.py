@@ -12,19 +12,20 @@ if __name__ == "__main__":
     interrupts.answer_at_once()
 
 import argparse
+import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from utils import command
+from utils.distributed import stop_with_launcher
 from utils.user_paths import exists
 
 if TYPE_CHECKING:
-    import torch
-
     from pipeline.config.config import InferenceConfig
     from pipeline.config.jobs import VideoJob
+    from utils.distributed import World
 
 SHOWN_JOBS = 10  # in a dry run
 
@@ -39,19 +40,43 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
 
 def run(arguments: argparse.Namespace) -> int:
     """Make every video that is missing. Returns the exit status; raises InputError for what the user must mend."""
+    from utils.distributed import World
+
+    world = World.from_environment()
+    if arguments.dry_run:
+        return 0 if world.rank else dry_run(*load(arguments), world)
+    begun: list[tuple[InferenceConfig, list[VideoJob]]] = []
+    answer = world.agree(lambda: begin(arguments, world, begun))
+    if world.rank:
+        begun.append(follow(arguments, world, answer))
+    config, missing = begun[0]
+    if missing:
+        make_videos(config, missing, world)
+    return 0
+
+
+def load(arguments: argparse.Namespace) -> tuple[InferenceConfig, list[VideoJob]]:
     from pipeline.config.config import load_config
-    from pipeline.config.jobs import read_jobs, stale_reason
+    from pipeline.config.jobs import read_jobs
+
+    config = load_config(arguments.config_path, arguments.overrides)
+    return config, read_jobs(config)
+
+
+def begin(arguments: argparse.Namespace, world: World, begun: list[tuple[InferenceConfig, list[VideoJob]]]) -> str:
+    """Add the settings and the videos that are to be made to `begun`; as JSON for other processes, the settings and the
+    files of the videos."""
+    from pipeline.config.config import as_dict
+    from pipeline.config.jobs import stale_reason
     from pipeline.runtime.finished import complete_kept, is_kept
-    from pipeline.runtime.loading import choose_device
     from pipeline.runtime.prefix import check_start_files
+    from pipeline.runtime.together import rank_device, require_world
     from utils.ffmpeg import check_codec
     from utils.files import ensure_writable_folder, remove_stale_partials
 
-    config = load_config(arguments.config_path, arguments.overrides)
-    jobs = read_jobs(config)
-    device = choose_device(config)
-    if arguments.dry_run:
-        return dry_run(config, jobs, device)
+    config, jobs = load(arguments)
+    require_world(config, world)
+    rank_device(config, world)
     folder = Path(config.output_folder)
     ensure_writable_folder(folder, "output_folder")
     remove_stale_partials(folder)
@@ -65,18 +90,30 @@ def run(arguments: argparse.Namespace) -> int:
     if missing:
         check_codec(config.video_codec)
         check_start_files(config, missing)
-        make_videos(config, missing, device)
-    return 0
+    begun.append((config, missing))
+    return json.dumps({"settings": as_dict(config), "missing": [str(job.path) for job in missing]})
 
 
-def dry_run(config: InferenceConfig, jobs: Sequence[VideoJob], device: torch.device, batch: int = 1) -> int:
+def follow(arguments: argparse.Namespace, world: World, answer: str) -> tuple[InferenceConfig, list[VideoJob]]:
+    """What the first process has begun. Raises InputError if it is something else here."""
+    from pipeline.runtime.together import require_equal
+
+    config, jobs = load(arguments)
+    told = json.loads(answer)
+    require_equal(config, told["settings"], world)
+    return config, [job for job in jobs if str(job.path) in told["missing"]]
+
+
+def dry_run(config: InferenceConfig, jobs: Sequence[VideoJob], world: World, batch: int = 1) -> int:
     """Print what a run would do and take, with `batch` videos at a time; 0 if every file is there, 2 if not."""
     from pipeline.planning.plan import plan_lines, planner_for
     from pipeline.runtime.finished import is_kept
     from pipeline.runtime.loading import check_before_loading, generator_settings, needed_files, require_files
     from pipeline.runtime.prefix import check_start_files
+    from pipeline.runtime.together import rank_device
     from utils.ffmpeg import check_codec
 
+    device = rank_device(config, world)
     planner = planner_for(config, device)
     print("\n".join(plan_lines(config, generator_settings(config, planner.sizes), planner, device, batch)))
     print("Files:")
@@ -96,26 +133,33 @@ def dry_run(config: InferenceConfig, jobs: Sequence[VideoJob], device: torch.dev
     return 0
 
 
-def make_videos(config: InferenceConfig, jobs: Sequence[VideoJob], device: torch.device) -> None:
-    """Encode all prompts, load the model, and make one video after the other."""
+def make_videos(config: InferenceConfig, jobs: Sequence[VideoJob], world: World) -> None:
+    """Encode all prompts, load the model, and make one video after the other, together with other processes if there
+    are any; the first of them writes."""
     from tqdm import tqdm
 
     from pipeline.assembly import Pipeline, memory_explained
+    from pipeline.runtime.together import joined, rank_device
     from pipeline.video_files import write_videos
 
-    with memory_explained(config, device):
-        pipeline = Pipeline.from_config(
-            config, prompts=[prompt for job in jobs for prompt in job.prompts], device=device
-        )
+    device = rank_device(config, world)
+    prompts = [prompt for job in jobs for prompt in job.prompts]
+    with memory_explained(config, device), joined(world, device) as exchange:
+        pipeline = Pipeline.from_config(config, prompts=prompts, device=device, exchange=exchange)
+        if pipeline.follows:
+            pipeline.follow()
+            return
         for job in tqdm(jobs, desc="videos", unit="video", disable=None):
             with tqdm(total=config.num_blocks, desc=job.path.name, unit="block", leave=False, disable=None) as bar:
                 profile = write_videos(pipeline, [job], lambda _: bar.update())
             tqdm.write(profile.format())
             tqdm.write(f"{job.path}")
+        pipeline.close()
 
 
 def main(argv: Sequence[str] | None = None, description: str | None = __doc__) -> int:
     """Returns the exit status, see utils/command.py."""
+    stop_with_launcher()
     arguments = parse_arguments(argv, description)
     return command.run(lambda: run(arguments), ["pipeline.assembly"])
 

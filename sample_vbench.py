@@ -40,7 +40,7 @@ def run(arguments: argparse.Namespace, world: World) -> int:
     """Returns the exit status; raises InputError for what the user must mend."""
     from pipeline.config.config import load_config
     from pipeline.vbench.prompts import check_folder, fetch_extended_list, read_vbench_jobs
-    from pipeline.vbench.sampling import THREADS, rank_device, sample
+    from pipeline.vbench.sampling import THREADS, sample
 
     config = load_config(arguments.config_path, arguments.overrides)
     if arguments.fetch:
@@ -48,7 +48,7 @@ def run(arguments: argparse.Namespace, world: World) -> int:
         return 0
     jobs = read_vbench_jobs(config)
     if arguments.dry_run:
-        return dry_run(config, jobs, rank_device(config, world), config.samples_per_batch)
+        return dry_run(config, jobs, world, config.samples_per_batch)
     if arguments.check:
         report = check_folder(config, jobs)
         print("\n".join(report.lines()))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import logging
 import threading
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
@@ -31,14 +32,16 @@ from pipeline.runtime.loading import (
     load_encoder,
     load_transformer,
     require_files,
+    require_heads,
 )
 from pipeline.runtime.prefix import load_prefix
 from pipeline.runtime.prompts import PromptEncoder
 from pipeline.runtime.speed import at_speed
-from pipeline.session import Session
+from pipeline.session import Opening, Session, Turn
 from utils.errors import InputError
 from utils.profiler import Profiler
 from utils.seed import NoiseStream, video_seed
+from wan.attention.exchange import HeadExchange
 from wan.geometry import LatentGeometry
 from wan.vae.streaming import LatentDecoder
 from wan.vae.vae import VAE
@@ -65,15 +68,24 @@ class Parts(NamedTuple):
     batch: int = 1  # videos that the engine is ready for; fewer at a time are filled up
 
 
-def assemble(config: InferenceConfig, prompts: Iterable[str], device: torch.device, batch: int = 1) -> Parts:
-    """The parts, ready for `batch` videos at a time; `prompts` are encoded, and the text encoder is gone, before the
-    rest is loaded.
+def assemble(
+    config: InferenceConfig,
+    prompts: Iterable[str],
+    device: torch.device,
+    batch: int = 1,
+    exchange: HeadExchange | None = None,
+) -> Parts:
+    """The parts, ready for `batch` videos at a time, which are made together with the processes of the `exchange`.
+
+    `prompts` are encoded, and the text encoder is gone, before the rest is loaded.
 
     Raises InputError, before anything large is read, if a file is missing or does not fit.
     """
     require_files(config)
     use_compile_cache(None if config.compile_cache is None else Path(config.compile_cache))
     sizes, settings = check_before_loading(config, device)
+    if exchange is not None:
+        require_heads(config, sizes, exchange.ranks)
     if config.preview_path is not None:
         logger.warning(
             "decoder: %s is for previews: these videos are of less quality than with decoder=wan. How much is lost, "
@@ -81,9 +93,14 @@ def assemble(config: InferenceConfig, prompts: Iterable[str], device: torch.devi
             config.preview_path,
         )
     texts = PromptEncoder(config, device, sizes.text_len)
-    texts.prepare(prompts)
+    if exchange is None or exchange.rank == 0:
+        texts.prepare(prompts)
+    if exchange is not None:
+        texts.share(exchange)
     dtype = choose_dtype(config, device)
-    generator = BlockGenerator(load_transformer(config, sizes, device, dtype, checked=True), settings)
+    model = load_transformer(config, sizes, device, dtype, checked=True)
+    model.exchange = exchange
+    generator = BlockGenerator(model, settings)
     geometry = geometry_of(config, sizes.in_dim)
     engine_runs = start_engine(generator, config.engine, geometry, batch)
     _measure_speed(generator, config, geometry)
@@ -127,6 +144,7 @@ class Pipeline:
         self.batch = parts.batch
         self.geometry = geometry_of(config, self.generator.model.config.in_dim)
         self._others: dict[tuple[str, ...], BlockGenerator] = {}  # by the overrides of sessions
+        self._numbers = itertools.count()
         self._lock = threading.RLock()
 
     @classmethod
@@ -138,18 +156,22 @@ class Pipeline:
         *,
         device: torch.device | None = None,
         batch: int = 1,
+        exchange: HeadExchange | None = None,
     ) -> Pipeline:
         """From a YAML file (or settings that are read already) and `key=value` overrides; loads everything.
 
         `prompts` that are known now are encoded before the model is loaded, so that the text encoder and the model need
         not be in memory together. The engine is made ready for `batch` videos at a time.
 
+        With an `exchange` this process is one of several that make videos together (pipeline/runtime/together.py); of
+        these only the first decodes.
+
         Raises InputError, before anything large is loaded, if a setting or a file does not fit.
         """
         settings = config if isinstance(config, InferenceConfig) else load_config(config, overrides)
         device = choose_device(settings) if device is None else device
         with memory_explained(settings, device, batch):
-            return cls(settings, assemble(settings, prompts, device, batch))
+            return cls(settings, assemble(settings, prompts, device, batch, exchange))
 
     def session(
         self,
@@ -171,24 +193,59 @@ class Pipeline:
         Raises InputError if the length is no multiple of the block, if a video without end would need memory without
         end, or for an override that does not fit.
         """
-        generator = self._generator_for(tuple(overrides))
         seed = self.config.seed if seed is None else seed
         seeds = [video_seed(seed, 0, 0)] if noise_seeds is None else list(noise_seeds)
-        filled_up = max(self.batch - len(seeds), 0)
         prefix = None if start_from is None else self.prefix_latents(Path(start_from))
+        opening = Opening(next(self._numbers), seeds, frames, prefix, tuple(overrides), live, keep_buffers)
+        with self._lock:
+            self._tell(opening)
+            return self._open(opening)
+
+    def _open(self, one: Opening) -> Session:
+        generator, seeds = self._generator_for(one.overrides), list(one.seeds)
+        filled_up = max(self.batch - len(seeds), 0)
         return Session(
             generator,
-            self._geometry_for(frames, generator.settings),
+            self._geometry_for(one.frames, generator.settings),
             NoiseStream([*seeds, *seeds[-1:] * filled_up]),
             self.prompts,
-            lambda profiler: BlockDecoder(self.vae, self.config.pixel_size, profiler, self.strategy, len(seeds)),
+            None if self.follows else lambda profiler: self._decoder(profiler, len(seeds)),
             batch=len(seeds),
             filled_up=filled_up,
-            prefix_latents=prefix,
+            prefix_latents=one.prefix_latents,
             lock=self._lock,
-            live=live,
-            keep_buffers=keep_buffers,
+            live=one.live,
+            keep_buffers=one.keep_buffers,
+            announce=lambda due, ended: self._tell(Turn(one.number, due, ended)),
         )
+
+    def _tell(self, turn: Opening | Turn | None) -> None:
+        """Let the processes that follow know what comes next; None: nothing more."""
+        exchange = self.generator.model.exchange
+        if exchange is not None and exchange.rank == 0:
+            exchange.from_first(turn)
+
+    def follow(self) -> None:
+        """Take part in the sessions of the first process, for those that make videos together with it, until it closes
+        its pipeline."""
+        exchange, sessions = self.generator.model.exchange, dict[int, Session]()
+        assert exchange is not None and self.follows
+        while (turn := exchange.from_first(None)) is not None:
+            if isinstance(turn, Opening):
+                sessions[turn.number] = self._open(turn)
+            elif turn.ended:
+                sessions.pop(turn.number).close()
+            else:
+                sessions[turn.number].follow(turn.due)
+
+    @property
+    def follows(self) -> bool:
+        """Whether this process makes videos together with others, of which another one is the first."""
+        exchange = self.generator.model.exchange
+        return exchange is not None and exchange.rank > 0
+
+    def _decoder(self, profiler: Profiler, videos: int) -> BlockDecoder:
+        return BlockDecoder(self.vae, self.config.pixel_size, profiler, self.strategy, videos)
 
     def generate(
         self,
@@ -245,6 +302,7 @@ class Pipeline:
     def close(self) -> None:
         """Free what sessions have left and the text encoder; open sessions go on."""
         with self._lock:
+            self._tell(None)
             for generator in (self.generator, *self._others.values()):
                 generator.drop_spare_cache()
             self.vae.forget()

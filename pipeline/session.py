@@ -86,12 +86,32 @@ class SessionBlock:
         return self.seconds_to_host
 
 
-class _Due(NamedTuple):
-    """A prompt that takes effect with a block."""
+class Due(NamedTuple):
+    """A prompt that takes effect with a block; `embeds` [length, text_dim] of every video, on the CPU."""
 
     prompt: Prompt
     embeds: Sequence[Tensor]
     cut: bool
+
+
+class Opening(NamedTuple):
+    """A session, as the processes that follow must know it."""
+
+    number: int
+    seeds: Sequence[int]
+    frames: int | None
+    prefix_latents: Tensor | None
+    overrides: tuple[str, ...]
+    live: bool
+    keep_buffers: bool
+
+
+class Turn(NamedTuple):
+    """A session's next block, with the prompt that takes effect with it, or its end."""
+
+    number: int
+    due: Due | None
+    ended: bool
 
 
 class Session:
@@ -115,6 +135,7 @@ class Session:
         lock: AbstractContextManager[object] | None = None,
         live: bool = True,
         keep_buffers: bool = False,
+        announce: Callable[[Due | None, bool], None] | None = None,
     ) -> None:
         """`embed` gives a prompt's embedding [length, text_dim]; without a `decoder` blocks have latents alone.
         `filled_up`: so many videos more are made, which nobody gets, since the engine is ready for such a batch.
@@ -122,7 +143,8 @@ class Session:
         `prefix_latents` [1 or B, F, C, h, w] are whole blocks that the videos begin with. While the `lock` is held, by
         this session or by others of the same model, a block is made. Sessions that are not `live` take no prompts
         beyond those that are planned before the first block. `keep_buffers` leaves the cache and what was captured over
-        it to the next session of the same sizes.
+        it to the next session of the same sizes. `announce` hears of every block before it is made, with the prompt
+        that takes effect with it, and of the end (True).
         """
         self._generator = generator
         self._geometry = geometry
@@ -132,8 +154,9 @@ class Session:
         self._lock = nullcontext() if lock is None else lock
         self._live = live
         self._keep_buffers = keep_buffers
+        self._announce = announce or (lambda due, ended: None)
         self.prefix_blocks = 0 if prefix_latents is None else prefix_latents.shape[1] // geometry.frames_per_block
-        self._typed: _Due | None = None
+        self._typed: Due | None = None
         self._typing = threading.Lock()
         self._scenes: list[tuple[int, Prompt]] = []
         self.closed = False
@@ -167,7 +190,7 @@ class Session:
         with self._typing:
             if self.closed:
                 raise InputError("prompt: the session is closed; open another one")
-            self._typed = _Due(given, embeds, cut)
+            self._typed = Due(given, embeds, cut)
 
     def plan(self, storyboard: Sequence[tuple[int, str | Sequence[str]]], cuts: Collection[int] = ()) -> None:
         """Let prompts take effect at the blocks that begin at or after the given latent frames; those of the frames
@@ -186,7 +209,7 @@ class Session:
             raise InputError("prompt: it is empty; write what is to be seen")
         return [self._embed(text) for text in texts]
 
-    def _due(self) -> _Due | None:
+    def _due(self) -> Due | None:
         """The prompt that takes effect with the next block, if there is a new one."""
         # A prompt that takes effect now or later needs the clean frames of the block before it.
         self.rollout.keep_past = self._live or bool(self._planned)
@@ -194,7 +217,7 @@ class Session:
             due, self._typed = self._typed, None
         while self._planned and self._planned[0][0] <= self._next_frame:
             _, prompt, cut = self._planned.pop(0)
-            due = _Due(prompt, self._embedded(prompt), cut)
+            due = Due(prompt, self._embedded(prompt), cut)
         return due
 
     def _text(self, embeds: Sequence[Tensor]) -> TextContext:
@@ -213,21 +236,31 @@ class Session:
             raise StopIteration
         began = time.perf_counter()
         with self._lock:
-            self._go_over_to(self._due())
-            block = next(self._blocks, None)
+            due = self._due()
+            if due is None and not self._scenes:
+                raise InputError("prompt: the session has none yet; call session.prompt(text) before the first block")
+            self._announce(due, False)
+            block = self._advance(due)
             if block is None:
                 raise StopIteration
             host = None if self._decoder is None else self._decoder.decode(block.latents)
-        self._next_frame = block.start_frame + self._geometry.frames_per_block
         return self._finished(block, host, began)
 
-    def _go_over_to(self, due: _Due | None) -> None:
+    def follow(self, due: Due | None) -> None:
+        """Make the next block, whose latents another process takes."""
+        self.rollout.keep_past = True
+        self._advance(due)
+
+    def _advance(self, due: Due | None) -> CleanBlock | None:
+        """The next block, with the prompt that takes effect with it; None after the last one."""
         if due is not None:
             self.rollout.prompt(self._text(due.embeds), due.cut)
             self._scenes.append((self._next_frame, due.prompt))
             self.cuts += [self._next_frame] * due.cut
-        elif not self._scenes:
-            raise InputError("prompt: the session has none yet; call session.prompt(text) before the first block")
+        block = next(self._blocks, None)
+        if block is not None:
+            self._next_frame = block.start_frame + self._geometry.frames_per_block
+        return block
 
     def _finished(self, block: CleanBlock, host: HostFrames | None, began: float) -> SessionBlock:
         prompt, roles = self._scenes[-1][1], self.rollout.roles
@@ -267,6 +300,7 @@ class Session:
         if already:
             return
         with self._lock:
+            self._announce(None, True)
             self._blocks.close()
             if self._decoder is not None:
                 self._decoder.close()

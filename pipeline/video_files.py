@@ -41,6 +41,16 @@ class FrameWriter(Protocol):
         """Let a `write` that is at work in another thread fail."""
 
 
+def _session(pipeline: Pipeline, jobs: Sequence[VideoJob]) -> Session:
+    return pipeline.session(
+        frames=pipeline.config.num_output_frames,
+        noise_seeds=[job.noise_seed for job in jobs],
+        start_from=jobs[0].start_from,
+        live=False,
+        keep_buffers=True,
+    )
+
+
 def write_videos(pipeline: Pipeline, jobs: Sequence[VideoJob], on_block: OnBlock) -> VideoProfile:
     """Make the files of `jobs`, which differ in their noise alone, as one batch, with what stands beside each.
 
@@ -50,14 +60,7 @@ def write_videos(pipeline: Pipeline, jobs: Sequence[VideoJob], on_block: OnBlock
     config, first = pipeline.config, jobs[0]
     shared = (first.prompts, first.starts, first.start_from, first.cuts)
     assert all((job.prompts, job.starts, job.start_from, job.cuts) == shared for job in jobs)
-    session = pipeline.session(
-        frames=config.num_output_frames,
-        noise_seeds=[job.noise_seed for job in jobs],
-        start_from=first.start_from,
-        live=False,
-        keep_buffers=True,
-    )
-    with session, ExitStack() as files:
+    with _session(pipeline, jobs) as session, ExitStack() as files:
         session.plan(list(zip(first.starts, first.prompts, strict=True)), first.cuts)
         writers = [files.enter_context(_writer(config, job)) for job in jobs]
         counts = deliver(session, writers, session.profiler, on_block, overlap=config.overlap is not False)

@@ -3,6 +3,8 @@
     python -m tests.conformance CASE.safetensors ... [--out OUT.safetensors] [--device cpu] [--precision fp32|bf16]
                                 [--engine eager|compiled|graphed|recorded] [--attention auto|sdpa|cudnn|fa2|fa3|varlen]
 
+With torchrun the processes compute a case together, each its share of the heads.
+
 A case is a safetensors file whose metadata key `case` describes it; weights lie beside it. It is computed with the
 product's own classes: the loaders, the policy made from the settings, and the one generator. What was computed is
 written under the names of the expectations; with expectations in the case the largest difference for each is printed
@@ -35,11 +37,14 @@ from pipeline.runtime.generator import BlockGenerator
 from pipeline.runtime.inputs import GeneratorSettings, Passes
 from pipeline.runtime.outputs import FlowRecord
 from pipeline.runtime.schedule import DenoisingSchedule
+from pipeline.runtime.together import joined
 from pipeline.runtime.windows import Round, one_by_one, rolling
 from pipeline.session import Session
 from utils import command
+from utils.distributed import World
 from utils.errors import InputError
 from wan.attention.backends import AttentionName
+from wan.attention.exchange import HeadExchange
 from wan.attention.head_group import Retention
 from wan.checkpoints.filling import load_into
 from wan.checkpoints.lora import merge_lora
@@ -100,8 +105,12 @@ class Machine:
     dtype: torch.dtype
     engine: str = "eager"
     attention: AttentionName = "auto"
+    rank: int = 0
+    ranks: int = 1  # processes that compute the case together
 
     def passes(self, model: CausalWanModel) -> Passes:
+        if self.ranks > 1:
+            model.exchange = HeadExchange(self.rank, self.ranks)
         return passes_of(model, self.engine)
 
 
@@ -306,14 +315,25 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--attention", default="auto", choices=get_args(AttentionName))
     arguments = parser.parse_args(argv)
     dtype = torch.float32 if arguments.precision == "fp32" else torch.bfloat16
-    machine = Machine(torch.device(arguments.device), dtype, arguments.engine, arguments.attention)
+    world = World.from_environment()
+    machine = Machine(
+        torch.device(arguments.device), dtype, arguments.engine, arguments.attention, world.rank, world.size
+    )
+    with joined(world, machine.device):
+        return run(arguments, machine)
+
+
+def run(arguments: argparse.Namespace, machine: Machine) -> int:
+    """The exit status. Of processes that compute together the first says what comes out."""
     exact(machine.device)
     failed = []
     for path in arguments.cases:
-        if len(arguments.cases) > 1:
+        if len(arguments.cases) > 1 and not machine.rank:
             print(f"{path.stem}, {arguments.engine}, {arguments.precision}")
             torch._dynamo.reset()  # cases of many sizes would run into the limit of compilations
         result, expected = compute(path, machine)
+        if machine.rank:
+            continue
         if arguments.out is not None:
             save_file(result, arguments.out)
         if not report(result, expected, arguments.precision):

@@ -19,9 +19,10 @@ import torch
 
 import sample_vbench
 from pipeline.config.config import load_config
+from pipeline.runtime.together import rank_device
 from pipeline.vbench.prompts import read_vbench_jobs
 from pipeline.vbench.records import Records
-from pipeline.vbench.sampling import Progress, batches, ignores_case, rank_device, require_names_apart, sample
+from pipeline.vbench.sampling import Progress, batches, ignores_case, require_names_apart, sample
 from tests.small_checkpoints import write_small_checkpoints
 from utils.distributed import World
 from utils.errors import InputError

@@ -20,7 +20,7 @@ from contextlib import contextmanager
 from importlib import import_module
 from types import FrameType
 
-from utils.errors import InputError, quoted, readable
+from utils.errors import InputError, ToldElsewhere, quoted, readable
 from utils.interrupts import INTERRUPTED, answer_at_once, by_exception
 
 LOG_FORMAT = "%(levelname)s: %(message)s"
@@ -43,6 +43,8 @@ def run(program: Callable[[], int], modules: Sequence[str] = (), log_format: str
     try:
         with _signals_as_interrupts(modules):
             return program()
+    except ToldElsewhere:
+        return 2
     except InputError as error:
         return _refused(str(error))
     except OSError as error:

@@ -19,12 +19,13 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import Protocol
 
-from utils.errors import InputError
+from utils.errors import InputError, ToldElsewhere
 
 logger = logging.getLogger(__name__)
 
 START_TIMEOUT_S = 600.0  # until all have begun: importing and listing a folder on a slow network disk take a while
 LOOK_S = 1.0  # between looks at the launcher
+TELL_S = 2.0  # in which the first process says why there is nothing to do
 GRACE_S = 5.0  # for tidying up once it is gone
 
 _OF_EACH_PROCESS = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
@@ -117,7 +118,10 @@ class World:
         answer = json.loads(store.get(_key("answer")).decode("utf-8"))
         store.set(_key(f"read by {self.rank}"), "")
         if answer["refused"]:
-            raise InputError(str(answer["text"]))
+            time.sleep(
+                TELL_S
+            )  # a launcher that sees one process end ends the others, the one that tells why among them
+            raise ToldElsewhere(str(answer["text"]))
         return str(answer["text"])
 
 

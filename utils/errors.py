@@ -42,6 +42,10 @@ def shown(text: object, limit: int = 300) -> str:
     return "".join(c if c.isprintable() else c.encode("unicode_escape", "surrogatepass").decode() for c in whole)
 
 
+class ToldElsewhere(InputError):
+    """Another process of the run has told the user already."""
+
+
 def quoted(text: str, limit: int = VALUE_CHARS) -> str:
     """A text for a message: in quotation marks, escaped, and cut after `limit` characters, which the end then says."""
     if len(text) <= limit:

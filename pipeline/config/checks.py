@@ -86,6 +86,16 @@ def _check_run(config: Settings) -> None:
         isinstance(tile, str) or preview is None,
         f"vae_tile: {tile} is for decoder: wan; {config.decoder} decodes whole frames, so use vae_tile=auto",
     )
+    parallel = config.parallel
+    require(
+        parallel is None or re.fullmatch(r"heads(:[1-9][0-9]{0,3})?", parallel) is not None,
+        f"parallel: expected heads, or heads:N for N processes, got {quoted(str(parallel))}",
+    )
+    require(
+        parallel is None or not config.dummy_forcing.enabled or config.dummy_forcing.speed is None,
+        f"dummy_forcing.{config.dummy_forcing.cost_key}: a speed is measured by each process for itself, and several "
+        "that make one video must agree; give a number of frames instead, or remove parallel",
+    )
     require(0 <= config.seed < 2**63, f"seed: must be from 0 to 2**63 - 1, got {config.seed}")
     for name in ("device", "vae_device"):
         fits = re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:[0-9]{1,3})?", getattr(config, name))

@@ -26,7 +26,7 @@ MOST_VIDEOS = 100_000
 # Settings that say which videos are made, where, how fast and in what memory; all others decide what they look like.
 WHICH = ("data_path", "extended_prompt_path", "inference_iter", "num_samples", "num_flickering_samples")
 WHERE = ("output_folder", "save_with_index", "save_metadata", "contact_sheet", "overwrite", "model_root")
-HOW_FAST = ("device", "attention", "engine", "compile_cache", "stream_output", "overlap")
+HOW_FAST = ("device", "attention", "engine", "parallel", "compile_cache", "stream_output", "overlap")
 WITH_WHAT_MEMORY = ("text_encoder_device", "vae_device", "vae_tile", "low_memory")
 NOT_OF_THE_VIDEO = {*WHICH, *WHERE, *HOW_FAST, *WITH_WHAT_MEMORY}
 

@@ -64,6 +64,7 @@ class Settings:
     precision: Literal["auto", "bf16", "fp32", "fp8"] = "auto"  # auto: bf16 on CUDA, fp32 on the CPU; fp8: products
     attention: Literal["auto", "sdpa", "cudnn", "fa2", "fa3", "varlen"] = "auto"  # varlen: one launch for all heads
     engine: Literal["auto", "eager", "compiled", "graphed"] = "auto"  # graphed: CUDA graphs; auto: those on a GPU
+    parallel: str | None = None  # heads, or heads:N: the N processes that torchrun has started make one video together
     compile_cache: str | None = None  # folder for what torch.compile makes, so that the next start is quick
     rope: Literal["absolute", "relative"] = "absolute"  # relative: no distance leaves the trained range
     rope_window: int | None = None  # P, latent frames that relative positions span; None: local_attn_size
@@ -87,6 +88,12 @@ class Settings:
     fps: int = 16  # pixel frames a second
     video_crf: int = 18  # H.264 quality, 0 (lossless) to 51
     video_codec: Literal["libx264", "h264_nvenc"] = "libx264"  # h264_nvenc: by an NVIDIA GPU, with another ffmpeg
+
+    @property
+    def ranks(self) -> int | None:
+        """The number of processes that `parallel` names, if it does."""
+        _, _, number = (self.parallel or "").partition(":")
+        return int(number) if number else None
 
     @property
     def num_blocks(self) -> int:

@@ -17,6 +17,7 @@ from dummy.roles import Role
 from pipeline.config.config import InferenceConfig, check_against_model, geometry_of
 from pipeline.planning.cost import assumed_roles, cost_lines, possible_roles
 from pipeline.planning.memory_plan import MemoryPlan
+from pipeline.planning.scale import scale_lines, scale_of
 from pipeline.planning.stages import StagePlanner, VideoStages, no_scores
 from pipeline.runtime.decoding import DecodeStrategy, fastest_strategy
 from pipeline.runtime.inputs import GeneratorSettings
@@ -29,6 +30,7 @@ from pipeline.runtime.loading import (
     needs_vae,
     published_sizes,
     read_sized_generator,
+    require_heads,
     require_readable,
 )
 from utils.memory import memory_of
@@ -295,6 +297,10 @@ def plan_lines(
         *(context.line(max_past, geometry.frames_per_block) for context in head_contexts(settings, planner.sizes)),
     ]
     lines += cost_lines(config, settings.policy, planner.sizes, geometry)
+    if config.ranks is not None:
+        require_heads(config, planner.sizes, config.ranks)
+        steps, itemsize = len(config.denoising_step_list), planner.dtype.itemsize
+        lines += scale_lines(scale_of(settings.policy, planner.sizes, geometry, config.ranks, steps, itemsize))
     strategy, memory = planner.fitting(config, settings, memory_of(choose_vae_device(config, device)), batch)
     path = config.preview_path
     preview = "" if path is None else f"by the preview decoder {path}, of less quality than the VAE; "

@@ -85,6 +85,9 @@ def start_engine(generator: BlockGenerator, name: EngineName, geometry: LatentGe
     InputError if the engine was asked for by name.
     """
     engine = choose_engine(name, generator.model.device)
+    if engine == "graphed" and generator.model.exchange is not None:
+        logger.info("engine: compiled, since passes of several processes are not captured")
+        engine = "compiled"
     return engine != "eager" and prepare(generator, engine, geometry, batch, required=name != "auto")
 
 
@@ -157,6 +160,8 @@ def _begin(generator: BlockGenerator, geometry: LatentGeometry, batch: int, bloc
     seen = set()
     with closing(rollout.blocks()) as made:
         for block in made:
-            if rollout.cache.state in seen or block.index == blocks:
+            # Processes that make a video together must take equally many, and each has a state of its own.
+            repeats = rollout.cache.state in seen and generator.model.exchange is None
+            if repeats or block.index == blocks:
                 break
             seen.add(rollout.cache.state)

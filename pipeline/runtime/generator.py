@@ -291,7 +291,7 @@ class Rollout:
         with self._profiler.span("clean"), self.cache.observed(observer) if observer else nullcontext():
             self._encode(x0, text, start, join=not due)
         if observer is not None and self._split is not None:
-            self.roles, self.frame_attention = self._split.find_roles(observer.by_frame())
+            self.roles, self.frame_attention = self._split.find_roles(self.cache.all_heads(observer.by_frame()))
         if due:
             self._apply_roles(range(start, start + x0.shape[1]))
 

@@ -276,6 +276,15 @@ def load_encoder(config: InferenceConfig, decoder: LatentDecoder) -> VAE | None:
     return load_vae(config, decoder.device, decoder.dtype) if needs_vae(config) else None
 
 
+def require_heads(config: InferenceConfig, sizes: ModelConfig, ranks: int) -> None:
+    """Raises InputError for more processes than a layer has heads."""
+    if ranks > sizes.num_heads:
+        raise InputError(
+            f"parallel: {config.parallel} with {ranks} processes, but a layer has {sizes.num_heads} heads; use "
+            f"{sizes.num_heads} processes or fewer"
+        )
+
+
 def generator_settings(config: InferenceConfig, sizes: ModelConfig) -> GeneratorSettings:
     """The loop's settings; reads the file of roles or of a calibration if there is one. Raises InputError."""
     forcing = config.dummy_forcing

@@ -17,6 +17,7 @@ from torch import Tensor
 
 from pipeline.config.config import InferenceConfig
 from pipeline.runtime.loading import choose_dtype, text_encoder_place
+from wan.attention.exchange import HeadExchange
 from wan.text import TextEncoder
 
 REMEMBERED = 4096  # embeddings of at most 4 MiB; typed prompts must not fill the memory, those of a run stay
@@ -57,6 +58,11 @@ class PromptEncoder:
             if fresh:
                 self._encode(fresh)
             self._free()
+
+    def share(self, exchange: HeadExchange) -> None:
+        """Let all processes that make a video together have the embeddings of the first; all of them call this."""
+        self._embeds = exchange.from_first(self._embeds)
+        self._most = max(self._most, len(self._embeds) + REMEMBERED)
 
     def free(self) -> None:
         """Free the text encoder, and forget the embeddings."""

@@ -24,7 +24,8 @@ import torch
 from pipeline.assembly import Pipeline, memory_explained
 from pipeline.config.config import InferenceConfig
 from pipeline.config.jobs import VideoJob
-from pipeline.runtime.loading import check_before_loading, choose_device, require_files
+from pipeline.runtime.loading import check_before_loading, require_files
+from pipeline.runtime.together import joined, rank_device
 from pipeline.vbench.records import Records, now
 from pipeline.video_files import write_videos
 from utils.distributed import World
@@ -88,26 +89,6 @@ def batches(jobs: Sequence[VideoJob], size: int) -> list[Batch]:
     return [group[first : first + size] for group in prompts for first in range(0, len(group), size)]
 
 
-def rank_device(config: InferenceConfig, world: World) -> torch.device:
-    """This process's device: a GPU for each process of the machine. Raises InputError if there are too few."""
-    device = choose_device(config)
-    if device.type != "cuda":
-        return device
-    if config.device not in ("auto", "cuda"):
-        if world.local_size > 1:
-            raise InputError(
-                f"device: {config.device} is one GPU for {world.local_size} processes; use device=cuda, which gives "
-                "each process its own"
-            )
-        return device
-    count = torch.cuda.device_count()
-    if world.local_size > count:
-        raise InputError(
-            f"--nproc_per_node: {world.local_size} processes for {count} CUDA devices; use --nproc_per_node={count}"
-        )
-    return torch.device("cuda", world.local_rank)
-
-
 def sample(
     config: InferenceConfig,
     jobs: Sequence[VideoJob],
@@ -128,6 +109,7 @@ def sample(
         )
     if threads < 1:
         raise InputError(f"--threads: must be 1 or more, got {threads}")
+    ranks = team_size(config, world)
     config = replace(config, save_metadata=False)  # VBench's folder holds nothing but videos
     device = rank_device(config, world)
     torch.set_num_threads(threads)
@@ -144,14 +126,37 @@ def sample(
         if world.rank:
             records.require_run(plan.run)
             lock.join(world.rank)
-        mine = [todo[plan.missing[item]] for item in world.share(len(plan.missing))]
+        team = World(world.rank // ranks, world.size // ranks)
+        mine = [todo[plan.missing[item]] for item in team.share(len(plan.missing))]
         log = records.log(world.rank)
         about = {"host": platform.node(), "pid": os.getpid(), "world_size": world.size, "device": str(device)}
         log.add("begin", run=plan.run, threads=threads, batches=len(mine), **about)
-        if mine:
-            _make(config, jobs, mine, device, lambda event: log.add("video", **event), report)
+        with memory_explained(config, device, config.samples_per_batch), joined(world, device, ranks) as exchange:
+            if mine:
+                prompts = [batch[0].prompts[0] for batch in mine]
+                size = config.samples_per_batch
+                pipeline = Pipeline.from_config(config, prompts=prompts, device=device, batch=size, exchange=exchange)
+                if pipeline.follows:
+                    pipeline.follow()
+                else:
+                    _make(pipeline, jobs, mine, lambda event: log.add("video", **event), report)
+                    pipeline.close()
         log.add("end", run=plan.run)
-    return Outcome(sum(map(len, mine)), _count(jobs), len(jobs))
+    leads = world.rank % ranks == 0
+    return Outcome(sum(map(len, mine)) * leads, _count(jobs), len(jobs))
+
+
+def team_size(config: InferenceConfig, world: World) -> int:
+    """The processes that make a video together. Raises InputError if not all of them have a place in a team."""
+    if config.parallel is None:
+        return 1
+    ranks = config.ranks or world.size
+    if world.size % ranks:
+        raise InputError(
+            f"parallel: {config.parallel} makes teams of {ranks} processes, and there are {world.size}; use a multiple "
+            f"of {ranks}"
+        )
+    return ranks
 
 
 def _prepare(
@@ -217,22 +222,18 @@ def require_names_apart(jobs: Sequence[VideoJob], case_ignored: bool) -> None:
 
 
 def _make(
-    config: InferenceConfig,
+    pipeline: Pipeline,
     jobs: Sequence[VideoJob],
     mine: Sequence[Batch],
-    device: torch.device,
     on_video: Callable[[Mapping[str, object]], None],
     report: Callable[[Progress], None],
 ) -> None:
-    with memory_explained(config, device, config.samples_per_batch):
-        prompts = [batch[0].prompts[0] for batch in mine]
-        pipeline = Pipeline.from_config(config, prompts=prompts, device=device, batch=config.samples_per_batch)
-        before, begin = _count(jobs), time.monotonic()
-        for batch, timings in _written(pipeline, mine):
-            for job in batch:
-                on_video({"file": job.path.name, "noise_seed": job.noise_seed, "timings": timings})
-            done = _count(jobs)
-            report(Progress(done, len(jobs), done - before, time.monotonic() - begin))
+    before, begin = _count(jobs), time.monotonic()
+    for batch, timings in _written(pipeline, mine):
+        for job in batch:
+            on_video({"file": job.path.name, "noise_seed": job.noise_seed, "timings": timings})
+        done = _count(jobs)
+        report(Progress(done, len(jobs), done - before, time.monotonic() - begin))
 
 
 def _count(jobs: Sequence[VideoJob]) -> int:

@@ -10,7 +10,7 @@ replayed (wan/transformer/graphs.py). The file knows no head roles and no prompt
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor
 
 from utils.transfer import to_device
 from wan.attention.backends import AttentionFn
+from wan.attention.exchange import HeadExchange, HeadShares, share
 from wan.attention.head_group import (
     BufferEpoch,
     CacheBytes,
@@ -47,12 +48,16 @@ class KVCache:
         layout: HeadLayout | None = None,
         ragged: RaggedFn | None = None,
         most: int | None = None,
+        exchange: HeadExchange | None = None,
     ) -> None:
         """All heads keep `retention`, `most` as in `reset`, unless `layout` says what each keeps. `like` gives dtype
         and device; `relative_window` (frames) turns on relative positions: sinks stand where a window of that length,
         which ends with the block at work, begins, once that is later than their own place; with `ragged` it runs all
-        heads of a block's layer at once, and `attention` what is longer."""
+        heads of a block's layer at once, and `attention` what is longer. With an `exchange` this is the part of one
+        rank, and the layers hold its heads alone."""
         self._shape = shape
+        self._exchange = exchange
+        self._shares: HeadShares | None = None
         self._window = relative_window
         self.device = like.device
         self.buffer_epoch = BufferEpoch()
@@ -74,7 +79,10 @@ class KVCache:
         """Forget everything; all heads of all layers, in the order of the weights, keep `retention` from now on. With
         `most` there is room for that many frames: for heads that are split, or reset, before more have come."""
         room = self._shape.max_past if most is None else min(most, self._shape.max_past)
-        renewed = [layer.allocate([(self._shape.num_heads, retention)], room) for layer in self.layers]
+        whole = [(self._shape.num_heads, retention)]
+        if self._exchange is not None:
+            self._deal(HeadShares.even(len(self.layers), self._shape.num_heads, self._exchange.ranks, retention))
+        renewed = [layer.allocate(self._own(layer, whole), room) for layer in self.layers]
         if any(renewed) or self._orders is not None:
             self.buffer_epoch = BufferEpoch()
         self._orders = None
@@ -84,7 +92,11 @@ class KVCache:
     def allocate(self, layout: HeadLayout) -> None:
         """Forget everything; heads are and keep what the layout says. Buffers at hand serve again if they suit it."""
         room = self._shape.max_past
-        renewed = [layer.allocate(segments, room) for layer, segments in zip(self.layers, layout.segments, strict=True)]
+        layout = self._dealt(layout)
+        renewed = [
+            layer.allocate(self._own(layer, segments), room)
+            for layer, segments in zip(self.layers, layout.segments, strict=True)
+        ]
         if any(renewed) or self._orders is None:
             self.buffer_epoch = BufferEpoch()
             self._orders = None
@@ -100,9 +112,40 @@ class KVCache:
         """
         self.buffer_epoch = BufferEpoch()
         assert self._orders is None
+        before, layout = self._shares, self._dealt(layout)
         orders = self._head_orders(layout)
         for layer, order, segments in zip(self.layers, orders, layout.segments, strict=True):
-            layer.split(order, segments, current)
+            if self._exchange is None or before is None or self._shares is None:
+                layer.split(order, segments, current)
+            else:
+                layer.split_among(self._exchange, before, self._shares, order, current)
+
+    def _dealt(self, layout: HeadLayout) -> HeadLayout:
+        """The layout with the heads of every layer dealt to the ranks by what they cost, if there are several."""
+        if self._exchange is None:
+            return layout
+        own = self._shape.frames_per_block
+        shares = HeadShares.balanced(layout, self._exchange.ranks, lambda kept: own + self._shape.slots(kept))
+        self._deal(shares)
+        return layout._replace(orders=shares.orders)
+
+    def _deal(self, shares: HeadShares) -> None:
+        self._shares = shares
+        for layer, counts in zip(self.layers, shares.counts, strict=True):
+            layer.head_counts = counts
+
+    def _own(self, layer: LayerCache, segments: Sequence[tuple[int, Retention]]) -> Sequence[tuple[int, Retention]]:
+        """What this rank's heads of a layer keep."""
+        if self._exchange is None or self._shares is None:
+            return segments
+        return self._shares.segments(layer.index, self._exchange.rank)
+
+    def all_heads(self, own: Tensor) -> Tensor:
+        """[layers, own heads, ...] to [layers, H, ...] in the order of the weights, before heads were split."""
+        if self._exchange is None or self._shares is None:
+            return own
+        assert self._orders is None
+        return self._exchange.all_heads(own, self._shares.heads(0, self._exchange.rank), self._shape.num_heads)
 
     @torch.inference_mode()  # wherever it is called: to a compiler other tensors would be others
     def _head_orders(self, layout: HeadLayout) -> list[HeadOrder]:
@@ -116,6 +159,13 @@ class KVCache:
     def block_tokens(self) -> int:
         """Tokens of a pass over one block; what is longer re-encodes earlier frames."""
         return self._shape.block_tokens
+
+    @property
+    def own_tokens(self) -> int:
+        """Of those of a pass over one block, the ones of this rank."""
+        if self._exchange is None:
+            return self.block_tokens
+        return len(share(self.block_tokens, self._exchange.ranks, self._exchange.rank))
 
     @property
     def frames_per_block(self) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from wan.attention.backends import AttentionFn
+from wan.attention.exchange import HeadExchange, HeadShares
 from wan.attention.head_group import AttentionCall, CacheShape, HeadGroup, HeadOrder, Observer, Retention
 from wan.attention.rope import FrameShifts, Rotation, rotate
 from wan.attention.varlen import RaggedFn, RaggedKV
@@ -29,7 +30,7 @@ class LayerCache:
         shifts: FrameShifts,
         ragged: RaggedFn | None = None,
     ) -> None:
-        self._index = index
+        self.index = index
         self._shape = shape
         self._attention = attention
         self._ragged = ragged
@@ -39,6 +40,7 @@ class LayerCache:
         self._shifts = shifts
         self._segments: tuple[list[tuple[int, Retention]], int] = [], 0  # that the buffers are made for, and `most`
         self.head_order: HeadOrder | None = None
+        self.head_counts: Sequence[int] = ()  # of every rank, where heads are dealt to several
         self._buffers: list[tuple[Tensor, list[HeadGroup]]] = []
         self._calls: list[AttentionCall] = []
         self.observer: Observer | None = None
@@ -59,7 +61,6 @@ class LayerCache:
 
     @torch.inference_mode(False)  # so that they can be written in any mode, whichever they were made in
     def _build(self, head_segments: Sequence[tuple[int, Retention]], most: int) -> None:
-        assert sum(heads for heads, _ in head_segments) == self._shape.num_heads
         self._segments = list(head_segments), most
         self._buffers, self._calls, self._ragged_kv = [], [], None
         shape = replace(self._shape, max_past=most)
@@ -113,6 +114,28 @@ class LayerCache:
             group.fill(*excerpt)
         self._refresh()
 
+    def split_among(
+        self, exchange: HeadExchange, before: HeadShares, after: HeadShares, order: HeadOrder, current: range
+    ) -> None:
+        """As `split`, where heads go over to other ranks too, with what they keep from now on."""
+        (group,) = self.groups
+        if current:
+            self._move_back()
+        frames = {kept: list(kept.keep([*sorted(group.frames), *current])) for kept in set(after.kept[self.index])}
+        one = 2 * self._shape.batch * self._shape.tokens_per_frame * self._shape.head_dim  # numbers a head and frame
+
+        def excerpt(head: int, kept: Retention) -> Tensor:
+            return self.groups[0].excerpt(kept, order.order.new_tensor([head]), current)[1].flatten()
+
+        moved = exchange.move_heads(self.index, before, after, excerpt, lambda kept: one * len(frames[kept]))
+        by_head = [flat.view(2, self._shape.batch, -1, 1, self._shape.head_dim) for flat in moved]
+        del group  # of the old buffers no more than the excerpts is there beside the new ones
+        self.head_order = order
+        self._build(after.segments(self.index, exchange.rank), self._shape.max_past)
+        for group in self.groups:
+            group.fill(frames[group.retention], torch.cat(by_head[group.heads], dim=3))
+        self._refresh()
+
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
         """Attention of a pass's queries to the pass itself and to what is kept; all [B, L, H, D], rotated.
 
@@ -161,7 +184,7 @@ class LayerCache:
 
     def _observe(self, q: Tensor, keys: Tensor, values: Tensor) -> None:
         assert self.observer is not None and len(self.groups) == 1
-        self.observer(self._index, q, keys, self.groups[0].frames, values)
+        self.observer(self.index, q, keys, self.groups[0].frames, values)
 
     def commit(self, k: Tensor, v: Tensor, frames: range) -> None:
         """Keep what the retentions keep of `frames`; k, v [B, len(frames) * T, H, D]."""

@@ -22,6 +22,7 @@ from utils.compiled import compiled_by_size
 from utils.transfer import to_device
 from wan.attention.backends import AttentionFn, AttentionName, attention_backend, sdpa
 from wan.attention.cache import KVCache
+from wan.attention.exchange import HeadExchange, TokenPart
 from wan.attention.head_group import CacheShape, HeadLayout, Retention
 from wan.attention.rope import RotaryEmbedding, Rotation
 from wan.attention.varlen import RaggedFn, ragged_backend
@@ -94,6 +95,8 @@ class CausalWanModel(nn.Module):
         self.config = config
         self.attention: AttentionFn = sdpa
         self.ragged: RaggedFn | None = None
+        self.exchange: HeadExchange | None = None
+        """The other processes that make a video together with this one, if there are any."""
         self.patch_embedding = nn.Conv3d(config.in_dim, config.dim, config.patch_size, stride=config.patch_size)
         self.text_embedding = nn.Sequential(
             nn.Linear(config.text_dim, config.dim), nn.GELU(approximate="tanh"), nn.Linear(config.dim, config.dim)
@@ -185,7 +188,16 @@ class CausalWanModel(nn.Module):
         )
         like = self.patch_embedding.weight
         return KVCache(
-            self.config.num_layers, shape, retention, self.attention, like, relative_window, layout, self.ragged, most
+            self.config.num_layers,
+            shape,
+            retention,
+            self.attention,
+            like,
+            relative_window,
+            layout,
+            self.ragged,
+            most,
+            self.exchange,
         )
 
     def forward(
@@ -222,13 +234,13 @@ class CausalWanModel(nn.Module):
         residual: TeaCacheResidual | None = None,
     ) -> Tensor:
         """`forward` with its positions given as tensors; the pass joins the cache as the frames `commit`, if any."""
-        y = self._patchify(latents)
+        y, rotation, part = self._share(self._patchify(latents), rotation, time)
         x = y if residual is not None else None
         for layer, block in enumerate(self.layers()):
-            y = self._run(block, layer, y, time, text, cache, rotation, commit)
+            y = self._run(block, layer, y, time, text, cache, rotation, commit, part)
         if residual is not None and x is not None:
             residual.value = y - x
-        return self._unpatchify(self.head(y, time.head), latents)
+        return self._outputs(y, time, latents, part)
 
     def encode(
         self,
@@ -241,15 +253,20 @@ class CausalWanModel(nn.Module):
     ) -> None:
         """`commit` with its positions given as tensors; without frames to commit, a block's keys and values are left
         in the own slots of all layers, for `KVCache.append_current_block`."""
-        x = self._patchify(latents)
+        x, rotation, part = self._share(self._patchify(latents), rotation, time)
         last = self.config.num_layers - 1
         for layer, block in enumerate(self.layers()):
             if layer < last or cache.observing:
-                x = self._run(block, layer, x, time, text, cache, rotation, commit)
+                x = self._run(block, layer, x, time, text, cache, rotation, commit, part)
         if cache.observing:
             return
-        order = cache.layers[last].head_order
-        k, v = self.layers()[last].commit_only(x, time.layers[last], rotation, order and order.order)
+        order, modulation = (
+            cache.layers[last].head_order,
+            time.layers[last] if part is None else part.modulation(time.layers[last]),
+        )
+        k, v = self.layers()[last].commit_only(x, modulation, rotation, order and order.order)
+        if part is not None:
+            k, v = part.to_heads((k, v), cache.layers[last].head_counts)
         if commit is None:
             cache.layers[last].write(k, v)
         else:
@@ -263,7 +280,25 @@ class CausalWanModel(nn.Module):
     def skip_layers(self, latents: Tensor, time: TimeContext, residual: TeaCacheResidual) -> Tensor:
         """The flow if the layers add what they added in the pass that filled `residual`."""
         assert residual.value is not None
-        return self._unpatchify(self.head(self._patchify(latents) + residual.value, time.head), latents)
+        x = self._patchify(latents)
+        part = None if self.exchange is None else TokenPart(self.exchange, x.shape[1])
+        return self._outputs((x if part is None else x[:, part.own]) + residual.value, time, latents, part)
+
+    def _share(self, x: Tensor, rotation: Rotation, time: TimeContext) -> tuple[Tensor, Rotation, TokenPart | None]:
+        """Of the tokens [B, L, dim] and their positions those of this process; all of them if there is no other."""
+        if self.exchange is None:
+            return x, rotation, None
+        part = TokenPart(self.exchange, x.shape[1])
+        if time.layers.dim() == 4:
+            count = time.layers.shape[2]
+            frames = torch.arange(count, device=x.device).repeat_interleave(x.shape[1] // count)
+            part = part._replace(frames=frames[part.own])
+        return x[:, part.own], Rotation(rotation.cos[part.own], rotation.sin[part.own]), part
+
+    def _outputs(self, y: Tensor, time: TimeContext, latents: Tensor, part: TokenPart | None) -> Tensor:
+        """The flow [B, F, C, h, w] from the tokens' last state."""
+        out: Tensor = self.head(y, time.head if part is None else part.modulation(time.head))
+        return self._unpatchify(out if part is None else part.exchange.all_tokens(out, part.tokens), latents)
 
     def _run(
         self,
@@ -275,14 +310,19 @@ class CausalWanModel(nn.Module):
         cache: KVCache,
         rotation: Rotation,
         commit: range | None,
+        part: TokenPart | None,
     ) -> Tensor:
-        modulation = time.layers[layer]
-        parts = self._parts if x.shape[1] == cache.block_tokens else _EAGER
+        modulation = time.layers[layer] if part is None else part.modulation(time.layers[layer])
+        parts = self._parts if x.shape[1] == cache.own_tokens else _EAGER
         order, inverse = cache.layers[layer].head_order or (None, None)
         q, k, v = parts.before(block, x, modulation, rotation.cos, rotation.sin, order)
+        if part is not None:
+            q, k, v = part.to_heads((q, k, v), cache.layers[layer].head_counts)
         attended = cache.layers[layer].attend(q, k, v)
         if commit is not None:
             cache.layers[layer].commit(k, v, commit)
+        if part is not None:
+            attended = part.exchange.to_tokens(attended, cache.layers[layer].head_counts)
         x, q = parts.between(block, x, attended, modulation, inverse)
         del k, v, attended  # a fifth of what a pass takes at its worst moment, which is yet to come
         return parts.after(block, x, self.attention(q, text.keys[layer], text.values[layer]), modulation)

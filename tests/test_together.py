@@ -1,0 +1,265 @@
+"""One video by several processes: the same results, heads balanced by what they keep, clear ends."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from dummy.policies.calibrated import policy_of_table
+from dummy.retentions import RetentionTable
+from dummy.roles import HeadRoles, Role
+from pipeline import Pipeline
+from pipeline.config.config import as_dict, load_config
+from pipeline.planning.scale import block_bytes
+from pipeline.runtime.generator import BlockGenerator
+from pipeline.runtime.inputs import GeneratorSettings, Passes
+from pipeline.runtime.together import require_equal, require_world
+from pipeline.vbench.sampling import team_size
+from tests import conformance
+from tests.test_conformance import ROLLOUTS
+from tests.test_generator import SCHEDULE, policy
+from tests.thread_exchange import ThreadExchange, together
+from tests.tiny import CONFIG, segments, tiny_model
+from utils.distributed import World
+from utils.errors import InputError
+from utils.media import open_media
+from utils.prompts import read_prompts
+from utils.seed import NoiseStream
+from wan.attention.exchange import HeadShares, share
+from wan.attention.head_group import UNBOUNDED, HeadLayout, Retention
+from wan.geometry import LatentGeometry
+from wan.transformer.model import CausalWanModel
+
+ROOT = Path(__file__).parents[1]
+LIVE = ["model_kwargs.local_attn_size=6", "rope=relative", "num_output_frames=9", "dummy_forcing=off"]
+GEOMETRY = LatentGeometry(8, 12, 15, 3)
+
+
+@dataclass(frozen=True)
+class OneOf(conformance.Machine):
+    exchange: ThreadExchange | None = None
+
+    def passes(self, model: CausalWanModel) -> Passes:
+        model.exchange = self.exchange
+        return model
+
+
+@pytest.mark.parametrize("path", ROLLOUTS, ids=lambda path: path.stem)
+def test_a_vector_by_three(path: Path) -> None:
+    def one(exchange: ThreadExchange) -> dict[str, float]:
+        machine = OneOf(torch.device("cpu"), torch.float32, exchange=exchange)
+        return conformance.differences(*conformance.compute(path, machine))
+
+    for errors in together(3, one):
+        for name, error in errors.items():
+            assert error <= conformance.TOLERANCES.get(name, conformance.TOLERANCE), name
+
+
+def made(
+    settings: GeneratorSettings, exchange: ThreadExchange | None, batch: int = 1, starts: Sequence[int] = (0, 6)
+) -> tuple[torch.Tensor, list[int]]:
+    """Latents, and the bytes of the cache and what was sent by the end."""
+    model = tiny_model()
+    model.exchange = exchange
+    generator = BlockGenerator(model, settings)
+    rollout = generator.start(GEOMETRY, segments(model, starts, batch), NoiseStream([0, 1][:batch]), batch)
+    latents = torch.cat([block.latents for block in rollout.blocks()], 1)
+    return latents, [rollout.cache.bytes().total, 0 if exchange is None else exchange.sent, rollout.forwards]
+
+
+KEPT = st.builds(Retention, st.integers(0, 3), st.integers(0, 7) | st.just(UNBOUNDED))
+
+
+@settings(max_examples=12, deadline=None)
+@given(
+    st.lists(st.lists(KEPT, min_size=4, max_size=4), min_size=3, max_size=3),
+    st.integers(2, 4),
+    st.integers(1, 2),
+    st.booleans(),
+)
+def test_any_table_by_any_number(rows: list[list[Retention]], ranks: int, batch: int, relative: bool) -> None:
+    settings = GeneratorSettings(SCHEDULE, policy_of_table(RetentionTable.of(rows)), window=9, relative_rope=relative)
+    alone, (whole, _, forwards) = made(settings, None, batch)
+    results = together(ranks, lambda exchange: made(settings, exchange, batch))
+    for latents, _ in results:
+        torch.testing.assert_close(latents, alone, atol=1e-4, rtol=1e-4)
+        assert torch.equal(latents, results[0][0])  # all go on from the same numbers
+    assert sum(numbers[0] for _, numbers in results) == whole  # every head is somewhere, and none twice
+    if ranks in (2, 3, 4) and 72 % ranks == 0:
+        sent = sum(numbers[1] for _, numbers in results)
+        assert sent == expected_bytes(ranks, batch, forwards)
+
+
+def expected_bytes(ranks: int, batch: int, forwards: int) -> int:
+    """Of passes over a block: q, k, v and the result once a layer, of which a rank's own part stays; the outputs of all
+    tokens to all ranks once a flow. The prompt switch encodes six frames, and a clean pass has no result in its last
+    layer."""
+    block, width = 72, CONFIG.dim
+    clean, encoded = GEOMETRY.num_blocks - 1, 1
+    flows = forwards - clean - encoded
+    layer = 4 * batch * width * 4 * (ranks - 1) // ranks  # bytes a token
+    short = layer // 2  # keys and values alone
+    outputs = batch * 64 * 4 * (ranks - 1)
+    tokens = flows * block * 3 + clean * block * 2 + 144 * 2
+    return tokens * layer + (clean * block + 144) * short + flows * block * outputs
+
+
+@pytest.mark.parametrize("kind", ["packed", "prune"])
+def test_observed_roles_move_heads_to_where_they_cost_least(kind: str) -> None:
+    settings = GeneratorSettings(SCHEDULE, policy(kind, num_dummy=6))
+    alone, _ = made(settings, None)
+    for latents, _ in together(2, lambda exchange: made(settings, exchange)):
+        torch.testing.assert_close(latents, alone, atol=1e-4, rtol=1e-4)
+
+
+@given(st.lists(KEPT, min_size=1, max_size=16), st.integers(1, 16))
+def test_heads_are_dealt_by_what_they_cost(kept: list[Retention], ranks: int) -> None:
+    ranks = min(ranks, len(kept))
+    layout = HeadLayout([list(range(len(kept)))[::-1]], [[(1, one) for one in kept]])
+    costs = [3 + min(one.total, 18) for one in kept]
+    shares = HeadShares.balanced(layout, ranks, lambda one: 3 + min(one.total, 18))
+    assert sorted(shares.orders[0]) == list(range(len(kept)))
+    loads = []
+    for rank in range(ranks):
+        places = range(len(kept))[shares.heads(0, rank)]
+        heads = [shares.orders[0][place] for place in places]
+        assert heads and [shares.kept[0][place] for place in places] == [kept[::-1][head] for head in heads]
+        assert sum(count for count, _ in shares.segments(0, rank)) == len(heads)
+        assert all(shares.owner(0)[head] == rank for head in heads)
+        loads.append(sum(costs[::-1][head] for head in heads))
+    least = max(max(costs), sum(costs) / ranks)  # no deal can do better
+    assert max(loads) <= 2 * least
+    if len(kept) % ranks == 0 and len(set(costs)) == 1:
+        assert max(loads) == least
+
+
+def test_eight_ranks_serve_twelve_heads_of_the_paper() -> None:
+    """Heads of half the model are dummy: no rank has more than two of the dear ones, and each has one at least."""
+    roles = HeadRoles(((Role.DUMMY,) * 6 + (Role.SINK,) * 2 + (Role.NEIGHBOR,) * 4,))
+    split = policy("packed", roles).split
+    assert split is not None
+    shares = HeadShares.balanced(split.layout(roles), 8, lambda kept: 3 + kept.total)
+    assert sorted(shares.counts[0]) == [1, 1, 1, 1, 2, 2, 2, 2]
+    assert HeadShares.even(2, 12, 8, Retention(0, 1)).counts[1] == [1, 2, 1, 2, 1, 2, 1, 2]
+    assert [len(share(10, 4, rank)) for rank in range(4)] == [2, 3, 2, 3]
+
+
+def test_what_processes_must_agree_on() -> None:
+    config = load_config({})
+    require_world(config, World())
+    require_world(load_config({}, ["parallel=heads"]), World(1, 3, 1, 3))
+    with pytest.raises(InputError, match="parallel: torchrun has started 2 processes, each of which would make the"):
+        require_world(config, World(0, 2, 0, 2))
+    with pytest.raises(InputError, match="parallel: heads:4 is for 4 processes, and there are 2; use torchrun --nproc"):
+        require_world(load_config({}, ["parallel=heads:4"]), World(0, 2, 0, 2))
+    with pytest.raises(InputError, match="seed, fps: process 1 has other values than process 0"):
+        require_equal(replace(config, seed=1, fps=8), as_dict(config), World(1, 2, 1, 2))
+    for wrong in ("head", "heads:0", "heads:x", "tokens"):
+        with pytest.raises(InputError, match="parallel: expected heads, or heads:N for N processes"):
+            load_config({}, [f"parallel={wrong}"])
+    with pytest.raises(InputError, match="equal_cost: a speed is measured by each process for itself"):
+        load_config({}, ["parallel=heads", "dummy_forcing.enabled=true", "dummy_forcing.equal_cost=16.0"])
+
+
+def launched(processes: int, *words: str) -> subprocess.Popen[str]:
+    launcher = [sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc_per_node={processes}"]
+    return subprocess.Popen(
+        [*launcher, *words],
+        cwd=ROOT,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        env={**os.environ, "OMP_NUM_THREADS": "1"},
+    )
+
+
+def test_two_processes_make_a_video_and_one_that_is_killed_ends_both(tmp_path: Path) -> None:
+    """Files under the usual names, frames as of one process; a killed process is told within seconds."""
+    words = ["inference.py", "--config_path", "configs/shapes_demo.yaml", "inference_iter=1", "parallel=heads"]
+    whole = launched(2, *words, f"output_folder={tmp_path}", "num_output_frames=9")
+    told, _ = whole.communicate(timeout=120)
+    assert whole.returncode == 0, told
+    (video,) = tmp_path.glob("*.mp4")
+    frames = torch.tensor(open_media(video).read())
+    alone = Pipeline.from_config("configs/shapes_demo.yaml", ["num_output_frames=9"])
+    (prompt, *_) = read_prompts(Path(alone.config.data_path))
+    expected = alone.generate(prompt)
+    assert frames.shape == expected.shape
+    assert (frames.float() - expected.float()).abs().mean() < 3  # what the file's compression takes
+    long = launched(2, *words, f"output_folder={tmp_path / 'long'}", "num_output_frames=6000")
+    children = wait_for_children(long.pid, 2, tmp_path / "long")
+    os.kill(children[-1], signal.SIGKILL)
+    begin = time.monotonic()
+    told, _ = long.communicate(timeout=60)
+    assert time.monotonic() - begin < 10
+    assert long.returncode != 0 and told.count("error: ") <= 1, told
+    assert not list((tmp_path / "long").glob("*.mp4"))
+
+
+def wait_for_children(pid: int, count: int, folder: Path) -> list[int]:
+    """The processes that torchrun has started, once a video has begun in `folder`."""
+    begin = time.monotonic()
+    while time.monotonic() - begin < 100:
+        listed = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
+        if len(listed) >= count and folder.is_dir() and any(folder.iterdir()):
+            return [int(child) for child in listed][:count]
+        time.sleep(0.1)
+    raise AssertionError("no video was begun")
+
+
+def test_teams_of_a_larger_job() -> None:
+    teams = load_config({}, ["parallel=heads:2"])
+    assert team_size(teams, World(3, 4, 3, 4)) == 2
+    assert team_size(load_config({}, ["parallel=heads"]), World(3, 4, 3, 4)) == 4
+    assert team_size(load_config({}), World(3, 4, 3, 4)) == 1
+    with pytest.raises(InputError, match="heads:2 makes teams of 2 processes, and there are 3; use a multiple"):
+        team_size(teams, World(0, 3, 0, 3))
+
+
+def test_what_travels_is_what_the_formula_says() -> None:
+    """Also of uneven parts, and of heads that were dealt by what they cost."""
+    rows = [[Retention(0, 3), Retention(1, 0), Retention(0, 0), Retention(0, 9)]] * 3
+    settings = GeneratorSettings(SCHEDULE, policy_of_table(RetentionTable.of(rows)))
+    shares = HeadShares.balanced(RetentionTable.of(rows).layout(), 3, lambda kept: 3 + min(kept.total, 12))
+    sent = [numbers[1] for _, numbers in together(3, lambda exchange: made(settings, exchange, starts=(0,)))]
+    block = block_bytes(shares, CONFIG, GEOMETRY, len(SCHEDULE), 4)
+    last = block_bytes(shares, CONFIG, GEOMETRY, len(SCHEDULE), 4, clean=False)
+    assert sent == [4 * one + end for one, end in zip(block, last, strict=True)]
+
+
+def test_a_session_is_driven_by_the_first_process() -> None:
+    """Prompts that are typed on the way, two sessions in turns, an image to go on from: as by one process."""
+
+    def drive(exchange: ThreadExchange | None) -> list[torch.Tensor]:
+        pipeline = Pipeline.from_config("configs/shapes_demo.yaml", LIVE, exchange=exchange)
+        if pipeline.follows:
+            pipeline.follow()
+            return []
+        with pipeline.session(seed=3, frames=9) as one, pipeline.session(seed=4) as other:
+            one.prompt("A red ball moves to the right.")
+            other.prompt("A green square stands still.")
+            made = []
+            for index in range(3):
+                made += [next(one).latents, next(other).latents]
+                if index == 0:
+                    other.prompt("A blue ball moves to the left.")
+            assert next(one, None) is None
+        pipeline.close()
+        return made
+
+    alone = drive(None)
+    together_made, nothing = together(2, drive)
+    assert nothing == []
+    for one, other in zip(together_made, alone, strict=True):
+        torch.testing.assert_close(one, other, atol=1e-4, rtol=1e-4)

@@ -1,0 +1,58 @@
+"""Ranks that are threads of one process: what they send each other goes over a board, as it would over a network."""
+
+from __future__ import annotations
+
+import copy
+import threading
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+import torch
+from torch import Tensor
+
+from wan.attention.exchange import HeadExchange
+
+T = TypeVar("T")
+V = TypeVar("V")
+PATIENCE_S = 60.0
+
+
+class ThreadExchange(HeadExchange):
+    def __init__(self, rank: int, ranks: int, board: list[list[Tensor]], barrier: threading.Barrier) -> None:
+        super().__init__(rank, ranks)
+        self._board, self._barrier = board, barrier
+
+    def _post(self, tensors: list[V]) -> list[list[V]]:
+        self._board[self.rank] = tensors
+        self._barrier.wait(PATIENCE_S)
+        everything = list(self._board)
+        self._barrier.wait(PATIENCE_S)
+        return everything
+
+    def from_first(self, value: V) -> V:
+        (first, *_), *_ = self._post([value])
+        return copy.deepcopy(first)
+
+    def _sum(self, full: Tensor) -> None:
+        full.copy_(torch.stack([tensors[0] for tensors in self._post([full.clone()])]).sum(0))
+
+    def _swap(self, received: Tensor, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]) -> None:
+        mine = [tensors[self.rank] for tensors in self._post(list(torch.split(sent, sent_sizes)))]
+        assert [part.numel() for part in mine] == received_sizes
+        received.copy_(torch.cat(mine))
+
+
+def together(ranks: int, work: Callable[[ThreadExchange], T]) -> list[T]:
+    """What `work` gives for each of so many ranks."""
+    board, barrier = [[] for _ in range(ranks)], threading.Barrier(ranks)
+
+    def one(rank: int) -> T:
+        try:
+            return work(ThreadExchange(rank, ranks, board, barrier))
+        except BaseException:
+            barrier.abort()
+            raise
+
+    with ThreadPoolExecutor(ranks) as pool:
+        return list(pool.map(one, range(ranks)))

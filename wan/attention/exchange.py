@@ -1,0 +1,214 @@
+"""One video on several processes: tokens are shared out for everything but self-attention, heads for that.
+
+Each rank has an even part of a pass's tokens. Before self-attention an all-to-all brings it all tokens of its own
+heads, after it another brings the results back (DeepSpeed-Ulysses, arXiv 2309.14509, with uneven parts); the cache of a
+head lives on its rank alone, so that what travels depends on the pass and not on what is kept: of 4 tensors
+[B, L, H, D] the part (N - 1) / N, a layer. Heads cost what they keep, and are dealt out by that.
+
+This file knows torch.distributed, which is NCCL or gloo; it knows neither policies nor the model.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import NamedTuple, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from wan.attention.head_group import HeadLayout, Retention
+
+T = TypeVar("T")
+
+
+@dataclass(frozen=True)
+class HeadShares:
+    """How the heads of every layer are dealt to ranks.
+
+    orders[l]: all heads of layer l, rank by rank; counts[l][r]: how many of them rank r has; kept[l][i]: what head
+    orders[l][i] keeps.
+    """
+
+    orders: list[list[int]]
+    counts: list[list[int]]
+    kept: list[list[Retention]]
+
+    @classmethod
+    def even(cls, layers: int, heads: int, ranks: int, retention: Retention) -> HeadShares:
+        """Heads in the order of the weights, all of which keep the same."""
+        counts = [len(share(heads, ranks, rank)) for rank in range(ranks)]
+        return cls([list(range(heads))] * layers, [counts] * layers, [[retention] * heads] * layers)
+
+    @classmethod
+    def balanced(cls, layout: HeadLayout, ranks: int, cost: Callable[[Retention], float]) -> HeadShares:
+        """The dearest heads first, each to the rank that has least to do so far in its layer; what ranks have keeps the
+        order of the layout."""
+        dealt = cls([], [], [])
+        for order, segments in zip(layout.orders, layout.segments, strict=True):
+            kept = [retention for count, retention in segments for _ in range(count)]
+            ranks_of = _longest_first([cost(one) for one in kept], ranks)
+            by_rank = [[place for place, owner in enumerate(ranks_of) if owner == rank] for rank in range(ranks)]
+            dealt.orders.append([order[place] for places in by_rank for place in places])
+            dealt.counts.append([len(places) for places in by_rank])
+            dealt.kept.append([kept[place] for places in by_rank for place in places])
+        return dealt
+
+    def heads(self, layer: int, rank: int) -> slice:
+        """The places of a rank's heads in orders[layer]."""
+        first = sum(self.counts[layer][:rank])
+        return slice(first, first + self.counts[layer][rank])
+
+    def segments(self, layer: int, rank: int) -> list[tuple[int, Retention]]:
+        """What a rank's heads keep: (number of heads, retention), neighbours that keep the same together."""
+        found: list[tuple[int, Retention]] = []
+        for one in self.kept[layer][self.heads(layer, rank)]:
+            if found and found[-1][1] == one:
+                found[-1] = found[-1][0] + 1, one
+            else:
+                found.append((1, one))
+        return found
+
+    def owner(self, layer: int) -> dict[int, int]:
+        """The rank of every head."""
+        ranks = [rank for rank, count in enumerate(self.counts[layer]) for _ in range(count)]
+        return dict(zip(self.orders[layer], ranks, strict=True))
+
+
+def share(count: int, ranks: int, rank: int) -> range:
+    """Which of `count` neighbouring things are the rank's."""
+    return range(rank * count // ranks, (rank + 1) * count // ranks)
+
+
+def _longest_first(costs: Sequence[float], ranks: int) -> list[int]:
+    """The rank of every item: longest processing time first."""
+    load = [0.0] * ranks
+    owners = [0] * len(costs)
+    for item in sorted(range(len(costs)), key=lambda item: -costs[item]):
+        rank = min(range(ranks), key=lambda rank: load[rank])
+        owners[item] = rank
+        load[rank] += costs[item]
+    return owners
+
+
+class HeadExchange:
+    """The ranks that make a video together, and what travels between them."""
+
+    def __init__(self, rank: int, ranks: int, group: dist.ProcessGroup | None = None) -> None:
+        """Of a process group that has been started, torch.distributed's default one if none is given."""
+        self._group = group
+        self.rank = rank
+        self.ranks = ranks
+        self.sent = 0  # bytes, since the start
+
+    def from_first(self, value: T) -> T:
+        """The first rank's `value`, on every rank; anything that can be pickled, tensors on the CPU."""
+        values = [value]
+        dist.broadcast_object_list(values, group=self._group, group_src=0, device=torch.device("cpu"))
+        return values[0]
+
+    def own_tokens(self, tokens: int) -> slice:
+        """This rank's part of a pass's tokens."""
+        own = share(tokens, self.ranks, self.rank)
+        return slice(own.start, own.stop)
+
+    def to_heads(self, parts: Sequence[Tensor], counts: Sequence[int], tokens: int) -> tuple[Tensor, ...]:
+        """Tensors [B, own tokens, H, D], heads rank by rank, to as many [B, tokens, own heads, D]."""
+        stacked = torch.stack(tuple(parts))
+        _, batch, _, _, width = stacked.shape
+        lengths = [len(share(tokens, self.ranks, rank)) for rank in range(self.ranks)]
+        sent = [part.flatten() for part in torch.split(stacked, list(counts), dim=3)]
+        sizes = [len(parts) * batch * length * counts[self.rank] * width for length in lengths]
+        received = self._all_to_all(sent, sizes)
+        shapes = [(len(parts), batch, length, counts[self.rank], width) for length in lengths]
+        joined = torch.cat([part.view(shape) for part, shape in zip(received, shapes, strict=True)], dim=2)
+        return joined.unbind(0)
+
+    def to_tokens(self, attended: Tensor, counts: Sequence[int]) -> Tensor:
+        """[B, tokens, own heads, D] to [B, own tokens, H, D], heads rank by rank."""
+        batch, tokens, _, width = attended.shape
+        lengths = [len(share(tokens, self.ranks, rank)) for rank in range(self.ranks)]
+        sent = [part.flatten() for part in torch.split(attended, lengths, dim=1)]
+        shapes = [(batch, lengths[self.rank], count, width) for count in counts]
+        received = self._all_to_all(sent, [batch * lengths[self.rank] * count * width for count in counts])
+        return torch.cat([part.view(shape) for part, shape in zip(received, shapes, strict=True)], dim=2)
+
+    def all_tokens(self, own: Tensor, tokens: int) -> Tensor:
+        """[B, own tokens, C] to [B, tokens, C], on every rank."""
+        batch, _, channels = own.shape
+        lengths = [len(share(tokens, self.ranks, rank)) for rank in range(self.ranks)]
+        received = self._all_to_all([own.flatten()] * self.ranks, [batch * length * channels for length in lengths])
+        pieces = zip(received, lengths, strict=True)
+        return torch.cat([part.view(batch, length, channels) for part, length in pieces], dim=1)
+
+    def move_heads(
+        self,
+        layer: int,
+        before: HeadShares,
+        after: HeadShares,
+        excerpt: Callable[[int, Retention], Tensor],
+        size: Callable[[Retention], int],
+    ) -> list[Tensor]:
+        """What this rank's heads `after` keep, flat, in their order, from where they have been.
+
+        `excerpt` gives what head number i of this rank has to leave, flat, for a retention; `size` its length.
+        """
+        owner, first = before.owner(layer), before.heads(layer, self.rank).start
+
+        def heads(rank: int) -> list[tuple[int, Retention]]:
+            place = after.heads(layer, rank)
+            return list(zip(after.orders[layer][place], after.kept[layer][place], strict=True))
+
+        sent = [
+            [excerpt(head - first, kept) for head, kept in heads(rank) if owner[head] == self.rank]
+            for rank in range(self.ranks)
+        ]
+        nothing = excerpt(0, after.kept[layer][0])[:0]
+        lengths = [[size(kept) for head, kept in heads(self.rank) if owner[head] == rank] for rank in range(self.ranks)]
+        received = self._all_to_all([torch.cat([nothing, *parts]) for parts in sent], list(map(sum, lengths)))
+        by_rank = [iter(torch.split(part, sizes or [0])) for part, sizes in zip(received, lengths, strict=True)]
+        return [next(by_rank[owner[head]]) for head, _ in heads(self.rank)]
+
+    def all_heads(self, own: Tensor, heads: slice, every: int) -> Tensor:
+        """[layers, own heads, ...] to [layers, H, ...], of which the rank's are at `heads`, on every rank."""
+        full = own.new_zeros(own.shape[0], every, *own.shape[2:])
+        full[:, heads] = own
+        self._sum(full)
+        return full
+
+    def _sum(self, full: Tensor) -> None:
+        """Let every rank have the sum of all."""
+        dist.all_reduce(full, group=self._group)
+
+    def _all_to_all(self, sent: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
+        flat = torch.cat(list(sent))
+        own = sent[self.rank].numel()
+        self.sent += (flat.numel() - own) * flat.element_size()
+        received = flat.new_empty(sum(sizes))
+        self._swap(received, flat, list(sizes), [part.numel() for part in sent])
+        return list(torch.split(received, list(sizes)))
+
+    def _swap(self, received: Tensor, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]) -> None:
+        """Give every rank its part of `sent`, and take each one's into `received`."""
+        dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=self._group)
+
+
+class TokenPart(NamedTuple):
+    """Of a pass of `tokens` tokens the part that this process has; `frames` [own tokens] are their frames, where these
+    are at different timesteps."""
+
+    exchange: HeadExchange
+    tokens: int
+    frames: Tensor | None = None
+
+    @property
+    def own(self) -> slice:
+        return self.exchange.own_tokens(self.tokens)
+
+    def modulation(self, modulation: Tensor) -> Tensor:
+        """[k, dim], or [k, F, dim] by frame to [k, own tokens, dim]."""
+        return modulation if self.frames is None else modulation[:, self.frames]
+
+    def to_heads(self, parts: Sequence[Tensor], counts: Sequence[int]) -> tuple[Tensor, ...]:
+        return self.exchange.to_heads(parts, counts, self.tokens)
