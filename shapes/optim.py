@@ -1,7 +1,8 @@
 """Muon for matrices and kernels, Adam for everything else, and averaged weights.
 
 Muon (Keller Jordan, 2024): momentum whose update is made orthogonal by a few Newton-Schulz steps, so that all its
-directions weigh alike. Learning rates are set by the caller for every step.
+directions weigh alike. Learning rates are set by the caller for every step. torch.optim.Muon takes matrices alone; half
+of what is trained here are kernels of convolutions, whose dimensions but the first are taken together.
 """
 
 from __future__ import annotations
