@@ -155,12 +155,12 @@ def look_inside(subject: Subject) -> Breakdown:
 def table(rows: Sequence[Row]) -> list[str]:
     names = ("rows", "policy", "engine", "attention", "type", "frames/head", "ms/block", "FPS", "TFLOP/s", "share")
     lines = [
-        "{:6}{:8}{:10}{:10}{:5}{:>12}{:>10}{:>8}{:>9}{:>7}{:>9}{:>10}{:>9}{:>9}".format(
+        "{:6}{:11}{:10}{:10}{:5}{:>12}{:>10}{:>8}{:>9}{:>7}{:>9}{:>10}{:>9}{:>9}".format(
             *names, "host ms", "launches", "GiB peak", "reserved"
         )
     ]
     lines += [
-        f"{r.resolution:6}{r.policy:8}{r.engine:10}{r.attention:10}{r.precision:5}{r.frames_per_head:12.2f}{r.block_ms:10.1f}{r.fps:8.2f}"
+        f"{r.resolution:6}{r.policy:11}{r.engine:10}{r.attention:10}{r.precision:5}{r.frames_per_head:12.2f}{r.block_ms:10.1f}{r.fps:8.2f}"
         f"{r.tflops:9.2f}{100 * r.share:6.0f}%{r.host_ms:9.1f}{r.launches:10d}{r.peak_bytes / 2**30:9.2f}"
         f"{r.reserved_bytes / 2**30:9.2f}"
         for r in rows
@@ -173,9 +173,9 @@ def kinds_table(rows: Sequence[Row]) -> list[str]:
     profiled = [(row, row.ms_by_kind) for row in rows if row.ms_by_kind is not None]
     if not profiled:
         return []
-    lines = ["ms by kind".ljust(34) + "".join(f"{kind:>17}" for kind in KINDS)]
+    lines = ["ms by kind".ljust(37) + "".join(f"{kind:>17}" for kind in KINDS)]
     for row, spent in profiled:
-        name = f"{row.resolution:6}{row.policy:8}{row.engine:10}{row.attention:10}"
+        name = f"{row.resolution:6}{row.policy:11}{row.engine:10}{row.attention:10}"
         lines.append(name + "".join(f"{spent[kind]:17.1f}" for kind in KINDS))
     return lines
 
@@ -198,7 +198,23 @@ def ratios(rows: Sequence[Row]) -> list[str]:
             )
         if row["error"] is not None:
             lines.append(f"{rows_of} {policy} {mine}: {row['precision']} is off by {row['error']:.2%}")
-    return lines
+    return [*lines, *lengths_cost(rows)]
+
+
+def lengths_cost(rows: Sequence[Row]) -> list[str]:
+    """What many different lengths cost: a calibrated table against packed heads, by the same engine and attention."""
+
+    def place(row: Row) -> tuple[str, ...]:
+        return row.resolution, row.engine, row.attention, row.precision
+
+    packed = {place(row): row for row in rows if row.policy == "packed"}
+    return [
+        f"{row.resolution} {row.engine}, {row.attention}: calibrated {row.block_ms:.1f} ms and {row.launches} launches "
+        f"with {row.frames_per_head:.2f} frames a head, packed {packed[place(row)].block_ms:.1f} ms and "
+        f"{packed[place(row)].launches} with {packed[place(row)].frames_per_head:.2f}"
+        for row in rows
+        if row.policy == "calibrated" and place(row) in packed
+    ]
 
 
 def model_config(arguments: argparse.Namespace, device: torch.device) -> ModelConfig:

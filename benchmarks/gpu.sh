@@ -79,7 +79,7 @@ if [ "$SMALL" = yes ]; then
     vectors vectors_eager_bf16 eager bf16 60 "${FEW[@]}"
     vectors vectors_compiled_fp32 compiled fp32 120 "${FEW[0]}"
     part tests_gpu 60 "$PYTHON" -m pytest -m gpu -q tests/test_gpu.py tests/test_attention.py tests/test_fp8.py
-    dit tiny 120 --resolution tiny --dim 64 --layers 1 --policy full,packed --engine eager,compiled --repeat 1 --profile
+    dit tiny 120 --resolution tiny --dim 64 --layers 1 --policy full,packed,calibrated --engine eager,compiled --repeat 1 --profile
     TINY=(--device "$DEVICE" --resolution tiny --width 8 --repeat 1)
     part merged 60 "$PYTHON" -m benchmarks.merged --device "$DEVICE" --resolution tiny --dim 64 --layers 1 --repeat 1
     part vae 60 "$PYTHON" -m benchmarks.vae "${TINY[@]}" --json "$FOLDER/vae.json"
@@ -98,6 +98,8 @@ else
         --no_file --json "$FOLDER/end_to_end.json"
     dit dit_fp8_480 60 --resolution 480 --engine graphed --policy packed --precision auto,fp8 --repeat 3 --profile
     dit dit_attention_480 60 --resolution 480 --engine graphed --policy packed,full --attention sdpa,cudnn,fa2,fa3,varlen --repeat 3
+    dit dit_calibrated_480 50 --resolution 480 --engine graphed,eager --policy packed,calibrated --attention auto,varlen \
+        --repeat 3 --profile
     dit dit_720 90 --resolution 720 --engine graphed --policy packed,full --repeat 3 --profile
     dit dit_1080 100 --resolution 1080 --engine graphed --policy packed,full --repeat 3 --profile
     part vae_1080 60 "$PYTHON" -m benchmarks.vae --resolution 720,1080 --engine graphed --frames 9 --repeat 3 \

@@ -53,11 +53,11 @@ def compare(rows: Sequence[Row]) -> list[Row]:
 
 def table(rows: Sequence[Row]) -> list[str]:
     names = ("policy", "frames/head", "ms/block", "TFLOP", "speed-up", "predicted", "reached")
-    lines = ["{:8}{:>12}{:>12}{:>9}{:>10}{:>11}{:>9}".format(*names)]
+    lines = ["{:11}{:>12}{:>12}{:>9}{:>10}{:>11}{:>9}".format(*names)]
     for r in rows:
         reached = f"{100 * r.speedup / r.predicted:.0f}%"
         lines.append(
-            f"{r.policy:8}{r.frames_per_head:12.2f}{r.block_ms:12.1f}{r.operations / 1e12:9.3f}{r.speedup:10.2f}"
+            f"{r.policy:11}{r.frames_per_head:12.2f}{r.block_ms:12.1f}{r.operations / 1e12:9.3f}{r.speedup:10.2f}"
             f"{r.predicted:11.2f}{reached:>9}"
         )
     return lines

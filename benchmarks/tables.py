@@ -162,6 +162,30 @@ def frontier(content: Content) -> str:
     return table(content).strip()
 
 
+def compare(content: Content) -> str:
+    """Rows of benchmarks.compare: means and 95 % intervals over videos."""
+    columns = {"psnr": 1, "ssim": 3, "drift": 2, "seam": 2, "motion": 2, "block_s": 3}  # decimals
+
+    def cell(row: Content, name: str) -> str:
+        if name not in row:
+            return "-"
+        mean, low, high = (f"{row[name][end]:.{columns[name]}f}" for end in ("mean", "low", "high"))
+        return f"{mean} [{low}, {high}]"
+
+    header = ["policy", "frames a head", "PSNR, dB", "SSIM", "drift", "seam", "motion, px", "s a block (DiT)"]
+    body = [
+        (
+            policy,
+            f"{row['context']:.2f}",
+            *(cell(row, name) for name in columns),
+            format_bytes(row["cache_bytes"]),
+            format_bytes(row["peak_bytes"]) if row["peak_bytes"] else "-",
+        )
+        for policy, row in content["policies"].items()
+    ]
+    return markdown([*header, "cache", "GPU peak"], body)
+
+
 def claims() -> str:
     from shapes import claims
 
@@ -176,8 +200,19 @@ KINDS: dict[str, Callable[[Content], str]] = {
     "memory": memory,
     "shapes": shapes,
     "frontier": frontier,
+    "compare": compare,
 }
-GPU = ("dit_480", "dit_attention_480", "dit_fp8_480", "dit_720", "dit_1080", "end_to_end", "vae", "vae_1080")
+GPU = (
+    "dit_480",
+    "dit_attention_480",
+    "dit_calibrated_480",
+    "dit_fp8_480",
+    "dit_720",
+    "dit_1080",
+    "end_to_end",
+    "vae",
+    "vae_1080",
+)
 _REGION = re.compile(r"<!-- (\w+) -->.*?<!-- /\1 -->", flags=re.DOTALL)
 
 

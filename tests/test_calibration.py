@@ -183,11 +183,15 @@ def test_candidates_that_are_none(names: str) -> None:
 def test_the_dial_keeps_to_the_budget_and_spends_it_well(frames: float) -> None:
     dial = Dial(measured(), past=18)
     one, fewer = dial.choose(frames), replace(dial, max_lengths=2).choose(frames)
-    assert one.frames <= frames and one.error <= fewer.error + 1e-12
+    assert round(12 * one.frames) <= round(12 * frames) and one.error <= fewer.error + 1e-12
     assert all(len(set(row)) <= 2 for row in fewer.table.rows)
     assert (one.error == 0) == (frames == 18)
     alike = dial.predict(torch.full((3, 4), CANDIDATES.index(Retention(0, int(frames))) if frames < 18 else 15))
     assert one.error <= alike.error + 1e-12 or frames % 1
+
+
+def test_a_third_may_be_written_with_two_digits() -> None:
+    assert [Dial(measured(), past=18).choose(frames).frames for frames in (0.67, 1.33)] == pytest.approx([2 / 3, 4 / 3])
 
 
 def test_a_short_video_and_a_window_rule_candidates_out() -> None:
@@ -380,6 +384,19 @@ def test_the_plan_shows_lengths_error_memory_and_operations(
     assert re.search(r"Predicted: heads' outputs lose [0-9.e-]+ % .* a calibration of 1 videos of 12 latent", said)
     assert program("--dry_run", *of_policy(stored, "dummy_forcing.frames_per_head=3fps")) == 0
     assert "as many frames as 3 pixel frames/s allow, measured by the run" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize("name", ["self_forcing_calibrated", "longlive_calibrated"])
+def test_configurations_with_calibrated_memory(
+    name: str, program: Program, stored: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    given = ["--dry_run", "num_output_frames=12", "adapter=null"]
+    assert program(*given, f"dummy_forcing.calibration={stored}", config=name) == 0
+    assert re.search(r"calibrated +[0-9]+ heads: first", capsys.readouterr().out)
+    assert program(*given, config=name) == 2
+    assert capsys.readouterr().err.startswith(
+        f"error: dummy_forcing.calibration: checkpoints/{name[:-2]}ion.safetensors: there is no"
+    )
 
 
 @pytest.mark.parametrize(

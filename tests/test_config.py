@@ -20,7 +20,9 @@ from wan.config import WAN_1_3B, AdapterConfig, ModelKwargs
 
 ROOT = Path(__file__).parents[1]
 ALL_CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-CONFIGS = [path for path in ALL_CONFIGS if path.stem.startswith(("self_forcing", "longlive", "causal_forcing"))]
+FAMILIES = ("self_forcing", "longlive", "causal_forcing")
+CALIBRATED = [path for path in ALL_CONFIGS if path.stem.endswith("_calibrated")]
+CONFIGS = [path for path in ALL_CONFIGS if path.stem.startswith(FAMILIES) and path not in CALIBRATED]
 PUBLISHED = sorted((ROOT / "tests" / "data" / "published").glob("*.yaml"))
 SELF_FORCING = ROOT / "configs" / "self_forcing_inference.yaml"
 LONGLIVE = ROOT / "configs" / "longlive_inference.yaml"
@@ -58,9 +60,17 @@ def test_our_files_load_without_a_warning(path: Path, caplog: pytest.LogCaptureF
         assert load_config(path, [switched_off]).policy == "window"
 
 
+@pytest.mark.parametrize("path", CALIBRATED, ids=lambda path: path.stem)
+def test_calibrated_files_differ_in_their_policy_alone(path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    config, other = load_config(path), load_config(path.with_name(path.name.replace("calibrated", "inference")))
+    assert not caplog.records
+    assert config.policy == "calibrated" and config.dummy_forcing.frames_per_head == 1.33
+    assert dataclasses.replace(config, dummy_forcing=other.dummy_forcing) == other
+
+
 def test_our_files_are_all_there() -> None:
-    families = ("self_forcing", "longlive", "causal_forcing")
-    expected = {f"{family}_{use}" for family in families for use in ("inference", "vbench")}
+    assert [path.stem for path in CALIBRATED] == ["longlive_calibrated", "self_forcing_calibrated"]
+    expected = {f"{family}_{use}" for family in FAMILIES for use in ("inference", "vbench")}
     extra = {"longlive_interactive_inference", "causal_forcing_framewise_inference"}
     assert expected | extra <= {path.stem for path in CONFIGS}
 

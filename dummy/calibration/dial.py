@@ -65,7 +65,8 @@ class Dial:
         return float(min(costs)), float(max(costs))
 
     def choose(self, frames: float) -> Allocation:
-        """The least error with `frames` earlier frames a head, as a mean over all heads of all layers.
+        """The least error with `frames` earlier frames a head, as a mean over all heads of all layers; their sum is
+        rounded, so that 1.33 is a third for 24 heads and for 360.
 
         Raises InputError for a budget that the candidates do not reach down or up to.
         """
@@ -80,7 +81,7 @@ class Dial:
         errors = self.calibration.mean_errors()[..., places].numpy()
         layers, heads, _ = errors.shape
         costs = [cost(every[place], self.past) for place in places]
-        choice = allocate(errors, costs, int(frames * layers * heads + 1e-6), self.max_lengths)
+        choice = allocate(errors, costs, round(frames * layers * heads), self.max_lengths)
         return self.predict(torch.tensor(places)[torch.from_numpy(choice)])
 
     def predict(self, choice: Tensor) -> Allocation:

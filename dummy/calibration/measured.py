@@ -19,6 +19,7 @@ from torch import Tensor
 from dummy.calibration.candidates import named, parse_candidates
 from utils.errors import InputError
 from utils.files import atomic_write
+from utils.user_paths import exists, require_file, start_of_relative
 from wan.attention.head_group import Retention
 
 KEY = "calibration"  # of the metadata
@@ -107,6 +108,12 @@ class Calibration:
         from safetensors import safe_open
 
         where = f"{field}: {path}"
+        if not exists(path, field):
+            raise InputError(
+                f"{where}: there is no such calibration. Make it with python -m pipeline.calibrate --config_path YAML "
+                f"--out {path}, or check the path{start_of_relative(path)}."
+            )
+        require_file(path, field, "calibration")
         with _readable(where), safe_open(path, framework="pt") as file:
             metadata = (file.metadata() or {}).get(KEY)
             if metadata is None:

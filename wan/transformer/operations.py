@@ -32,7 +32,8 @@ def forward_operations(config: ModelConfig, geometry: LatentGeometry, head_frame
 
 
 def clean_pass_operations(config: ModelConfig, geometry: LatentGeometry, head_frames: float) -> float:
-    """A forward without the output head and without all of the last layer but its keys and values."""
+    """A forward without the output head and without all of the last layer but its keys and values; that layer's heads
+    are taken to see as much as all others do on average."""
     layers = config.num_layers
     last = 2 * geometry.tokens_per_block * (4 * config.dim**2 + 2 * config.dim * config.ffn_dim + 4 * config.dim * 16)
     text = text_attention_operations(config, geometry.tokens_per_block) / layers
