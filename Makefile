@@ -19,10 +19,11 @@ $(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
 	touch $@
 
 demo: $(VENV)/.installed
-	$(BIN)/python inference.py --config_path configs/shapes_demo.yaml
+	$(BIN)/python inference.py --config_path configs/shapes_demo.yaml inference_iter=5
+	$(BIN)/python inference.py --config_path configs/shapes_calibrated.yaml
 	$(BIN)/python interactive_inference.py --config_path configs/shapes_interactive.yaml
 	@echo "The videos, each with a contact sheet (.png) beside it:"
-	@ls $(DEMO)/shapes/*.mp4 $(DEMO)/shapes_interactive/*.mp4
+	@ls $(DEMO)/shapes/*.mp4 $(DEMO)/shapes_calibrated/*.mp4 $(DEMO)/shapes_interactive/*.mp4
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -56,6 +56,14 @@ CALIBRATION = "checkpoints/shapes/calibration.safetensors"  # checkpoints/shapes
 MANY_FRAMES = 2  # long videos made together
 WINDOW = 7  # latent frames: the first, three recent ones, and the block: what a neighbour head and a sink head keep
 HALF = "dummy_forcing.num_dummy=12"  # of 24 heads
+
+
+def calibrated(frames: float, calibration: str | Path = CALIBRATION) -> list[str]:
+    """Settings of calibrated memory with so many frames a head."""
+    chosen = ["dummy_forcing.enabled=true", "dummy_forcing.policy=calibrated"]
+    return [*chosen, f"dummy_forcing.calibration={calibration}", f"dummy_forcing.frames_per_head={frames}"]
+
+
 POLICIES = {
     "full": ["dummy_forcing.enabled=false", "model_kwargs.local_attn_size=-1"],
     "window": ["dummy_forcing.enabled=false", f"model_kwargs.local_attn_size={WINDOW}", "model_kwargs.sink_size=1"],
@@ -68,13 +76,9 @@ POLICIES = {
     ],
     "packed": ["dummy_forcing.enabled=true", "dummy_forcing.policy=packed", "dummy_forcing.preset=paper", HALF],
     "anchored": ["dummy_forcing.enabled=true", "dummy_forcing.policy=packed", "dummy_forcing.preset=anchored", HALF],
-    "calibrated": [  # at the cost of packed: 32 frames for 24 heads
-        "dummy_forcing.enabled=true",
-        "dummy_forcing.policy=calibrated",
-        f"dummy_forcing.calibration={CALIBRATION}",
-        "dummy_forcing.frames_per_head=1.3334",
-    ],
 }
+# Frames a head: the cost of packed (32 for 24 heads), half of the window's, and the window's.
+POLICIES |= {f"calibrated:{frames:g}": calibrated(frames) for frames in (1.33, 2, 4)}
 # What a policy needs for videos without end: no distance beyond what was trained, and a window for what a switch
 # re-encodes. A full history has neither.
 STREAMING = ["rope=relative", "model_kwargs.local_attn_size=10", "model_kwargs.sink_size=1"]

@@ -55,7 +55,7 @@ COMPARED = (
     ("calibrated 7", "window 10"),
 )
 LEAST_FRAMES = 4 * BLOCK  # latent frames of a video
-FRAMES = (1, 1.3334, 1.6667, 2, 4, 7)  # a head of the calibrated policy; in thirds, what 24 heads share exactly
+FRAMES = (1, 1.33, 1.67, 2, 4, 7)  # a head of the calibrated policy
 LENGTHS = (2, 3, 4)  # different retentions in a layer
 _WINDOWS = (5, 7, 10)  # latent frames, one sink and the block included
 
@@ -83,7 +83,7 @@ def points() -> dict[str, list[str]]:
         prune = [*evaluate.POLICIES["prune"], f"dummy_forcing.num_dummy={share}"]
         found[f"prune {100 * share:.0f}%"] = prune
     for frames in FRAMES:
-        calibrated = [*evaluate.POLICIES["calibrated"], f"dummy_forcing.frames_per_head={frames}"]
+        calibrated = evaluate.calibrated(frames)
         found[f"calibrated {frames:.3g}"] = calibrated
         for lengths in LENGTHS if frames in (FRAMES[1], 4) else ():
             found[f"calibrated {frames:.3g} R{lengths}"] = [*calibrated, f"dummy_forcing.max_lengths={lengths}"]

@@ -133,7 +133,7 @@ def broken(path: Path, change) -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda about, _: about.update(version=2), "is of another version"),
+        (lambda about, _: about.update(version=1), "is of another version"),
         (lambda about, _: about.update(candidates=["0+1", "0+1"]), "0\\+1 is there twice"),
         (lambda about, _: about.update(candidates=["-1+2"]), "'-1\\+2' is no candidate"),
         (lambda about, _: about.update(candidates=["0+9999"]), "'0\\+9999' is no candidate"),
@@ -141,6 +141,9 @@ def broken(path: Path, change) -> None:
         (lambda about, _: about.update(candidates=[]), "candidates is no list of texts"),
         (lambda about, _: about.update(videos=[]), "videos is no list of texts"),
         (lambda about, _: about.update(num_heads=10**30), "errors is"),
+        (lambda about, _: about.update(num_frames=10**400), "num_frames is more than any video has"),
+        (lambda about, _: about.update(blocks=[2, -(10**400)]), "blocks are not those of a video of 21 latent frames"),
+        (lambda about, _: about.update(blocks=[2, 7]), "blocks are not those of a video of 21 latent frames"),
         (lambda about, _: about.update(num_heads=True), "num_heads is no number"),
         (lambda about, _: about.update(checkpoint=7), "checkpoint is no text"),
         (lambda about, _: "[" * 100_000, "its metadata is no JSON"),
@@ -188,6 +191,30 @@ def test_the_dial_keeps_to_the_budget_and_spends_it_well(frames: float) -> None:
     assert (one.error == 0) == (frames == 18)
     alike = dial.predict(torch.full((3, 4), CANDIDATES.index(Retention(0, int(frames))) if frames < 18 else 15))
     assert one.error <= alike.error + 1e-12 or frames % 1
+
+
+def test_a_block_counts_as_often_as_there_are_blocks_from_it_on() -> None:
+    """Of 7 blocks 2 and 3 count 5 and 4 times; the score is the root of the mean square."""
+    one = replace(measured(videos=2), errors=torch.rand(2, 2, 3, 4, 16, generator=torch.Generator().manual_seed(1)))
+    expected = ((5 * one.errors[:, 0] + 4 * one.errors[:, 1]) / 9).double()
+    torch.testing.assert_close(one.video_errors(), expected.sqrt(), rtol=1e-6, atol=0)
+    torch.testing.assert_close(one.mean_errors(), expected.mean(0).sqrt(), rtol=1e-6, atol=0)
+    assert one.output() == pytest.approx(12)
+
+
+def test_errors_are_of_what_joins_the_stream() -> None:
+    """Each head's rows of the output projection, multiplied by the layer's gate at the recorded steps."""
+    model = tiny_model()
+    generator = BlockGenerator(model, GeneratorSettings(SCHEDULE, ContextPolicy("full", FULL_HISTORY)))
+    passes = recording.ChosenPasses((1,), ((0, "0"), (1, "1")), len(generator.steps) + 1)
+    gates = recording.recorded_gates(generator, passes)
+    times = [model.encode_time(timestep).layers[:, 2] for timestep in SCHEDULE.timesteps[:2]]
+    torch.testing.assert_close(gates, torch.stack(times).square().mean(0).sqrt())
+    x, layer = normal(1, CONFIG.head_dim), model.layers()[1].self_attn.o.weight
+    head = slice(CONFIG.head_dim, 2 * CONFIG.head_dim)
+    expected = ((x @ layer[:, head].T) * gates[1]).square().sum()
+    gram = recording.output_grams(model, gates)[1][1]
+    torch.testing.assert_close((x @ gram @ x.T).squeeze(), expected, rtol=1e-4, atol=1e-6)
 
 
 def test_a_third_may_be_written_with_two_digits() -> None:
@@ -275,11 +302,11 @@ def test_the_command_goes_on_where_it_was_and_adds_videos(program: Program, caps
     path = program.folder / "c.safetensors"
     assert command.main(arguments(program, "--videos", "1")) == 0
     (first,) = Calibration.load(path, "").errors
-    assert first.shape == (2, 3, 4, 16) and bool((first[..., -1] == 0).all()) and float(first[..., 0].min()) > 0
+    assert first.shape == (3, 3, 4, 16) and bool((first[..., -1] == 0).all()) and float(first[..., 0].min()) > 0
     assert command.main(arguments(program, "--videos", "3")) == 0
     three = Calibration.load(path, "")
     assert three.videos == (*PROMPTS, PROMPTS[0]) and torch.equal(three.errors[0], first)
-    assert len(set(three.about["seeds"])) == 3 and three.passes == ("0", "3") and three.blocks == (2, 3)
+    assert len(set(three.about["seeds"])) == 3 and three.passes == ("0", "3") and three.blocks == (1, 2, 3)
     assert command.main(arguments(program, "--videos", "3", out="whole.safetensors")) == 0
     assert torch.equal(Calibration.load(program.folder / "whole.safetensors", "").errors, three.errors)
     assert "frames a head   error %" in capsys.readouterr().out

@@ -94,10 +94,14 @@ def test_the_gate(bounds: dict[str, dict[str, dict[str, float]]], status: int, t
 @pytest.mark.parametrize("name", evaluate.POLICIES)
 def test_every_policy_is_the_one_that_it_is_called(name: str) -> None:
     config = load_config(ROOT / evaluate.CONFIG, evaluate.POLICIES[name])
-    assert config.policy == {"anchored": "packed"}.get(name, name)
+    kind, _, frames = name.partition(":")
+    assert config.policy == {"anchored": "packed"}.get(kind, kind)
+    assert not frames or config.dummy_forcing.frames_per_head == float(frames)
 
 
-@pytest.mark.parametrize("path", ["configs/shapes_demo.yaml", "configs/shapes_interactive.yaml"])
+@pytest.mark.parametrize(
+    "path", ["configs/shapes_demo.yaml", "configs/shapes_calibrated.yaml", "configs/shapes_interactive.yaml"]
+)
 def test_the_configurations_fit_the_model(path: str) -> None:
     config = load_config(ROOT / path)
     assert config.num_output_frames == 21 and config.latent_size == (10, 16)

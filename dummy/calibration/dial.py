@@ -21,8 +21,9 @@ from wan.attention.head_group import Retention
 
 @dataclass(frozen=True)
 class Allocation:
-    """What every head keeps; `error` is the sum over heads of the predicted errors, as a share of the heads' outputs,
-    `spread` the standard error of it over the calibration's videos; `frames` the mean over heads of what they keep."""
+    """What every head keeps; `error` is the sum over heads of the predicted errors (root mean squares), as a share of
+    that of the heads' outputs, `spread` the standard error of it over the calibration's videos; `frames` the mean over
+    heads of what they keep."""
 
     table: RetentionTable
     error: float
@@ -88,11 +89,12 @@ class Dial:
         """What comes of a choice [layers, heads] of places of candidates."""
         every = self.calibration.candidates
         table = RetentionTable.of([[every[place] for place in row] for row in choice.tolist()])
-        by_video = self.calibration.errors.double().mean(1)  # [V, layers, heads, C]
+        error = self.calibration.mean_errors().gather(2, choice[..., None]).sum()
+        by_video = self.calibration.video_errors()
         sums = by_video.gather(3, choice.expand(len(by_video), -1, -1)[..., None]).sum((1, 2, 3))
         output = self.calibration.output()
         spread = float(sums.std()) / len(sums) ** 0.5 if len(sums) > 1 else math.nan
-        return Allocation(table, float(sums.mean()) / output, spread / output, table.mean_frames(self.past))
+        return Allocation(table, float(error) / output, spread / output, table.mean_frames(self.past))
 
 
 def in_words(kept: Retention, past: int) -> str:

@@ -21,9 +21,10 @@ from utils.errors import InputError
 from utils.files import atomic_write
 from utils.user_paths import exists, require_file, start_of_relative
 from wan.attention.head_group import Retention
+from wan.geometry import MOST_FRAMES
 
 KEY = "calibration"  # of the metadata
-VERSION = 1
+VERSION = 2
 SIZES = ("num_layers", "num_heads", "head_dim")
 GEOMETRY = ("height", "width", "frames_per_block", "num_frames")
 
@@ -61,8 +62,8 @@ class Subject:
 @dataclass(frozen=True)
 class Calibration:
     """`errors` [V, B, layers, heads, C]: the mean square of what a head's output, after its rows of the output
-    projection, loses if it keeps candidate c, over the sampled queries of the recorded passes of a block. `outputs` [V,
-    B, layers, heads]: the mean square of that output. `about`: whatever else is worth knowing."""
+    projection and the layer's gate, loses if it keeps candidate c, over the sampled queries of the recorded passes of a
+    block. `outputs` [V, B, layers, heads]: the mean square of that output. `about`: whatever else is worth knowing."""
 
     candidates: tuple[Retention, ...]
     errors: Tensor
@@ -73,17 +74,25 @@ class Calibration:
     subject: Subject
     about: Mapping[str, Any] = field(default_factory=dict)
 
-    def mean_errors(self) -> Tensor:
-        """[layers, heads, C] in float64, over videos and blocks."""
-        return self.errors.double().mean((0, 1))
+    def block_weights(self) -> Tensor:
+        """[B], which sum to 1: what a block gets wrong stays in the past of all that follow, so that it counts as often
+        as there are blocks from it to the video's end."""
+        last = self.subject.num_frames // self.subject.frames_per_block
+        left = torch.tensor([max(last - block, 1) for block in self.blocks], dtype=torch.float64)
+        return left / left.sum()
 
-    def spread(self) -> Tensor:
-        """[layers, heads, C] in float64: the standard error of the mean over videos; NaN for one video."""
-        return self.errors.double().mean(1).std(0) / float(len(self.errors) ** 0.5)
+    def mean_errors(self) -> Tensor:
+        """[layers, heads, C] in float64: the root of the mean square over videos and weighted blocks."""
+        return torch.einsum("vblhc,b->lhc", self.errors.double(), self.block_weights()).div(len(self.videos)).sqrt()
+
+    def video_errors(self) -> Tensor:
+        """[V, layers, heads, C]: the same of every video alone."""
+        return torch.einsum("vblhc,b->vlhc", self.errors.double(), self.block_weights()).sqrt()
 
     def output(self) -> float:
-        """The sum over heads of the mean square output: what a sum of errors is a share of."""
-        return float(self.outputs.double().mean((0, 1)).sum())
+        """The sum over heads of the root mean square of their outputs: what a sum of errors is a share of."""
+        squares = torch.einsum("vblh,b->lh", self.outputs.double(), self.block_weights()) / len(self.videos)
+        return float(squares.sqrt().sum())
 
     def save(self, path: Path) -> None:
         """Raises InputError if the file cannot be written."""
@@ -146,6 +155,10 @@ def _about(where: str, metadata: str) -> dict[str, Any]:
         values = about.get(name)
         if not isinstance(values, list) or not values or not all(type(value) is kind for value in values):
             raise _broken(where, f"{name} is no list of {'numbers' if kind is int else 'texts'}")
+    if about["num_frames"] > MOST_FRAMES:
+        raise _broken(where, "num_frames is more than any video has")
+    if not all(0 <= block < about["num_frames"] // about["frames_per_block"] for block in about["blocks"]):
+        raise _broken(where, f"blocks are not those of a video of {about['num_frames']} latent frames")
     if not isinstance(about.get("checkpoint"), str):
         raise _broken(where, "checkpoint is no text")
     return about

@@ -51,7 +51,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--prompts", metavar="FILE", help="instead of data_path; of a storyboard the first prompt")
     parser.add_argument("--videos", type=int, help=f"prompts are taken again if there are fewer (default {VIDEOS})")
     parser.add_argument("--queries", type=int, help=f"of a pass that are looked at (default {QUERIES})")
-    parser.add_argument("--blocks", help="numbers such as 2,4,6 (default: all from 2 on)")
+    parser.add_argument("--blocks", help="numbers such as 2,4,6 (default: all from 1 on)")
     parser.add_argument("--steps", help="denoising steps from 0 on, and clean, such as 0,3,clean (default: denoising)")
     names = ",".join(map(named, CANDIDATES))
     parser.add_argument("--candidates", help=f"first and last frames that a head may keep (default {names})")

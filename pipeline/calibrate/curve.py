@@ -63,7 +63,8 @@ def curve(dial: Dial, config: InferenceConfig, sizes: ModelConfig) -> list[Point
 
 
 def table(points: Sequence[Point]) -> str:
-    """A row a budget; errors in per cent of the heads' mean square output, with their standard error over videos."""
+    """A row a budget; errors (root mean squares) in per cent of the heads' outputs, with their standard error over
+    videos."""
     whole = points[-1].operations
     lines = [f"{'frames a head':>14}{'error %':>10}{'+-':>8}{'lengths':>9}{'TFLOP a block':>15}{'of the most %':>15}"]
     for point in points:

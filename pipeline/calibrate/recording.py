@@ -21,6 +21,7 @@ from pipeline.atlas.recording import ChosenPasses, choose_passes, watch, watched
 from pipeline.config.config import InferenceConfig, as_dict, geometry_of
 from pipeline.config.jobs import NOT_OF_THE_VIDEO, VideoJob, read_jobs
 from pipeline.runtime.calibrated import checkpoint_identity, subject_of
+from pipeline.runtime.generator import BlockGenerator
 from pipeline.runtime.loading import model_sizes
 from utils.errors import InputError
 from utils.prompts import is_storyboard_file
@@ -29,8 +30,6 @@ from wan.config import ModelConfig
 from wan.transformer.model import CausalWanModel
 
 logger = logging.getLogger(__name__)
-
-FIRST_BLOCK = 2  # from which on errors count, if there are as many: before it there is next to nothing to lose
 
 
 @dataclass(frozen=True)
@@ -69,12 +68,10 @@ def over_full_history(config: InferenceConfig) -> InferenceConfig:
 
 
 def chosen_passes(config: InferenceConfig, blocks: str | None, steps: str | None) -> ChosenPasses:
-    """From `--blocks` (by default from FIRST_BLOCK on) and `--steps` (by default all of denoising). Raises
+    """From `--blocks` (by default all that have a past) and `--steps` (by default all of denoising). Raises
     InputError."""
     denoising = ",".join(str(step) for step in range(len(config.denoising_step_list)))
-    chosen = choose_passes(config, blocks, denoising if steps is None else steps)
-    late = tuple(block for block in chosen.blocks if block >= FIRST_BLOCK)
-    return replace(chosen, blocks=late) if blocks is None and late else chosen
+    return choose_passes(config, blocks, denoising if steps is None else steps)
 
 
 def record(
@@ -98,7 +95,7 @@ def record(
         recording.passes.per_block,
         geometry.tokens_per_frame,
         recording.candidates,
-        output_grams(generator.model),
+        output_grams(generator.model, recorded_gates(generator, recording.passes)),
         recording.queries,
     )
     for job in rest:
@@ -179,11 +176,20 @@ def _differences(there: Calibration, begun: Calibration) -> Iterator[str]:
         yield f"settings ({', '.join(keys)})"
 
 
-def output_grams(model: CausalWanModel) -> list[Tensor]:
-    """For every layer [H, D, D] in float32: W_o W_o^T of each head's rows of the output projection."""
+def recorded_gates(generator: BlockGenerator, passes: ChosenPasses) -> Tensor:
+    """[layers, dim] in float32: by what a layer's attention is multiplied before it joins the stream, the root of the
+    mean square over the recorded passes."""
+    times = [*generator.steps, generator.clean]
+    gates = torch.stack([times[place].layers[:, 2].float() for place, _ in passes.passes])
+    return gates.square().mean(0).sqrt()
+
+
+def output_grams(model: CausalWanModel, gates: Tensor) -> list[Tensor]:
+    """For every layer [H, D, D] in float32: W_o W_o^T of each head's rows of the output projection, its channels
+    multiplied by the layer's `gates` [layers, dim]."""
     grams = []
-    for block in model.layers():
-        weight = block.self_attn.o.weight.detach().float()  # [dim, H * D]: the transpose of what stands in formulas
+    for block, gate in zip(model.layers(), gates, strict=True):
+        weight = block.self_attn.o.weight.detach().float() * gate[:, None]  # [dim, H * D]: transposed, as formulas go
         rows = torch.unflatten(weight, 1, (model.config.num_heads, -1)).transpose(0, 1)  # [H, dim, D]
         grams.append(rows.transpose(1, 2) @ rows)
     return grams

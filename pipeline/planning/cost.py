@@ -124,7 +124,7 @@ def _predictions(config: InferenceConfig, policy: ContextPolicy) -> list[str]:
         one, measured = policy.allocation, policy.dial.calibration
         spread = "" if len(measured.videos) == 1 else f" +- {100 * one.spread:.2g}"
         remarks.append(
-            f"Predicted: heads' outputs lose {100 * one.error:.3g}{spread} % of their mean square, by a calibration "
+            f"Predicted: heads' outputs lose {100 * one.error:.3g}{spread} % of their size, by a calibration "
             f"of {len(measured.videos)} videos of {measured.subject.num_frames} latent frames; {one.frames:.3f} frames "
             f"a head in the last block, at most {policy.table.lengths()} attention calls a layer"
         )

@@ -1,0 +1,250 @@
+"""Calibrations that differ in one thing, and how near to full history the small model stays by them.
+
+By its latents alone, on captions that no evaluation and no training has. shapes.calibration_study asks the questions.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from dummy.calibration.candidates import CANDIDATES
+from dummy.calibration.measured import Calibration
+from dummy.calibration.recorder import HeadErrors
+from dummy.policy import policy_of_table
+from dummy.retentions import RetentionTable
+from pipeline.calibrate import command as calibrate
+from pipeline.calibrate.recording import chosen_passes, output_grams, recorded_gates
+from pipeline.config.config import load_config
+from pipeline.runtime.generator import BlockGenerator
+from pipeline.runtime.inputs import GeneratorSettings, Segment
+from pipeline.runtime.loading import generator_settings
+from shapes import evaluate
+from shapes.data import BLOCK, make_clip
+from shapes.report import Doubles
+from utils.prompts import read_prompts
+from utils.seed import NoiseStream, video_seed
+from wan.attention.cache import Observer
+from wan.attention.head_group import FULL_HISTORY, Retention
+from wan.geometry import LatentGeometry
+
+SEED = 35  # of captions, unlike those of training and of shapes.evaluate
+PROMPTS = Path("prompts/shapes_training.txt")
+VIDEOS = 8  # of the usual calibration
+FRAMES = (1.33, 2, 4)  # a head
+SWITCH = 9  # latent frame of the switch, where there is one
+RELATIVE = ["rope=relative", "model_kwargs.local_attn_size=10", "model_kwargs.sink_size=1"]
+BLOCKS = (1, 2, 3, 4, 5, 6)  # that are recorded
+MORE = ["2+0", "3+0", "3+1", "3+3", "0+5", "0+7", "2+4", "3+6", "0+8", "3+9", "1+7"]
+USUAL = "usual"
+
+Settings = Sequence[str]
+Measured = Path | Callable[[int], Path]  # one file for all captions, or each one's own
+
+
+@dataclass(frozen=True)
+class Trial:
+    """`settings` follow those of the calibrated policy; without a calibration they are the policy."""
+
+    name: str
+    calibration: Measured | None = None
+    settings: Settings = ()
+    reference: Settings = ()  # beyond full history
+    switched: bool = False
+    frames: tuple[float, ...] = field(default=FRAMES)
+
+
+class Study:
+    """The model, the captions, and a folder of calibrations."""
+
+    def __init__(self, folder: Path, captions: int, batch: int) -> None:
+        self._folder, self._captions, self._batch = folder, captions, batch
+        self._parts = evaluate.Parts.load(load_config(evaluate.CONFIG, evaluate.POLICIES["full"]))
+        self._references: dict[tuple[object, ...], Tensor] = {}
+        config = load_config(evaluate.CONFIG)
+        height, width = config.latent_size
+        self._geometry = LatentGeometry(height, width, config.num_output_frames, BLOCK)
+        self.usual = Calibration.load(Path(evaluate.CALIBRATION), "calibration")
+
+    def settings(self, given: Settings) -> GeneratorSettings:
+        return generator_settings(load_config(evaluate.CONFIG, given), self._parts.model.config)
+
+    def _prompt(self, captions: Sequence[str], start: int = 0) -> Segment:
+        return Segment(start, self._parts.model.encode_text(self._parts.embeds(captions)))
+
+    @torch.inference_mode()
+    def latents(
+        self,
+        settings: GeneratorSettings,
+        segments: Sequence[Segment],
+        seeds: Sequence[int],
+        observer: Observer | None = None,
+        prefix: Tensor | None = None,
+    ) -> Tensor:
+        """[B, F, C, h, w] by the product's own loop; after a `prefix` one block more and no other."""
+        count = self._geometry.num_frames if prefix is None else prefix.shape[1] + BLOCK
+        generator = BlockGenerator(self._parts.model, settings)
+        geometry = replace(self._geometry, num_frames=count)
+        rollout = generator.start(geometry, segments, NoiseStream(seeds), len(seeds), prefix_latents=prefix)
+        if observer is None:
+            return torch.cat([block.latents for block in rollout.blocks()], 1)
+        with rollout.cache.observed(observer):
+            return torch.cat([block.latents for block in rollout.blocks()], 1)
+
+    @torch.inference_mode()
+    def held_out(self, given: Settings, places: Sequence[int], switched: bool = False) -> Tensor:
+        """The videos of captions that nothing else uses."""
+        starts = (0, SWITCH) if switched else (0,)
+        clips = [make_clip(SEED, place, starts[1:], frames=1, held=True) for place in places]
+        segments = [self._prompt([clip.captions[i] for clip in clips], start) for i, start in enumerate(starts)]
+        return self.latents(self.settings(given), segments, [video_seed(SEED, place, 0) for place in places])
+
+    def signal_to_error(self, trial: Trial, frames: float | None) -> Doubles:
+        """In dB, by caption."""
+        alone = callable(trial.calibration)
+        size = 1 if alone else self._batch
+        found: list[float] = []
+        for start in range(0, self._captions, size):
+            places = range(start, min(start + size, self._captions))
+            key = (tuple(places), tuple(trial.reference), trial.switched)
+            if key not in self._references:
+                full = [*evaluate.POLICIES["full"], *trial.reference]
+                self._references[key] = self.held_out(full, places, trial.switched).double()
+            first = SWITCH if trial.switched else BLOCK
+            whole = self._references[key][:, first:]
+            made = self.held_out(_policy(trial, frames, start), places, trial.switched).double()[:, first:]
+            error, signal = ((part).square().mean((1, 2, 3, 4)) for part in (made - whole, whole))
+            found += (10 * (signal / error.clamp_min(1e-12)).log10()).tolist()
+        return np.array(found)
+
+    def recorded(self, name: str, *arguments: str) -> Path:
+        """A calibration by the command, with other arguments than the usual one."""
+        path = self._folder / f"{name}.safetensors"
+        usual = {"--prompts": str(PROMPTS), "--videos": str(VIDEOS)}
+        given = {**usual, **dict(zip(arguments[::2], arguments[1::2], strict=True))}
+        options = [part for pair in given.items() for part in pair]
+        status = calibrate.main(["--config_path", evaluate.CONFIG, *options, "--out", str(path), "seed=1"])
+        assert status == 0, name
+        return path
+
+    def changed(self, name: str, change: Callable[[Calibration], Calibration]) -> Path:
+        """The usual calibration, changed."""
+        path = self._folder / f"{name}.safetensors"
+        change(self.usual).save(path)
+        return path
+
+    def part(self, name: str, videos: slice, blocks: slice) -> Path:
+        """Some of the usual calibration's videos and blocks."""
+
+        def taken(one: Calibration) -> Calibration:
+            errors, outputs = one.errors[videos, blocks], one.outputs[videos, blocks]
+            return replace(one, errors=errors, outputs=outputs, videos=one.videos[videos], blocks=one.blocks[blocks])
+
+        return self.changed(name, taken)
+
+    def on_policy(self, name: str, frames: float) -> Path:
+        """Errors over full history of what the policy itself has made: block by block after its own videos."""
+        path = self._folder / f"{name}.safetensors"
+        if not path.exists():
+            given = _policy(Trial(name, Path(evaluate.CALIBRATION)), frames, 0)
+            captions = read_prompts(PROMPTS, "prompts")[:VIDEOS]
+            seeds = [[video_seed(1, place, 0)] for place in range(VIDEOS)]
+            with torch.inference_mode():
+                made = [
+                    self.latents(self.settings(given), [self._prompt([caption])], seed)
+                    for caption, seed in zip(captions, seeds, strict=True)
+                ]
+            videos = [self._errors([self._prompt([c])], s, m) for c, s, m in zip(captions, seeds, made, strict=True)]
+            errors, outputs = (torch.stack(part) for part in zip(*videos, strict=True))
+            replace(self.usual, errors=errors, outputs=outputs).save(path)
+        return path
+
+    def own(self, name: str, blocks: Sequence[int]) -> Callable[[int], Path]:
+        """Every caption's own calibration, by these blocks of its video over full history."""
+
+        def path(place: int) -> Path:
+            file = self._folder / f"{name}_{place}.safetensors"
+            if not file.exists():
+                with torch.inference_mode():
+                    segments = [self._prompt(make_clip(SEED, place, frames=1, held=True).captions)]
+                video = self.held_out(evaluate.POLICIES["full"], [place])
+                errors, outputs = self._errors(segments, [video_seed(SEED, place, 0)], video, blocks)
+                made = replace(self.usual, errors=errors[None], outputs=outputs[None], blocks=tuple(blocks))
+                replace(made, videos=(f"caption {place}",)).save(file)
+            return file
+
+        return path
+
+    @torch.inference_mode()
+    def _errors(
+        self, segments: Sequence[Segment], seeds: Sequence[int], video: Tensor, blocks: Sequence[int] = BLOCKS
+    ) -> tuple[Tensor, Tensor]:
+        """Errors [blocks, layers, heads, C] and outputs [blocks, layers, heads] of the blocks that follow on the
+        beginning of `video` [1, F, C, h, w] over full history."""
+        full, model = self.settings(evaluate.POLICIES["full"]), self._parts.model
+        chosen = chosen_passes(load_config(evaluate.CONFIG, evaluate.POLICIES["full"]), None, None)
+        grams = output_grams(model, recorded_gates(BlockGenerator(model, full), chosen))
+        found = []
+        for block in blocks:
+            watch = HeadErrors(self._geometry.tokens_per_frame, CANDIDATES, grams, calibrate.QUERIES)
+            self.latents(full, segments, seeds, _With(block * BLOCK, watch), video[:, : block * BLOCK])
+            found.append((watch.errors(), watch.outputs()))
+        errors, outputs = (torch.stack(part) for part in zip(*found, strict=True))
+        return errors, outputs
+
+    def influence(self) -> Tensor:
+        """[layers]: the error in the latents over the predicted one, where that layer alone keeps the last frame."""
+        place, layers = CANDIDATES.index(Retention(0, 1)), self.usual.subject.num_layers
+        captions, full = read_prompts(PROMPTS, "prompts")[:VIDEOS], self.settings(evaluate.POLICIES["full"])
+        with torch.inference_mode():
+            segments = [self._prompt(captions)]
+        seeds = [video_seed(1, place, 0) for place in range(VIDEOS)]
+        whole, found = self.latents(full, segments, seeds), []
+        for layer in range(layers):
+            kept = [Retention(0, 1) if one == layer else FULL_HISTORY for one in range(layers)]
+            table = RetentionTable.of([[one] * self.usual.subject.num_heads for one in kept])
+            made = self.latents(replace(full, policy=policy_of_table(table)), segments, seeds)
+            predicted = self.usual.mean_errors()[layer, :, place].square().sum()
+            found.append(float((made - whole).square().mean() / predicted))
+        return torch.tensor(found) / max(found)
+
+
+@dataclass(frozen=True)
+class _With:
+    """An observer of the passes that see so many earlier frames alone."""
+
+    frames: int
+    errors: HeadErrors
+
+    def __call__(self, layer: int, q: Tensor, keys: Tensor, context: Sequence[int], values: Tensor) -> None:
+        if len(context) == self.frames:
+            self.errors(layer, q, keys, context, values)
+
+
+def _policy(trial: Trial, frames: float | None, place: int) -> list[str]:
+    if trial.calibration is None:
+        return list(trial.settings)
+    file = trial.calibration(place) if callable(trial.calibration) else trial.calibration
+    assert frames is not None
+    return [*evaluate.calibrated(frames, file), *trial.settings]
+
+
+def weighted(weights: Tensor) -> Callable[[Calibration], Calibration]:
+    return lambda one: replace(one, errors=one.errors * weights[:, None, None])
+
+
+def powered(power: float) -> Callable[[Calibration], Calibration]:
+    """Errors that count with a power of their mean square; usual is 0.5."""
+    return lambda one: replace(
+        one, errors=(one.mean_errors() ** (4 * power)).float().expand_as(one.errors).contiguous()
+    )
+
+
+def evenly(one: Calibration) -> Calibration:
+    """Blocks count alike, wherever they are."""
+    return replace(one, errors=(one.errors / one.block_weights().float()[:, None, None, None]).contiguous())
