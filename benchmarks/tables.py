@@ -186,6 +186,12 @@ def compare(content: Content) -> str:
     return markdown([*header, "cache", "GPU peak"], body)
 
 
+def study(content: Content) -> str:
+    from shapes.calibration_study import table
+
+    return table(content).strip()
+
+
 def claims() -> str:
     from shapes import claims
 
@@ -201,6 +207,7 @@ KINDS: dict[str, Callable[[Content], str]] = {
     "shapes": shapes,
     "frontier": frontier,
     "compare": compare,
+    "study": study,
 }
 GPU = (
     "dit_480",

@@ -127,7 +127,7 @@ def run(args: argparse.Namespace, given: Sequence[str]) -> int:
     rows: list[dict[str, object]] = []
     usual: dict[float | None, Doubles] = {}
     for question, trial in trials(study, args.questions):
-        for frames in trial.frames or (None,):
+        for frames in [frames for frames in trial.frames if frames in args.frames] if trial.frames else [None]:
             values = study.signal_to_error(trial, frames)
             usual.setdefault(frames, values) if trial.name == USUAL else None
             row: dict[str, object] = {"question": question, "trial": trial.name, "frames": frames}
@@ -151,6 +151,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument(
         "--questions", type=lambda text: text.split(","), default=[], help="some of them (default: all)"
+    )
+    numbers = ", ".join(map(str, FRAMES))
+    parser.add_argument(
+        "--frames", type=float, nargs="*", choices=FRAMES, default=FRAMES, help=f"budgets (default {numbers})"
     )
     args = parser.parse_args(given)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)

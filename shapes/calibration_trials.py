@@ -16,7 +16,7 @@ from torch import Tensor
 from dummy.calibration.candidates import CANDIDATES
 from dummy.calibration.measured import Calibration
 from dummy.calibration.recorder import HeadErrors
-from dummy.policy import policy_of_table
+from dummy.policies.calibrated import policy_of_table
 from dummy.retentions import RetentionTable
 from pipeline.calibrate import command as calibrate
 from pipeline.calibrate.recording import chosen_passes, output_grams, recorded_gates

@@ -361,6 +361,7 @@ def test_a_dry_run_says_time_and_memory_and_stops(program: Program, capsys: pyte
         (["num_output_frames=3"], "num_output_frames: 3 leave no block to record"),
         (["start_from=a.png"], "start_from: a.png would be ignored"),
         (["--plot", "folder"], "--plot: draws the curve"),
+        (["--out", ""], "--out: missing"),
     ],
 )
 def test_what_cannot_be_recorded_is_said(
@@ -475,5 +476,12 @@ def test_the_curve_of_a_stored_calibration(stored: Path, tmp_path: Path, capsys:
         "6.00",
         "0.000",
     ]  # all there was to be lost in block 2
-    assert command.main(["--curve", str(tmp_path / "curve.svg")]) == 2
-    assert "--curve: " in capsys.readouterr().err
+    (tmp_path / "file").touch()
+    for given, message in (
+        (["--curve", str(tmp_path / "curve.svg")], "--curve: "),
+        (["--curve", str(tmp_path / "none")], "--curve: .*there is no such calibration"),
+        (["--curve", str(stored), "dummy_forcing.max_lengths=0"], "dummy_forcing.max_lengths: .* got 0"),
+        (["--curve", str(stored), "--plot", str(tmp_path / "file")], "--plot: .* is a file"),
+    ):
+        assert command.main(given) == 2
+        assert re.match(f"error: {message}", capsys.readouterr().err)

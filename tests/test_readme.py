@@ -16,9 +16,11 @@ import pytest
 import inference
 import interactive_inference
 import sample_vbench
+from benchmarks import compare as comparison
 from benchmarks import tables
 from dummy import compare
 from pipeline.atlas import command as atlas
+from pipeline.calibrate import command as calibrate
 from shapes import frontier
 from tests import conformance
 from tests.small_checkpoints import write_small_checkpoints
@@ -59,6 +61,13 @@ def clone(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
+def small_calibration(path: Path) -> None:
+    """As the page makes it, for the small checkpoints and the small video."""
+    made = ["--config_path", "configs/self_forcing_inference.yaml", "--videos", "1", "--steps", "3", "--blocks", "2"]
+    path.unlink(missing_ok=True)
+    assert calibrate.main([*made, "--out", str(path), *SMALL, "dummy_forcing=off"]) == 0
+
+
 def test_commands_are_found() -> None:
     assert len(COMMANDS) > 15
     assert "make demo" in COMMANDS
@@ -71,6 +80,8 @@ def test_a_script_runs(
     monkeypatch.chdir(clone)
     shutil.rmtree("videos", ignore_errors=True)
     shutil.rmtree("demo", ignore_errors=True)
+    if "_calibrated.yaml" in command:
+        small_calibration(Path("checkpoints/self_forcing_calibration.safetensors"))
     _, script, *arguments = shlex.split(command)
     small = SMALL + (SMALL_STORYBOARD if script == "interactive_inference.py" else [])
     assert SCRIPTS[script]([*arguments, *small]) == 0, capsys.readouterr().err
@@ -132,6 +143,26 @@ def test_a_target_exists(command: str) -> None:
     subprocess.run([*shlex.split(command), "-n"], cwd=ROOT, check=True, capture_output=True)
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "-m pipeline.calibrate" in c])
+def test_a_calibration_is_made_and_shown(
+    command: str, clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(clone)
+    _, _, _, *arguments = shlex.split(command)
+    small = [] if "--curve" in arguments else [*SMALL, "dummy_forcing=off", "--videos", "1", "--steps", "3"]
+    if "--out" in arguments:
+        Path(arguments[arguments.index("--out") + 1]).unlink(missing_ok=True)
+    assert calibrate.main([*arguments, *small]) == 0, capsys.readouterr().err
+
+
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "-m benchmarks.compare" in c])
+def test_a_comparison_is_called_rightly(command: str, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The run itself is tests/test_policy_comparison.py's; here its policies are understood."""
+    monkeypatch.chdir(clone)
+    configs, _ = comparison.configured(comparison._arguments(shlex.split(command)[3:]))
+    assert list(configs) == ["full", "packed", "calibrated:1.33", "window"]
+
+
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "-m dummy." in c])
 def test_the_atlas_and_the_comparison_run(
     command: str, clone: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
@@ -165,6 +196,8 @@ def test_no_command_is_left_out() -> None:
     known += (
         "python -m dummy.",
         "python -m pipeline.atlas",
+        "python -m pipeline.calibrate",
+        "python -m benchmarks.compare",
         "python -m shapes.frontier",
         "python sample_vbench.py",
         "torchrun ",

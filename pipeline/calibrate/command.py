@@ -68,6 +68,8 @@ def run(arguments: argparse.Namespace, command: str) -> int:
         for name in OF_RECORDING:
             if getattr(arguments, name) not in (None, False):
                 raise InputError(f"--{name}: --curve shows a stored calibration and would ignore it; give one of both")
+        if arguments.plot is not None:
+            ensure_writable_folder(arguments.plot, "--plot")
         sys.stdout.write(show_curve(arguments.curve, arguments.overrides, arguments.plot))
         return 0
     if arguments.plot is not None:
@@ -76,7 +78,7 @@ def run(arguments: argparse.Namespace, command: str) -> int:
     device = choose_device(recording.config)
     if arguments.dry_run:
         return dry_run(recording, device)
-    if arguments.out is None:
+    if arguments.out is None or not arguments.out.name:
         raise InputError("--out: missing; name the file that is to hold the calibration, or give --dry_run")
     require_files(recording.config)
     check_before_loading(recording.config, device)

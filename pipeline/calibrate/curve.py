@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -50,7 +50,11 @@ def stored(path: Path, overrides: Sequence[str]) -> tuple[InferenceConfig, Model
         config, model = load_config(settings), ModelConfig.from_mapping(sizes)
     except InputError as error:
         raise InputError(f"--curve: {path}: its settings cannot be used ({error}); make it again") from error
-    return load_config(settings, overrides) if overrides else config, model
+    if overrides:
+        config = load_config(settings, overrides)
+        # Checks what is given, which nothing has looked at while the policy is off.
+        replace(config.dummy_forcing, enabled=True, policy="calibrated", calibration=str(path), frames_per_head="full")
+    return config, model
 
 
 def curve(dial: Dial, config: InferenceConfig, sizes: ModelConfig) -> list[Point]:
