@@ -5,7 +5,8 @@
 
 Every point gets the same captions and the same noise (shapes.evaluate). Writes frontier.json, frontier.md, and
 frontier.svg with frontier.png: for each measure the points that no other beats at an equal or a smaller cost, and how
-every point compares with the original's setting, caption by caption. With --from a stored sweep is drawn anew.
+every point compares with the original's setting, caption by caption. frontier.json is written after every batch, so
+that a sweep that is stopped leaves what it had. With --from a stored sweep is drawn anew.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ import logging
 import math
 import sys
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -90,10 +91,13 @@ def points() -> dict[str, list[str]]:
     return found
 
 
-def sweep(config_path: str, chosen: Mapping[str, Sequence[str]], args: argparse.Namespace) -> dict[str, Values]:
+def sweep(
+    config_path: str, chosen: Mapping[str, Sequence[str]], args: argparse.Namespace
+) -> Iterator[dict[str, Values]]:
     """Generate and score every point; the first is what the others' PSNR is against. Raises InputError.
 
-    Batch by batch all points take turns, so that whatever else the machine does meets them all.
+    Batch by batch all points take turns, so that whatever else the machine does meets them all; what there is by then
+    comes after every batch.
     """
     configs = {name: load_config(config_path, [*settings, *args.set]) for name, settings in chosen.items()}
     _check(next(iter(configs.values())))
@@ -112,7 +116,7 @@ def sweep(config_path: str, chosen: Mapping[str, Sequence[str]], args: argparse.
                 found[name].add({**row, "quality": quality(row), "psnr": fidelity})
             reference = batch.videos if reference is None else reference
         logger.info("videos %d to %d: %.0f s", start + 1, start + len(group), time.monotonic() - began)
-    return found
+        yield found
 
 
 def _check(config: InferenceConfig) -> None:
@@ -146,9 +150,10 @@ def run(args: argparse.Namespace, given: Sequence[str]) -> int:
         every = points()
         names = args.points or (SHORT if args.short else every)
         chosen = {name: every[name] for name in dict.fromkeys([DENSE, *names])}
-        found = sweep(args.config, chosen, args)
-        content = {**evaluate.about("shapes.frontier", given), **summary(found, chosen, COMPARED)}
-        write_atomic(args.out / "frontier.json", json.dumps(content, indent=1) + "\n")
+        content: dict[str, Any] = {}
+        for found in sweep(args.config, chosen, args):
+            content = {**evaluate.about("shapes.frontier", given), **summary(found, chosen, COMPARED)}
+            write_atomic(args.out / "frontier.json", json.dumps(content, indent=1) + "\n")
     else:
         content = stored(args.stored)
     write_atomic(args.out / "frontier.md", table(content))
