@@ -16,7 +16,7 @@ import statistics
 import sys
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,9 @@ from torch import Tensor
 from benchmarks.machine import facts
 from benchmarks.tables import compare as table
 from benchmarks.video_measures import Measures, measure, require_libraries
+from dummy.config import DummyForcingConfig
+from dummy.policies.registry import POLICIES as REGISTERED
+from dummy.policies.registry import SELECTIVE
 from dummy.presets import PRESETS
 from pipeline import Pipeline
 from pipeline.config.config import InferenceConfig, load_config
@@ -40,11 +43,7 @@ from utils.video import VideoWriter
 POLICIES = "full,packed,calibrated:1.33,window"
 COLUMNS = 4  # videos in a row
 FIRST_BLOCKS = 3  # whose history is still short, and in which things are captured
-_ROLES = ("packed", "prune", *PRESETS)
-_NOT_CALIBRATED = ["dummy_forcing.calibration=null", "dummy_forcing.frames_per_head=null"]
-_NOT_CALIBRATED += ["dummy_forcing.max_lengths=null"]
-_NO_ROLES = [f"dummy_forcing.{name}=null" for name in ("retention", "equal_cost", "roles")]
-_NO_ROLES += ["dummy_forcing.reclassify_on_switch=false"]
+_DEFAULTS = {field.name: field.default for field in fields(DummyForcingConfig)}
 
 
 @dataclass(frozen=True)
@@ -70,20 +69,25 @@ def overrides_of(policy: str, config: InferenceConfig, calibration: str | None) 
         if not amount and window == -1:
             raise InputError("--policies: window: the configuration has none; write its latent frames, as window:12")
         return ["dummy_forcing.enabled=false", f"model_kwargs.local_attn_size={amount or window}"]
-    same = ["dummy_forcing.enabled=true", f"model_kwargs.local_attn_size={window}"]
-    if name == "calibrated" and amount:
-        file = [] if calibration is None else [f"dummy_forcing.calibration={calibration}"]
-        chosen = ["dummy_forcing.policy=calibrated", f"dummy_forcing.frames_per_head={amount}"]
-        return [*same, *chosen, *file, *_NO_ROLES]
-    if name in _ROLES and not amount:
-        if name == "prune":
-            return [*same, "dummy_forcing.policy=prune", "dummy_forcing.preset=paper", *_NO_ROLES, *_NOT_CALIBRATED]
-        preset = [] if name == "packed" else [f"dummy_forcing.preset={name}", *_NO_ROLES]
-        return [*same, "dummy_forcing.policy=packed", *preset, *_NOT_CALIBRATED]
-    raise InputError(
-        f"--policies: {policy[:40]!r} is none; write full, window or window:FRAMES, calibrated:FRAMES (a head), or one "
-        f"of {', '.join(_ROLES)}"
-    )
+    kind = "packed" if name in PRESETS else name
+    if kind not in REGISTERED or bool(amount) != (kind == "calibrated"):
+        raise InputError(
+            f"--policies: {policy[:40]!r} is none; write full, window or window:FRAMES, calibrated:FRAMES (a head), or "
+            f"one of {', '.join([*(one for one in REGISTERED if one != 'calibrated'), *PRESETS])}"
+        )
+    given: dict[str, object] = {"enabled": True, "policy": kind}
+    given |= {key: _DEFAULTS[key] for key in SELECTIVE if key not in REGISTERED[kind].uses}
+    if name in PRESETS:
+        given |= {"preset": name, "retention": None, "equal_cost": None}
+    elif kind == "prune":
+        given["preset"] = "paper"
+    elif kind == "calibrated":
+        given |= {"frames_per_head": amount} | ({} if calibration is None else {"calibration": calibration})
+    written = {key: {None: "null", True: "true", False: "false"}.get(value, value) for key, value in given.items()}
+    return [
+        f"model_kwargs.local_attn_size={window}",
+        *(f"dummy_forcing.{key}={value}" for key, value in written.items()),
+    ]
 
 
 def configured(arguments: argparse.Namespace) -> tuple[dict[str, InferenceConfig], dict[str, list[str]]]:
