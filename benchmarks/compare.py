@@ -92,7 +92,8 @@ def overrides_of(policy: str, config: InferenceConfig, calibration: str | None) 
 
 def configured(arguments: argparse.Namespace) -> tuple[dict[str, InferenceConfig], dict[str, list[str]]]:
     """The configuration and the overrides of every policy. Raises InputError."""
-    data = [] if arguments.prompts is None else [f"data_path={arguments.prompts}"]
+    data = [] if arguments.prompts is None else [f"data_path={arguments.prompts}", "inference_iter=-1"]
+    data += [] if arguments.videos is None else [f"inference_iter={arguments.videos}"]
     config = load_config(arguments.config, [*arguments.overrides, *data])
     names = list(dict.fromkeys(name.strip() for name in arguments.policies.split(",")))
     overrides = {name: overrides_of(name, config, arguments.calibration) for name in names}
@@ -196,7 +197,7 @@ def run(arguments: argparse.Namespace, given: Sequence[str]) -> int:
     first = next(iter(configs.values()))
     if first.num_output_frames < 2 * first.num_frame_per_block:
         raise InputError(f"num_output_frames: {first.num_output_frames} is one block, which has no past; use more")
-    jobs = read_jobs(first)[: arguments.videos]
+    jobs = read_jobs(first)
     device = choose_device(first)
     require_files(first)
     for config in configs.values():
@@ -233,7 +234,7 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("--policies", default=POLICIES, help=f"the first is the reference (default {POLICIES})")
     parser.add_argument("--prompts", metavar="FILE", help="instead of data_path; storyboards too")
-    parser.add_argument("--videos", type=_count, help="at most so many (default: all)")
+    parser.add_argument("--videos", type=_count, help="so many prompts (default: all)")
     parser.add_argument("--calibration", metavar="FILE", help="for calibrated, instead of the configuration's")
     parser.add_argument("--out", type=Path, default=Path("comparison"), metavar="FOLDER")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all policies")

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -90,8 +91,8 @@ def test_the_policy_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) ->
 
 def test_the_transformer_table(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "rows.json"
-    arguments = ["--resolution", "tiny", "--dim", "64", "--layers", "2", "--policy", "full,packed", "--repeat", "1"]
-    arguments += ["--engine", "eager", "--attention", "auto,fa3", "--profile"]
+    arguments = ["--resolution", "tiny", "--dim", "64", "--layers", "2", "--repeat", "1", "--profile"]
+    arguments += ["--policy", "full,packed,calibrated", "--engine", "eager", "--attention", "auto,fa3"]
     assert dit.main([*arguments, "--device", "cpu", "--json", str(out)]) == 0
     printed = capsys.readouterr().out
     assert "left out: attention: 'fa3' needs an NVIDIA GPU" in printed
@@ -100,7 +101,12 @@ def test_the_transformer_table(tmp_path: Path, capsys: pytest.CaptureFixture[str
     assert content["torch"] == torch.__version__
     assert content["command"].startswith("benchmarks.dit --resolution tiny")
     assert content["ceilings"]["product_tflops"] > 0
-    full, packed = content["rows"]
+    full, packed, calibrated = content["rows"]
+    assert re.search(
+        f"tiny eager, sdpa: calibrated [0-9.]+ ms and {calibrated['launches']} launches with 3.50 frames a head, "
+        f"packed [0-9.]+ ms and {packed['launches']} with 4.00",
+        printed,
+    )
     assert (full["attention"], full["frames_per_head"], packed["frames_per_head"]) == ("sdpa", 18, 4.0)
     assert packed["launches"] > 100
     assert packed["fps"] == pytest.approx(12 / packed["block_ms"] * 1000)
