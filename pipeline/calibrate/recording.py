@@ -179,7 +179,7 @@ def _differences(there: Calibration, begun: Calibration) -> Iterator[str]:
 def recorded_gates(generator: BlockGenerator, passes: ChosenPasses) -> Tensor:
     """[layers, dim] in float32: by what a layer's attention is multiplied before it joins the stream, the root of the
     mean square over the recorded passes."""
-    times = [*generator.steps, generator.clean]
+    times = [*generator.usual.steps, generator.clean]
     gates = torch.stack([times[place].layers[:, 2].float() for place, _ in passes.passes])
     return gates.square().mean(0).sqrt()
 
