@@ -21,8 +21,9 @@ from wan.config import WAN_1_3B, AdapterConfig, ModelKwargs
 ROOT = Path(__file__).parents[1]
 ALL_CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 FAMILIES = ("self_forcing", "longlive", "causal_forcing")
-CALIBRATED = [path for path in ALL_CONFIGS if path.stem.endswith("_calibrated")]
-CONFIGS = [path for path in ALL_CONFIGS if path.stem.startswith(FAMILIES) and path not in CALIBRATED]
+_OF_FAMILIES = [path for path in ALL_CONFIGS if path.stem.startswith(FAMILIES)]
+CALIBRATED = [path for path in _OF_FAMILIES if path.stem.endswith("_calibrated")]
+CONFIGS = [path for path in _OF_FAMILIES if path not in CALIBRATED]
 PUBLISHED = sorted((ROOT / "tests" / "data" / "published").glob("*.yaml"))
 SELF_FORCING = ROOT / "configs" / "self_forcing_inference.yaml"
 LONGLIVE = ROOT / "configs" / "longlive_inference.yaml"
