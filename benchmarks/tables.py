@@ -156,6 +156,12 @@ def _way(row: Content) -> str:
     return f"{row['peak_gib']:.1f} GiB{host}, {how}"
 
 
+def scale(content: Content) -> str:
+    from benchmarks.scale import table
+
+    return table(content["rows"], None)
+
+
 def frontier(content: Content) -> str:
     from shapes.frontier_report import table
 
@@ -206,6 +212,7 @@ KINDS: dict[str, Callable[[Content], str]] = {
     "memory": memory,
     "shapes": shapes,
     "frontier": frontier,
+    "scale": scale,
     "compare": compare,
     "study": study,
 }
