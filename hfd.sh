@@ -4,7 +4,7 @@ set -euo pipefail
 
 usage() {
   cat <<'EOF'
-Usage: bash hfd.sh OWNER/REPOSITORY [FOLDER] [--dry_run]
+Usage: bash hfd.sh OWNER/REPOSITORY[/FILE] [FOLDER] [--dry_run]
 
 Downloads a model to FOLDER/REPOSITORY; FOLDER is the current directory if it is left out. The program looks for
 models in `checkpoints` (model_root in the configuration, or the environment variable DUMMY_FORCING_ROOT), so:
@@ -13,10 +13,17 @@ models in `checkpoints` (model_root in the configuration, or the environment var
   bash hfd.sh gdhe17/Self-Forcing checkpoints
   bash hfd.sh Efficient-Large-Model/LongLive-1.3B checkpoints
   bash hfd.sh zhuhz22/Causal-Forcing checkpoints
+  bash hfd.sh JiaqiFeng/OneForcing checkpoints
+  bash hfd.sh JunhaoZhuang/Self_Gradient_Forcing checkpoints
+  bash hfd.sh MeiGen-AI/OPSD-V checkpoints
+  bash hfd.sh SOTAmak1r/Infinite-Forcing checkpoints
+  bash hfd.sh JaydenLu666/Reward-Forcing-T2V-1.3B checkpoints
+  bash hfd.sh TencentARC/RollingForcing checkpoints
   bash hfd.sh Wan-AI/Wan2.1-T2V-14B checkpoints
 
-Of these only the files that the program reads are downloaded; of any other repository, all. A download that was
-broken off goes on where it stopped when the command is run again. Licences are on each model's page: read them.
+Of these only the files that the program reads are downloaded; of any other repository, all; with FILE, that one alone
+(such as zhuhz22/Causal-Forcing/framewise/causal_forcing.pt). A download that was broken off goes on where it stopped
+when the command is run again. Licences are on each model's page: read them. docs/checkpoints.md says what runs them.
 
   --dry_run   print the repository, the files and the folder; download nothing
   --help      print this
@@ -40,7 +47,8 @@ misuse() {
   exit 2
 }
 
-# Sets `patterns` (which files) and `size_gb` (their size together, rounded up; 0 where it is not known).
+# Sets `patterns` (which files) and `size_gb` (their size together, rounded up; 0 where it is not known). The files are
+# those of wan/checkpoints/published.py.
 describe() {
   case "$1" in
     Wan-AI/Wan2.1-T2V-*)
@@ -49,7 +57,19 @@ describe() {
       ;;
     gdhe17/Self-Forcing) patterns=('checkpoints/self_forcing_dmd.pt') size_gb=6 ;;
     Efficient-Large-Model/LongLive-1.3B) patterns=('models/*.pt') size_gb=9 ;;
-    zhuhz22/Causal-Forcing) patterns=('chunkwise/causal_forcing.pt' 'framewise/causal_forcing.pt') size_gb=12 ;;
+    zhuhz22/Causal-Forcing)
+      patterns=('chunkwise/causal_forcing.pt' 'framewise/causal_forcing.pt' 'causal-forcing++/framewise-2step.pt')
+      patterns+=('causal-forcing++/framewise-1step.pt' 'chunkwise/longvideo.pt') size_gb=30
+      ;;
+    JiaqiFeng/OneForcing) patterns=('checkpoints/one_forcing.pt') size_gb=0 ;;
+    JunhaoZhuang/Self_Gradient_Forcing) patterns=('framewise/ar/model.pt' 'chunkwise/ar/model.pt') size_gb=0 ;;
+    MeiGen-AI/OPSD-V)
+      patterns=('checkpoints/self_forcing_dmd_ema_as_generator.pt' 'checkpoints/opsdv_self_forcing_lora.pt')
+      patterns+=('checkpoints/longlive_base.pt' 'checkpoints/opsdv_longlive_lora.pt') size_gb=0
+      ;;
+    SOTAmak1r/Infinite-Forcing) patterns=('ema_model.pt') size_gb=0 ;;
+    JaydenLu666/Reward-Forcing-T2V-1.3B) patterns=('rewardforcing.pt') size_gb=0 ;;
+    TencentARC/RollingForcing) patterns=('checkpoints/rolling_forcing_dmd.pt') size_gb=0 ;;
     *) patterns=() size_gb=0 ;;
   esac
 }
@@ -151,11 +171,14 @@ for argument in "$@"; do
   esac
 done
 [[ -n $repository ]] || misuse "which repository?"
-[[ $repository =~ ^[A-Za-z0-9._-]+/[A-Za-z0-9._-]+$ ]] || misuse "'$repository' is not of the form OWNER/REPOSITORY."
+[[ $repository =~ ^([A-Za-z0-9._-]+/[A-Za-z0-9._-]+)(/([A-Za-z0-9._+/-]*[A-Za-z0-9]))?$ ]] ||
+  misuse "'$repository' is not of the form OWNER/REPOSITORY or OWNER/REPOSITORY/FILE."
+repository=${BASH_REMATCH[1]} file=${BASH_REMATCH[3]}
 root=${root:-.}
 target=$root/${repository#*/}
 
 describe "$repository"
+if [[ -n $file ]]; then patterns=("$file") size_gb=0; fi
 printf 'repository: %s\n' "$repository"
 printf 'files:      %s\n' "${patterns[*]:-all}"
 if ((size_gb > 0)); then printf 'size:       about %s GB\n' "$size_gb"; fi

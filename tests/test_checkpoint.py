@@ -16,9 +16,10 @@ from torch import Tensor, nn
 from tests.small_checkpoints import MODEL_CONFIG, dit_shapes, lora_weights, random_weights
 from utils.errors import InputError
 from wan.checkpoints.diffusers_layout import read_generator, read_model_config, to_wan
-from wan.checkpoints.files import REPOSITORIES, download_hint, read_json
+from wan.checkpoints.files import download_hint, read_json
 from wan.checkpoints.filling import load_into
 from wan.checkpoints.lora import merge_lora
+from wan.checkpoints.published import REPOSITORIES
 from wan.checkpoints.reading import read_tensors
 from wan.checkpoints.state import generator_state, strip_wrappers
 

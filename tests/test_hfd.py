@@ -11,13 +11,14 @@ import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from fnmatch import fnmatch
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
 
-from wan.checkpoints.files import REPOSITORIES
+from wan.checkpoints.published import REPOSITORIES, SPECS
 
 ROOT = Path(__file__).resolve().parents[1]
 COMMIT = "0123456789abcdef0123456789abcdef01234567"
@@ -135,6 +136,7 @@ def test_help_names_every_repository_that_missing_files_point_to(tmp_path: Path)
     [
         (("Wan2.1-T2V-1.3B",), "'Wan2.1-T2V-1.3B' is not of the form OWNER/REPOSITORY"),
         (("--dryrun", "a/b"), "there is no option --dryrun"),
+        (("a/b/", "c"), "'a/b/' is not of the form OWNER/REPOSITORY or OWNER/REPOSITORY/FILE"),
         (("a/b", "c", "d"), "too many arguments: d"),
     ],
 )
@@ -149,16 +151,26 @@ def test_misuse(tmp_path: Path, arguments: tuple[str, ...], message: str) -> Non
     [
         ("gdhe17/Self-Forcing", "checkpoints/self_forcing_dmd.pt"),
         ("Efficient-Large-Model/LongLive-1.3B", "models/*.pt"),
-        ("zhuhz22/Causal-Forcing", "chunkwise/causal_forcing.pt framewise/causal_forcing.pt"),
+        ("zhuhz22/Causal-Forcing/causal-forcing++/framewise-2step.pt", "causal-forcing++/framewise-2step.pt"),
         ("someone/else", "all"),
     ],
 )
 def test_dry_run_says_what_would_come_and_leaves_nothing(tmp_path: Path, repository: str, files: str) -> None:
     result = hfd(repository, "weights", "--dry_run", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
-    assert f"repository: {repository}\nfiles:      {files}\n" in result.stdout
-    assert f"folder:     weights/{repository.split('/')[1]}" in result.stdout
+    owner, name = repository.split("/")[:2]
+    assert f"repository: {owner}/{name}\nfiles:      {files}\n" in result.stdout
+    assert f"folder:     weights/{name}" in result.stdout
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("repository", {spec.repository for spec in SPECS})
+def test_the_files_are_those_that_configurations_name(tmp_path: Path, repository: str) -> None:
+    told = hfd(repository, "--dry_run", cwd=tmp_path).stdout
+    patterns = next(line for line in told.splitlines() if line.startswith("files:")).split()[1:]
+    needed = {file for spec in SPECS if spec.repository == repository for file in spec.files}
+    assert needed == {file for file in needed if any(fnmatch(file, pattern) for pattern in patterns)}
+    assert all(any(fnmatch(file, pattern) for file in needed) for pattern in patterns)
 
 
 def test_the_folder_is_the_current_one_by_default(tmp_path: Path) -> None:
@@ -172,6 +184,13 @@ def test_downloads_the_needed_files_alone(tmp_path: Path) -> None:
     folder = tmp_path / "weights" / "Wan2.1-T2V-1.3B"
     assert below(folder) == WAN_WANTED
     assert (folder / "Wan2.1_VAE.pth").read_text() == "content of Wan2.1_VAE.pth"
+
+
+def test_downloads_one_file_of_several(tmp_path: Path) -> None:
+    with hub(["a/x++.pt", "a/y.pt", "x++.pt"]) as endpoint:
+        result = hfd("owner/name/a/x++.pt", cwd=tmp_path, HF_ENDPOINT=endpoint)
+    assert result.returncode == 0, result.stderr
+    assert below(tmp_path / "name") == {"a/x++.pt"}
 
 
 def test_downloads_with_the_hf_command_when_python_lacks_the_library(tmp_path: Path) -> None:

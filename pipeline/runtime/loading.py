@@ -25,8 +25,9 @@ from wan.checkpoints.files import TooLarge, download_hint, relative_hint
 from wan.checkpoints.filling import load_into
 from wan.checkpoints.kinds import require_sizes
 from wan.checkpoints.lora import merge_lora
+from wan.checkpoints.published import backbone_of
 from wan.checkpoints.reading import read_tensors
-from wan.config import WAN_1_3B, WAN_14B, AdapterConfig, ModelConfig
+from wan.config import AdapterConfig, ModelConfig
 from wan.text import TextEncoder
 from wan.transformer.fp8 import check_fp8, to_fp8
 from wan.transformer.model import CausalWanModel
@@ -37,7 +38,6 @@ from wan.vae.vae import VAE
 logger = logging.getLogger(__name__)
 
 META = torch.device("meta")
-PUBLISHED_SIZES = {"14B": WAN_14B, "1.3B": WAN_1_3B}  # by what the name of the model's folder holds
 TEXT_ENCODER_HEADROOM = 12 << 30  # bytes free on the device from which on the 10.6 GiB text encoder goes there
 
 
@@ -145,8 +145,8 @@ def require_readable(config: InferenceConfig) -> None:
 
 def published_sizes(config: InferenceConfig) -> ModelConfig | None:
     """The sizes that the name of the model's folder promises, if it is that of a published one."""
-    folder = Path(config.model_name).name
-    return next((sizes for name, sizes in PUBLISHED_SIZES.items() if name in folder), None)
+    backbone = backbone_of(config.model_name)
+    return None if backbone is None else backbone.sizes
 
 
 def check_published_sizes(config: InferenceConfig) -> None:

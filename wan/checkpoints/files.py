@@ -12,16 +12,10 @@ from pathlib import Path
 from typing import Literal
 
 from utils.errors import InputError, shown
+from wan.checkpoints.published import REPOSITORIES, config_files, download_name, published_as
 
 Container = Literal["safetensors", "zip", "legacy pickle", "JSON"]
 
-REPOSITORIES = {
-    "Wan2.1-T2V-1.3B": "Wan-AI/Wan2.1-T2V-1.3B",
-    "Wan2.1-T2V-14B": "Wan-AI/Wan2.1-T2V-14B",
-    "Self-Forcing": "gdhe17/Self-Forcing",
-    "LongLive-1.3B": "Efficient-Large-Model/LongLive-1.3B",
-    "Causal-Forcing": "zhuhz22/Causal-Forcing",
-}
 SUFFIXES = (".safetensors", ".pt", ".pth", ".bin", ".ckpt")
 STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")  # in a folder, before any other name
 INDEX_SUFFIX = ".safetensors.index.json"
@@ -54,8 +48,10 @@ def some_names(names: Iterable[object]) -> str:
 
 
 def identify_hint(path: Path) -> str:
-    """The sentence that sends the user of a file that does not fit to what says what it is."""
-    return f"What the file is, `python -m wan.checkpoints.identify {shown(path)}` says."
+    """What sends the user of a file that does not fit to what says what it is, and to the settings that fit it."""
+    known = published_as(path)
+    fits = f" By its name it is {' or '.join(spec.name for spec in known)}, for {config_files(known)}." if known else ""
+    return f"What the file is, `python -m wan.checkpoints.identify {shown(path)}` says.{fits}"
 
 
 # --------------------------------------------------------------------------------------------------------------------
@@ -69,7 +65,8 @@ def download_hint(path: Path) -> str:
         repository = REPOSITORIES.get(parts[i])
         if repository is not None:
             root = str(Path(*parts[:i])) if i > 0 else ""
-            return f"It comes from {repository}; to get it, run:\nbash hfd.sh {repository} {shown(root)}".rstrip()
+            wanted = download_name(repository, "/".join(parts[i + 1 :]))
+            return f"It comes from {repository}; to get it, run:\nbash hfd.sh {wanted} {shown(root)}".rstrip()
     return "Check the path; the folders that `bash hfd.sh --help` lists go under the model root."
 
 

@@ -22,6 +22,7 @@ from wan.checkpoints.lora import CONTAINERS as LORA_CONTAINERS
 from wan.checkpoints.lora import LoraLayer, read_lora
 from wan.checkpoints.lora_names import PART, naming
 from wan.checkpoints.lora_settings import LoraSettings
+from wan.checkpoints.published import SPECS, config_files, published_as
 from wan.checkpoints.quantisation import is_no_weight, scale_names
 from wan.checkpoints.reading import read_tensors
 from wan.checkpoints.state import (
@@ -44,15 +45,11 @@ NEEDED = {
     "text encoder": "tokenizer.json in google/umt5-xxl of the folder of model_name",
     "preview decoder": "nothing, where no video starts from given frames",
 }
-# Published files by their container and the prefix of their names.
-FAMILY = {
-    ("generator_ema", "model."): "Self-Forcing's self_forcing_dmd.pt",
-    ("generator", "model."): "LongLive's longlive_base.pt and Causal-Forcing's chunkwise file",
-    ("generator_ema", "model._fsdp_wrapped_module."): "Causal-Forcing's framewise, Rolling Forcing's and others",
+# Layouts beside those of wan/checkpoints/published.py, by container and the prefix of names.
+OTHER_LAYOUTS = {
     ("", "model.diffusion_model."): "ComfyUI's checkpoints",
     ("", "diffusion_model."): "ComfyUI's diffusion models",
-    ("", "model."): "training code's bare states",
-    ("", ""): "a bare mapping: Wan-AI's, Reward Forcing's, Krea's",
+    ("", ""): "Wan-AI's own and others that are the mapping itself",
 }
 Tensors = Mapping[str, TensorInfo]
 
@@ -98,15 +95,37 @@ def _model_lines(path: Path, chain: str, prefix: str, tensors: Tensors) -> Itera
     wrappers = prefix + wrapped[: len(wrapped) - len(strip_wrappers(wrapped))]
     begin = f", each after {shown(wrappers, NAME_LIMIT)}" if wrappers else ""
     yield f"names: {found.layout}{begin}{f', in {shown(chain)}' if chain else ''}"
-    family = FAMILY.get((chain, wrappers)) if found.model == "transformer" else None
-    if family is not None and found.layout == "Wan":
-        yield f"layout: that of {family}"
+    if found.model == "transformer":
+        yield from _published(path)
+        if found.layout == "Wan" and not published_as(path):
+            yield from _layout(chain, wrappers)
     numbers = Numbers.of(bare)
     yield f"precision: {numbers.words()}"
     if numbers.quantisation or not numbers.read_here:
         read = "read here, and dequantised when it is loaded" if numbers.read_here else "not read here"
         yield f"quantisation: {numbers.quantisation or 'numbers that cannot be weights'}; {read}"
     yield from _use(path, found, numbers, chain)
+
+
+def _published(path: Path) -> Iterator[str]:
+    """Which checkpoint the name tells of, and what it is for."""
+    known = published_as(path)
+    if not known:
+        return
+    yield f"published as: {' or '.join(spec.name for spec in known)}, by its name"
+    yield f"configurations: {config_files(known)}"
+    yield f"made for: {' or '.join(dict.fromkeys(spec.schedule.words() for spec in known))}"
+    yield f"licence of the weights: {known[0].licence}; read the card of {known[0].repository}"
+
+
+def _layout(chain: str, wrappers: str) -> Iterator[str]:
+    """Which checkpoints have such a container and such names, where the file's name tells of none."""
+    known = [spec for spec in SPECS if (spec.container, spec.prefix) == (chain, wrappers)]
+    names = "; ".join(spec.name for spec in known) or OTHER_LAYOUTS.get((chain, wrappers))
+    if names:
+        yield f"layout: that of {names}"
+    if known:
+        yield f"configurations: of the one that it is, {config_files(known)}"
 
 
 def _what(found: ModelFile, path: Path) -> str:
@@ -176,6 +195,7 @@ def _lora_lines(path: Path, chain: str, names: Sequence[str]) -> Iterator[str]:
     by = by or (f"in {shown(settings.source.name)}" if settings else "not said, so the rank")
     yield f"alpha: {_some(alphas)} ({by}); B·A times {_some(sorted({layer.scale for layer in layers}))}"
     yield f"layers: {len(layers)}"
+    yield from _published(path)
     yield f"setting: lora_ckpt: {shown(path)}; adapter.rank and adapter.alpha may be left out"
     yield "needs: the generator that it was made for, as generator_ckpt"
     yield "missing: nothing"

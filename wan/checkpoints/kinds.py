@@ -18,6 +18,7 @@ from torch import Tensor
 from utils.errors import InputError, shown
 from wan.checkpoints.diffusers_layout import to_wan
 from wan.checkpoints.files import identify_hint
+from wan.checkpoints.published import BACKBONES
 from wan.checkpoints.text_names import WAN_IN_BLOCK, to_transformers
 from wan.checkpoints.vae_names import to_diffusers
 from wan.config import ModelConfig
@@ -26,11 +27,8 @@ Model = Literal["transformer", "VAE", "text encoder", "preview decoder"]
 Shapes = Mapping[str, Sequence[int]]
 
 VAE_TENSORS = 194
-PUBLISHED = {
-    (1536, 8960, 30): "Wan 2.1 1.3B",
-    (5120, 13824, 40): "Wan 2.1 14B",
-    (3072, 14336, 30): "Wan 2.2 TI2V 5B",
-}
+PUBLISHED = {(one.sizes.dim, one.sizes.ffn_dim, one.sizes.num_layers): one.name for one in BACKBONES}
+PUBLISHED[3072, 14336, 30] = "Wan 2.2 TI2V 5B"  # which is not supported
 HEAD_DIM = 128  # of all published transformers; no tensor's shape shows it
 # Names that other models of the same family have beside the text-to-video model's, and what they are.
 OTHER_TRANSFORMERS = {
