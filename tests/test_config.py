@@ -100,7 +100,7 @@ def test_published_files_load_with_at_most_one_warning(path: Path, caplog: pytes
 def test_published_dummy_forcing_file_keeps_its_absolute_paths() -> None:
     config = load_config(ROOT / "tests/data/published/dummy_longlive_interactive_inference.yaml")
     assert config.generator_path == Path("/home/user/pretrained/LongLive-1.3B/models/longlive_base.pt")
-    assert config.lora_path == Path("/home/user/pretrained/LongLive-1.3B/models/lora.pt")
+    assert [lora.path for lora in config.lora_files] == [Path("/home/user/pretrained/LongLive-1.3B/models/lora.pt")]
     assert config.model_folder == Path("/home/user/pretrained/Wan2.1-T2V-1.3B")
     assert config.vae_path == Path("/home/user/pretrained/Wan2.1-T2V-1.3B/Wan2.1_VAE.pth")
     assert config.switch_frame_indices == (40, 80, 120, 160, 200)
@@ -113,7 +113,7 @@ def test_published_self_forcing_training_file_takes_the_defaults() -> None:
     config = load_config(ROOT / "tests/data/published/self_forcing_dmd.yaml")
     assert (config.policy, config.num_output_frames, config.output_folder) == ("full", 21, "videos")
     assert config.data_path == "prompts/vidprom_filtered_extended.txt"
-    assert config.lora_path is None
+    assert config.lora_files == []
 
 
 def test_published_longlive_files() -> None:
@@ -200,7 +200,7 @@ def test_model_root_comes_from_yaml_then_environment_then_default(monkeypatch: p
     assert load_config(LONGLIVE).generator_path == Path("checkpoints") / inside
     monkeypatch.setenv("DUMMY_FORCING_ROOT", "/weights")
     assert load_config(LONGLIVE).generator_path == Path("/weights") / inside
-    assert load_config(LONGLIVE).lora_path == Path("/weights/LongLive-1.3B/models/lora.pt")
+    assert load_config(LONGLIVE).lora_files[0].path == Path("/weights/LongLive-1.3B/models/lora.pt")
     assert load_config(LONGLIVE, ["model_root=/disk"]).generator_path == Path("/disk") / inside
 
 

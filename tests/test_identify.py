@@ -78,7 +78,14 @@ def test_published_files_of_full_size_are_told_by_their_headers(tmp_path: Path, 
         ("causal_framewise", ["model._fsdp_wrapped_module.", "published as: Causal Forcing, frame-wise"]),
         (
             "longlive_lora",
-            ["names: peft, in generator_lora", "3 layers and width 64", "rank: 4", "alpha: 4 (not said", "LongLive, by", "lora_ckpt: "],
+            [
+                "names: peft, in generator_lora",
+                "3 layers and width 64",
+                "rank: 4",
+                "alpha: 4 (not said",
+                "LongLive, by",
+                "lora_ckpt: ",
+            ],
         ),
     ],
 )

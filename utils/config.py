@@ -80,9 +80,20 @@ def _unknown_keys(
         if key not in names:
             yield str(key), where, names
             continue
-        for option in _options(hints[key]):
-            if _is_dataclass(option) and isinstance(value, Mapping):
-                yield from _unknown_keys(option, value, _join(where, key))
+        for section, content, place in _sections(hints[key], value, _join(where, key)):
+            yield from _unknown_keys(section, content, place)
+
+
+def _sections(
+    annotation: object, value: object, where: str
+) -> Iterator[tuple[type[DataclassInstance], Mapping[str, object], str]]:
+    """The sections in a value, alone or in a list: the dataclass of each, what it holds, and where it stands."""
+    for option in _options(annotation):
+        if _is_dataclass(option) and isinstance(value, Mapping):
+            yield option, value, where
+        if get_origin(option) in (tuple, list) and isinstance(value, (list, tuple)):
+            for index, item in enumerate(value):
+                yield from _sections(get_args(option)[0], item, f"{where}[{index}]")
 
 
 def _close_keys(key: str, section: str, siblings: Sequence[str], known: Sequence[str]) -> list[str]:
@@ -173,7 +184,9 @@ def _describe(annotation: object) -> str:
         return f"one of {', '.join(str(choice) for choice in arguments)}"
     if get_origin(annotation) in (tuple, list):
         count = "" if arguments[-1] is Ellipsis or get_origin(annotation) is list else f"{len(arguments)} "
-        return f"a list of {count}{_NAMES[arguments[0]][1] if arguments[0] in _NAMES else 'entries'}"
+        section = _is_dataclass(arguments[0])
+        entries = _describe(arguments[0]).replace("a section", "sections") if section else "entries"
+        return f"a list of {count}{_NAMES[arguments[0]][1] if arguments[0] in _NAMES else entries}"
     if get_origin(annotation) is dict:
         return "a section"
     if _is_dataclass(annotation):

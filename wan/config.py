@@ -17,6 +17,7 @@ from wan.geometry import MOST_FRAMES
 
 MOST_RANK = 65536  # wider than any layer
 MOST_ALPHA = 1e6  # a LoRA's strength; far beyond, its weights leave the range of bf16
+MOST_STRENGTH = 100.0  # times the LoRA as it was trained
 MOST_SHIFT = 1000.0  # all steps are noise from there on, and clean below its inverse
 
 # The largest sizes of any model that could be meant: what lies beyond is a slip or an attack, and to build such a model
@@ -167,3 +168,18 @@ class AdapterConfig:
             raise InputError(f"adapter.alpha: must be above 0, got {self.alpha}")
         if self.alpha is not None and self.alpha > MOST_ALPHA:
             raise InputError(f"adapter.alpha: must be {MOST_ALPHA:g} or less, got {self.alpha}")
+
+
+@dataclass(frozen=True)
+class LoraConfig:
+    """An entry of the YAML list `loras`: one more LoRA to merge, with what its file says of rank and alpha."""
+
+    path: str
+    strength: float = 1.0  # times B A as the file has it; below 0 the other way
+
+    def __post_init__(self) -> None:
+        if not -MOST_STRENGTH <= self.strength <= MOST_STRENGTH:
+            raise InputError(
+                f"loras: strength must be from {-MOST_STRENGTH:g} to {MOST_STRENGTH:g} (1: as trained), got "
+                f"{self.strength:g} for {shown(self.path)}"
+            )

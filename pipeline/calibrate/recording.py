@@ -111,10 +111,10 @@ def empty(recording: Recording, sizes: ModelConfig, identity: str, about: Mappin
     """A calibration of no videos yet."""
     config, blocks = recording.config, recording.passes.blocks
     shape = 0, len(blocks), sizes.num_layers, sizes.num_heads
-    weights = [config.generator_path, config.lora_path]
+    weights = [config.generator_path, *(lora.path for lora in config.lora_files)]
     facts = {
         "model": config.model_name,
-        "weights": " + ".join(path.name for path in weights if path is not None),
+        "weights": " + ".join(path.name for path in weights),
         "sizes": asdict(sizes),
         "queries": recording.queries,
         "seeds": [],

@@ -5,12 +5,13 @@ from __future__ import annotations
 import re
 from collections.abc import Sequence
 from itertools import pairwise
+from pathlib import Path
 
 from dummy.policies.registry import cache_policy, finds_roles, has_roles, policy_from_config
 from pipeline.config.cache_rules import check_cache_rules, check_cuts, require
 from pipeline.config.resolution import MOST_PIXELS, check_resolution
 from pipeline.config.settings import Settings
-from utils.errors import InputError, quoted, require_range
+from utils.errors import InputError, quoted, require_range, shown
 from wan.geometry import MOST_FRAMES
 
 # What no run can mean, though it may be a slip of the keyboard; each of these is built as a list somewhere.
@@ -23,6 +24,7 @@ def check_settings(config: Settings) -> None:
     _check_schedule(config)
     _check_video(config)
     _check_run(config)
+    _check_loras(config)
     _check_context(config)
     _check_dummy_forcing(config)
     check_cache_rules(config)
@@ -101,6 +103,18 @@ def _check_run(config: Settings) -> None:
         fits = re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:[0-9]{1,3})?", getattr(config, name))
         told = f"expected auto, cpu, cuda, cuda:1 or the like, got {quoted(getattr(config, name))}"
         require(fits is not None, f"{name}: {told}")
+
+
+def _check_loras(config: Settings) -> None:
+    """Twice the same file is a slip: its strength says how much of it there is to be."""
+    seen: dict[Path, str] = {}
+    for lora in config.lora_files:
+        first = seen.setdefault(lora.path, lora.setting)
+        require(
+            first == lora.setting,
+            f"{lora.setting}: {shown(lora.path)} is merged already ({first}); name it once in loras, with the strength "
+            "that it is to have",
+        )
 
 
 def _check_context(config: Settings) -> None:

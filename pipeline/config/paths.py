@@ -54,10 +54,19 @@ def expand_paths(settings: Mapping[str, object]) -> dict[str, object]:
         expanded["dummy_forcing"] = {
             key: _expanded(key, value, f"dummy_forcing.{key}") for key, value in forcing.items()
         }
+    loras = settings.get("loras")
+    if isinstance(loras, Sequence) and not isinstance(loras, str):
+        expanded["loras"] = [_expanded_lora(lora, f"loras[{index}].path") for index, lora in enumerate(loras)]
     decoder = settings.get("decoder")
     if isinstance(decoder, str) and decoder.startswith(f"{PREVIEW}:"):
         expanded["decoder"] = f"{PREVIEW}:{user_path(decoder.removeprefix(f'{PREVIEW}:'), f'decoder: {PREVIEW}')}"
     return expanded
+
+
+def _expanded_lora(lora: object, setting: str) -> object:
+    if not isinstance(lora, Mapping) or not isinstance(lora.get("path"), str):
+        return lora  # reported when the dataclass is built
+    return {**lora, "path": str(user_path(lora["path"], setting))}
 
 
 def _expanded(key: str, value: object, setting: str) -> object:

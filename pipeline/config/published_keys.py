@@ -110,6 +110,8 @@ def translate(mapping: Mapping[str, object]) -> dict[str, object]:
     _translate_infinite_attention(settings)
     _translate_dummy_forcing(settings)
     _translate_steps(settings)
+    if settings.get("loras", ()) is None:
+        settings["loras"] = []
     if "switch_frame_indices" in settings:
         frames = settings["switch_frame_indices"]
         nothing = frames is None or (isinstance(frames, str) and frames.lower() in ("none", ""))

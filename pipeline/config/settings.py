@@ -7,12 +7,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 from dummy.config import DummyForcingConfig
 from pipeline.config import paths
 from pipeline.config.resolution import latent_size, pixel_size
-from wan.config import AdapterConfig, ModelKwargs
+from wan.config import AdapterConfig, LoraConfig, ModelKwargs
 
 
 @dataclass(frozen=True)
@@ -21,6 +21,15 @@ class RollingConfig:
     Forcing, arXiv 2509.25161; Causal Forcing's long-video checkpoint)."""
 
     max_attention: int = 21  # A, latent frames that a window of blocks sees, itself and the first block included
+
+
+class LoraFile(NamedTuple):
+    """A LoRA to merge: the setting that names it, its file, what is said of its rank and alpha, and its strength."""
+
+    setting: str
+    path: Path
+    adapter: AdapterConfig | None
+    strength: float = 1.0
 
 
 @dataclass(frozen=True)
@@ -55,7 +64,8 @@ class Settings:
     switch_frame_indices: tuple[int, ...] = ()
     generator_ckpt: str | None = None
     lora_ckpt: str | None = None
-    adapter: AdapterConfig | None = None
+    adapter: AdapterConfig | None = None  # of lora_ckpt
+    loras: tuple[LoraConfig, ...] = ()  # to merge after lora_ckpt, one after the other
     vae_ckpt: str | None = None  # file or folder; None: that in the model folder, under one of its usual names
     text_encoder_ckpt: str | None = None  # likewise
 
@@ -130,11 +140,14 @@ class Settings:
         return paths.resolve_path(self.generator_ckpt, self.model_root, "generator_ckpt")
 
     @property
-    def lora_path(self) -> Path | None:
-        """File of the LoRA to merge, or None."""
-        if self.lora_ckpt is None:
-            return None
-        return paths.resolve_path(self.lora_ckpt, self.model_root, "lora_ckpt")
+    def lora_files(self) -> list[LoraFile]:
+        """The LoRAs to merge, in order."""
+        named = [(f"loras[{i}].path", one.path, None, one.strength) for i, one in enumerate(self.loras)]
+        first = [] if self.lora_ckpt is None else [("lora_ckpt", self.lora_ckpt, self.adapter, 1.0)]
+        return [
+            LoraFile(setting, paths.resolve_path(path, self.model_root, setting), adapter, strength)
+            for setting, path, adapter, strength in (*first, *named)
+        ]
 
     @property
     def vae_path(self) -> Path:

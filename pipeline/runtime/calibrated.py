@@ -63,7 +63,7 @@ def compare_checkpoints(config: InferenceConfig, calibration: Calibration) -> No
 
 
 def checkpoint_identity(config: InferenceConfig) -> str:
-    """A hash of the small tensors of the generator's file as they are stored, and of the LoRA's file, if there is one.
+    """A hash of the small tensors of the generator's file as they are stored, and of those of LoRAs, if there are some.
 
     The same for every device and precision. Raises InputError for files that cannot be read.
     """
@@ -71,9 +71,10 @@ def checkpoint_identity(config: InferenceConfig) -> str:
     digest = hashlib.sha256()
     for name in sorted(state):
         _add(digest, name, state[name])
-    if config.lora_path is not None:
-        digest.update(f"LoRA {config.adapter}".encode())
-        for name, tensor in sorted(read_tensors(config.lora_path).items()):
+    for lora in config.lora_files:
+        times = f" times {lora.strength}" if lora.strength != 1 else ""
+        digest.update(f"LoRA {lora.adapter}{times}".encode())
+        for name, tensor in sorted(read_tensors(lora.path).items()):
             if isinstance(tensor, Tensor):
                 _add(digest, name, tensor)
     return digest.hexdigest()

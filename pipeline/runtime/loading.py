@@ -85,9 +85,9 @@ def model_config_file(config: InferenceConfig) -> Path:
 
 def needed_files(config: InferenceConfig) -> dict[Path, str]:
     """Every file (or folder of shards) that the run will open, whether it is there or not, and its setting."""
-    settings = {
+    settings: dict[str, Path | None] = {
         "generator_ckpt": config.generator_path,
-        "lora_ckpt": config.lora_path,
+        **{lora.setting: lora.path for lora in config.lora_files},
         "decoder": config.preview_path,
         "dummy_forcing.roles": _roles_path(config),
         "dummy_forcing.calibration": calibration_path(config),
@@ -239,12 +239,11 @@ def _assemble(
     state = read_sized_generator(config, sizes)
     if device == META:
         state = {name: tensor.to(META) for name, tensor in state.items()}
-    if config.lora_path is not None:
-        adapter = config.adapter or AdapterConfig()
-        lora = read_tensors(config.lora_path)
-        merged = merge_lora(state, lora, adapter.rank, adapter.alpha, config.lora_path, warn)
+    for lora in config.lora_files:
+        adapter, factors = lora.adapter or AdapterConfig(), read_tensors(lora.path)
+        merged = merge_lora(state, factors, adapter.rank, adapter.alpha, lora.path, lora.strength, warn)
         if device != META:
-            logger.info("LoRA: merged into %d layers", merged)
+            logger.info("LoRA: %s merged into %d layers, times %g", shown(lora.path), merged, lora.strength)
     with torch.device("meta"):
         model = CausalWanModel(sizes)
     load_into(model, state, source, dtype, device, consume=True)

@@ -55,9 +55,10 @@ def merge_lora(
     rank: int | None,
     alpha: float | None,
     source: Path,
+    strength: float = 1.0,
     warn: Callable[[str], None] = logger.warning,
 ) -> int:
-    """Replace in `state` every weight that the LoRA touches by W + (alpha / rank) · B·A, in float32.
+    """Replace in `state` every weight that the LoRA touches by W + strength · (alpha / rank) · B·A, in float32.
 
     The tensors that were in `state` are not written to; they may be on the meta device. `rank` is checked against the
     file, and None takes the file's; `alpha` None takes the file's, of every layer, or the rank where the file says
@@ -75,22 +76,22 @@ def merge_lora(
         name = f"{layer.name}.weight"
         stored = scale_of_weight.get(name)
         weight = dequantised(state[name], None if stored is None else state[stored])
-        state[name] = _merged(weight, layer, scale)
+        state[name] = _merged(weight, layer, scale, strength)
         if stored is not None:
             del state[stored]
         if layer.diff_b is not None:
             bias = state[f"{layer.name}.bias"].float()
-            state[f"{layer.name}.bias"] = bias + layer.diff_b.to(bias)
+            state[f"{layer.name}.bias"] = bias + strength * layer.diff_b.to(bias)
     return len(layers)
 
 
-def _merged(weight: Tensor, layer: LoraLayer, scale: float) -> Tensor:
+def _merged(weight: Tensor, layer: LoraLayer, scale: float, strength: float) -> Tensor:
     if layer.diff is not None:
-        weight = weight + layer.diff.to(weight)
+        weight = weight + strength * layer.diff.to(weight)
     if layer.a is None or layer.b is None:
         return weight
     a, b = layer.a.to(weight).flatten(1), layer.b.to(weight).flatten(1)
-    return torch.addmm(weight.flatten(1), b, a, alpha=scale).view_as(weight)
+    return torch.addmm(weight.flatten(1), b, a, alpha=strength * scale).view_as(weight)
 
 
 def read_lora(
