@@ -22,6 +22,7 @@ from tokenizers import Tokenizer, decoders, models, normalizers, pre_tokenizers,
 from torch import Tensor
 
 from utils import command
+from wan.checkpoints.published import SPECS
 
 KEYS_FILE = Path(__file__).parent / "data" / "checkpoint_keys.json"
 FULL_VAE_WIDTH = 96  # the width in checkpoint_keys.json of which all other widths of the VAE are multiples
@@ -244,6 +245,19 @@ def write_small_checkpoints(root: Path, seed: int = 0, lora_rank: int = 4) -> Sm
     return paths
 
 
+def write_published(root: Path, seed: int = 1, lora_rank: int = 4) -> None:
+    """Writes the files of wan/checkpoints/published.py that are not under `root` yet, in the layout of each."""
+    generator, shapes = torch.Generator().manual_seed(seed), dit_shapes(MODEL_CONFIG)
+    for spec in SPECS:
+        path = root / spec.path
+        if not path.exists():
+            weights = random_weights(shapes, generator)
+            named = {f"{spec.prefix}{name}": tensor for name, tensor in weights.items()}
+            _save(path, {spec.container: named} if spec.container else named)
+        if spec.lora is not None and not (root / spec.folder / spec.lora).exists():
+            _save(root / spec.folder / spec.lora, {"generator_lora": lora_weights(shapes, lora_rank, generator)})
+
+
 def _write_wan(paths: SmallCheckpoints, generator: torch.Generator) -> None:
     vocabulary = write_tokenizer(paths.tokenizer)
     _write_json(paths.model_folder / "config.json", paths.config)
@@ -285,6 +299,7 @@ def main(argv: Sequence[str] | None = None, report: Callable[[str], None] = prin
     parser.add_argument("--lora_rank", type=int, default=4)
     args = parser.parse_args(argv)
     write_small_checkpoints(args.root, args.seed, args.lora_rank)
+    write_published(args.root, args.seed + 1, args.lora_rank)
     report("\n".join(_listing(args.root)))
     return 0
 

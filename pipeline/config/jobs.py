@@ -14,6 +14,7 @@ from typing import Any
 from pipeline.config.cache_rules import check_cuts
 from pipeline.config.checks import check_switches
 from pipeline.config.config import InferenceConfig, as_dict
+from utils.config import build
 from utils.errors import InputError
 from utils.file_names import output_stems
 from utils.prompts import STORYBOARD_SUFFIX, Storyboard, is_storyboard_file, read_prompts, read_storyboards
@@ -150,7 +151,8 @@ def stale_reason(config: InferenceConfig, job: VideoJob) -> str:
     try:
         made: Any = read_json(job.metadata_path, "", "video's metadata")
         switches, seed = made["starts"][1:], made["noise_seed"]
-        then = {**made["config"], "prompts": made["prompts"], "switch_frame_indices": switches, "seed": seed}
+        config_then = as_dict(build(InferenceConfig, made["config"]))  # with defaults for keys that are newer
+        then = {**config_then, "prompts": made["prompts"], "switch_frame_indices": switches, "seed": seed}
         then["scene_cuts"] = made.get("scene_cuts", [])
     except (InputError, KeyError, TypeError):
         return ""  # no metadata, or not ours: nothing is known of the file

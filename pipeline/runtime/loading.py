@@ -15,6 +15,7 @@ from pipeline.config.config import InferenceConfig, check_against_model
 from pipeline.runtime.calibrated import compare_checkpoints, load_dial
 from pipeline.runtime.engine import check_engine
 from pipeline.runtime.inputs import GeneratorSettings
+from pipeline.runtime.published_schedule import warn_of_another_schedule
 from pipeline.runtime.schedule import DenoisingSchedule
 from utils.errors import InputError, shown
 from utils.user_paths import exists, is_folder, require_file, require_folder
@@ -164,6 +165,7 @@ def check_before_loading(config: InferenceConfig, device: torch.device) -> tuple
     """
     sizes = model_sizes(config)
     settings = generator_settings(config, sizes)
+    warn_of_another_schedule(config)
     dtype = choose_dtype(config, device)
     attention_backend(config.attention, device, dtype)
     ragged_backend(config.attention, device, dtype)
