@@ -32,6 +32,7 @@ from wan.checkpoints.diffusers_layout import diffusers_layer, read_generator, re
 from wan.checkpoints.filling import load_into, loading_bytes
 from wan.checkpoints.kinds import require_sizes
 from wan.checkpoints.lora import merge_lora
+from wan.checkpoints.published import FSDP
 from wan.checkpoints.quantisation import expanded
 from wan.checkpoints.reading import read_tensors
 from wan.checkpoints.state import generator_state, stripped_tensors
@@ -119,6 +120,31 @@ def fault_of(call: Callable[[], object]) -> str:
 @pytest.mark.parametrize("name", ["x.pt", "x.bin"])
 def test_a_generator_under_any_names(tmp_path: Path, content: Mapping[str, object], name: str) -> None:
     assert_is_the_model(read_generator(save(content, tmp_path / name), False))
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", FSDP])
+@pytest.mark.parametrize("container", ["generator_ema", "generator", "model", "state_dict", ""])
+@pytest.mark.parametrize("names", [dict, diffusers_names])
+def test_published_containers_with_and_without_wrappers(
+    tmp_path: Path, container: str, prefix: str, names: Callable[..., dict[str, Tensor]]
+) -> None:
+    named = prefixed(prefix, names(STATE))
+    beside = {"critic": {"x": torch.ones(1)}, "generator_lora": {"y": torch.ones(1)}, "step": 7}
+    path = save({container: named, **beside} if container else named, tmp_path / "x.pt")
+    assert_is_the_model(read_generator(path, container == "generator_ema"))
+    assert_is_the_model(read_generator(path, container != "generator_ema"))  # the one there is
+
+
+@pytest.mark.parametrize("prefix", ["", "model.", FSDP, "model.diffusion_model."])
+def test_shards_of_safetensors_with_wrappers(tmp_path: Path, prefix: str) -> None:
+    names = list(STATE)
+    files = {name: f"diffusion_pytorch_model-0000{i % 2 + 1}-of-00002.safetensors" for i, name in enumerate(names)}
+    for file in set(files.values()):
+        save(prefixed(prefix, {name: STATE[name] for name in names if files[name] == file}), tmp_path / file)
+    index = tmp_path / "diffusion_pytorch_model.safetensors.index.json"
+    index.write_text(json.dumps({"weight_map": {f"{prefix}{name}": file for name, file in files.items()}}))
+    assert_is_the_model(read_generator(tmp_path, False))
+    assert_is_the_model(read_generator(index, False))
 
 
 @pytest.mark.parametrize("use_ema", [True, False])
@@ -284,6 +310,16 @@ def test_what_loading_takes_is_foreseen(scales: bool, dtype: torch.dtype) -> Non
     at_work = 64 * 72 if scales else 0  # the FP8 numbers of the largest, which a GPU gets too
     assert loading_bytes(state, dtype) == pytest.approx(tracker.peak + at_work, rel=0.01)
     assert loading_bytes(state, dtype) >= dtype.itemsize * sum(weight.numel() for weight in plain.values())
+
+
+def test_scaled_fp8_in_a_container_with_wrappers(tmp_path: Path) -> None:
+    named = prefixed(FSDP, scaled(STATE, "weight_scale", lambda weight: [weight.shape[0], 1]))
+    state = read_generator(save({"generator_ema": named}, tmp_path / "x.pt"), True)
+    with torch.device("meta"):
+        model = CausalWanModel(SIZES)
+    load_into(model, state, HERE, torch.float32, "cpu")
+    for name, parameter in model.named_parameters():
+        torch.testing.assert_close(parameter, STATE[name], rtol=0.07, atol=0.02)
 
 
 def test_a_lora_is_merged_into_what_fp8_means(tmp_path: Path) -> None:

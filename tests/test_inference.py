@@ -71,6 +71,25 @@ def test_the_lora_changes_the_video(program: Program) -> None:
     assert program.mp4s != merged
 
 
+def test_a_stack_of_loras(program: Program, checkpoints: SmallCheckpoints, capsys: pytest.CaptureFixture[str]) -> None:
+    """Each changes the video by its strength; metadata has them, and a remark is made where they changed."""
+    short = (*SHORT, "inference_iter=1", "vae_tile=never", "low_memory=false")
+    loras = f"loras=[{{path: {checkpoints.longlive_lora}, strength: 0.5}}]"
+    assert program(*short, loras) == 0
+    (half,) = program.mp4s.values()
+    (made,) = [json.loads(path.read_text()) for path in program.written if path.suffix == ".json"]
+    assert made["config"]["loras"] == [{"path": str(checkpoints.longlive_lora), "strength": 0.5}]
+    capsys.readouterr()
+    assert program(*short) == 0
+    assert "although it was made with other loras;" in capsys.readouterr().out
+    assert program(*short, loras.replace("0.5", "1"), "overwrite=true") == 0
+    (whole,) = program.mp4s.values()
+    assert half != whole
+    adapter = (f"lora_ckpt={checkpoints.longlive_lora}", "adapter={rank: 4, alpha: 4}", "overwrite=true")
+    assert program(*short, *adapter) == 0
+    assert program.mp4s == dict.fromkeys(program.mp4s, whole)
+
+
 POLICIES: dict[str, list[str]] = {
     "full": ["dummy_forcing=off", "model_kwargs.local_attn_size=-1"],
     "window": ["dummy_forcing=off", "model_kwargs.local_attn_size=7", "model_kwargs.sink_size=1"],
@@ -242,6 +261,22 @@ def test_finished_videos_are_kept_with_a_remark(program: Program, capsys: pytest
         assert program.mp4s == before
     assert program("inference_iter=1", *SHORT, "seed=1", "overwrite=true") == 0
     assert program.mp4s != before
+
+
+def test_keys_that_are_newer_than_a_video_are_at_their_defaults(
+    program: Program, capsys: pytest.CaptureFixture[str]
+) -> None:
+    one = (*SHORT, "inference_iter=1", "vae_tile=never", "low_memory=false")
+    assert program(*one) == 0
+    (path,) = [path for path in program.written if path.suffix == ".json"]
+    made = json.loads(path.read_text())
+    del made["config"]["loras"], made["config"]["kv_flush"], made["config"]["model_kwargs"]["rolling_sink"]
+    path.write_text(json.dumps(made))
+    capsys.readouterr()
+    assert program(*one) == 0
+    assert "although" not in capsys.readouterr().out
+    assert program(*one, "kv_flush=true", "loras=[{path: a.pt}]") == 0
+    assert "made with other kv_flush, loras;" in capsys.readouterr().out.replace("loras, kv_flush", "kv_flush, loras")
 
 
 def test_settings_may_stand_anywhere_and_config_file_is_an_alias(program: Program) -> None:

@@ -12,6 +12,8 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from pipeline.config.config import as_dict, load_config
+from pipeline.runtime.loading import needed_files
 from tests.small_checkpoints import MODEL_CONFIG, dit_shapes, lora_weights, random_weights
 from utils.errors import InputError
 from wan.checkpoints.diffusers_layout import diffusers_layer
@@ -219,6 +221,74 @@ def test_ranks_may_differ_from_layer_to_layer() -> None:
     merged(content)
     with pytest.raises(InputError, match=r"adapter\.rank is 4, but file\.pt has rank 4, 9"):
         merged(content, 4, None)
+
+
+# --------------------------------------------------------------------------------------------------------------------
+# Several
+
+
+def test_loras_add_up_each_by_its_strength() -> None:
+    other = lora_weights(SHAPES, 8, torch.Generator().manual_seed(2))
+    content = {**LORA, f"{LAYER}.diff": torch.ones(64, 64), f"{LAYER}.diff_b": torch.ones(64)}
+    state = dict(STATE)
+    merge_lora(state, {"generator_lora": other, "critic_lora": LORA, "step": 3}, 8, 8.0, HERE)
+    merge_lora(state, content, None, None, HERE, 0.5)
+    merge_lora(state, LORA, None, None, HERE, -2.0)
+    factors = {
+        name: (LORA[f"{name}.lora_A.weight"], LORA[f"{name}.lora_B.weight"]) for name in (LAYER, "blocks.0.ffn.2")
+    }
+    for name, (a, b) in factors.items():
+        first = other[f"{PEFT}{name}.lora_B.weight"] @ other[f"{PEFT}{name}.lora_A.weight"]
+        expected = STATE[f"{name}.weight"] + first + (0.5 - 2.0) * b @ a + 0.5 * (name == LAYER)
+        torch.testing.assert_close(state[f"{name}.weight"], expected, atol=1e-5, rtol=1e-5)
+    torch.testing.assert_close(state[f"{LAYER}.bias"], STATE[f"{LAYER}.bias"] + 0.5)
+
+
+TWO = "loras=[{path: a.pt, strength: 0.8}, {path: b.pt}]"
+SELF_FORCING = Path(__file__).parents[1] / "configs" / "self_forcing_inference.yaml"
+
+
+def test_the_setting_names_files_and_strengths() -> None:
+    config = load_config(SELF_FORCING, ["model_root=/w", "lora_ckpt=/first.pt", "adapter={rank: 4}", TWO])
+    assert [(lora.setting, lora.path, lora.strength) for lora in config.lora_files] == [
+        ("lora_ckpt", Path("/first.pt"), 1.0),
+        ("loras[0].path", Path("/w/a.pt"), 0.8),
+        ("loras[1].path", Path("/w/b.pt"), 1.0),
+    ]
+    assert [lora.adapter is None for lora in config.lora_files] == [False, True, True]
+    assert load_config(as_dict(config)) == config
+    assert needed_files(config)[Path("/w/b.pt")] == "loras[1].path"
+    assert load_config(SELF_FORCING, [TWO, "loras=null"]).loras == ()
+    assert load_config(SELF_FORCING, ["loras=[{path: ~/a.pt}]"]).loras[0].path == str(Path.home() / "a.pt")
+
+
+@pytest.mark.parametrize(
+    ("given", "told"),
+    [
+        ("loras=a.pt", "loras: expected a list of sections with the keys path, strength, got the text 'a.pt'"),
+        ("loras={path: a.pt}", "loras: expected a list of sections with the keys path, strength, got a section"),
+        ("loras=[a.pt]", "loras[0]: expected a section with the keys path, strength, got the text 'a.pt'"),
+        ("loras=[{strength: 1}]", "loras[0].path: missing, expected text"),
+        ("loras=[{path: 3}]", "loras[0].path: expected text, got 3 (int)"),
+        ("loras=[{path: ''}]", "loras[0].path: the path is empty"),
+        (
+            "loras=[{path: a.pt}, {path: b.pt, strenght: 1}]",
+            "loras[1].strenght: unknown key; did you mean loras[1].strength",
+        ),
+        ("loras=[{path: a.pt, alpha: 4}]", "loras[0].alpha: unknown key"),
+        ("loras=[{path: a.pt, strength: high}]", "loras[0].strength: expected a number, got the text 'high'"),
+        (
+            "loras=[{path: a.pt, strength: 1e9}]",
+            "strength must be from -100 to 100 (1: as trained), got 1e+09 for a.pt",
+        ),
+        ("loras=[{path: a.pt, strength: .inf}]", "loras[0].strength: expected a number, got inf"),
+        ("loras=[{path: a.pt}, {path: ./x/../a.pt}]", "loras[1].path: /w/x/../a.pt is merged already (loras[0].path)"),
+    ],
+)
+def test_a_list_of_loras_that_cannot_be(given: str, told: str) -> None:
+    with pytest.raises(InputError) as caught:
+        load_config(SELF_FORCING, ["model_root=/w", given])
+    assert told in str(caught.value)
 
 
 # --------------------------------------------------------------------------------------------------------------------

@@ -62,6 +62,40 @@ def test_what_was_typed_is_a_storyboard(program: Program, policy: Sequence[str],
     assert torch.equal(pipeline.generate([(0, FOX), (3, BIRD), (12, FISH)]), frames)
 
 
+def test_a_cut_that_was_typed_is_that_of_a_storyboard(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    """Metadata has it, so that a storyboard that cuts elsewhere is seen to make another video."""
+    window = ("dummy_forcing=off", "model_kwargs.local_attn_size=6", "model_kwargs.sink_size=1", "rope=relative")
+    settings = (*window, "kv_flush=true", "num_output_frames=15", "vae_tile=never", "low_memory=false")
+    pipeline = pipeline_of(program, *settings)
+    made = []
+    for cut in (True, False):
+        with pipeline.session() as session:
+            frames = [take(session, 1, {0: FOX})]
+            with pytest.raises(InputError, match="comes before the window of 6 frames is full"):
+                session.prompt(BIRD, cut=True)
+            frames.append(take(session, 1, {0: BIRD}))
+            session.prompt(FISH, cut=cut)
+            frames.append(take(session, 3, {}))
+            assert session.cuts == [6] * cut
+        made.append(torch.cat(frames))
+    assert not torch.equal(made[0], made[1])
+    line = {"prompts": [FOX, BIRD, FISH], "switch_frame_indices": [3, 6], "scene_cuts": [False, True]}
+    board = program.file("board.jsonl", json.dumps(line) + "\n")
+    run = program.arguments(f"data_path={board}", *settings)
+    assert interactive_inference.main(run) == 0
+    (video,) = program.mp4s.values()
+    typed = program.folder / "typed.mp4"
+    with VideoWriter(typed, 48, 32) as writer:
+        writer.write(made[0])
+    assert typed.read_bytes() == video
+    (metadata,) = program.videos.glob("*.json")
+    assert json.loads(metadata.read_text())["scene_cuts"] == [6]
+    program.file("board.jsonl", json.dumps({**line, "scene_cuts": [False, False]}) + "\n")
+    capsys.readouterr()
+    assert interactive_inference.main(run) == 0
+    assert "although it was made with other scene_cuts;" in capsys.readouterr().out
+
+
 def test_a_whole_video_is_that_of_the_scripts(program: Program) -> None:
     arguments = program.arguments("inference_iter=1")
     config = load_config(arguments[1], arguments[2:])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from collections.abc import Sequence
 from itertools import pairwise
@@ -109,7 +110,7 @@ def _check_loras(config: Settings) -> None:
     """Twice the same file is a slip: its strength says how much of it there is to be."""
     seen: dict[Path, str] = {}
     for lora in config.lora_files:
-        first = seen.setdefault(lora.path, lora.setting)
+        first = seen.setdefault(Path(os.path.abspath(lora.path)), lora.setting)
         require(
             first == lora.setting,
             f"{lora.setting}: {shown(lora.path)} is merged already ({first}); name it once in loras, with the strength "
