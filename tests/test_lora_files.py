@@ -13,8 +13,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from pipeline.config.config import as_dict, load_config
+from pipeline.runtime.calibrated import checkpoint_identity
 from pipeline.runtime.loading import needed_files
-from tests.small_checkpoints import MODEL_CONFIG, dit_shapes, lora_weights, random_weights
+from tests.small_checkpoints import MODEL_CONFIG, SmallCheckpoints, dit_shapes, lora_weights, random_weights
 from utils.errors import InputError
 from wan.checkpoints.diffusers_layout import diffusers_layer
 from wan.checkpoints.lora import merge_lora
@@ -260,6 +261,14 @@ def test_the_setting_names_files_and_strengths() -> None:
     assert needed_files(config)[Path("/w/b.pt")] == "loras[1].path"
     assert load_config(SELF_FORCING, [TWO, "loras=null"]).loras == ()
     assert load_config(SELF_FORCING, ["loras=[{path: ~/a.pt}]"]).loras[0].path == str(Path.home() / "a.pt")
+
+
+def test_a_stack_is_part_of_the_weights_identity(checkpoints: SmallCheckpoints) -> None:
+    """By which a calibration is told from one with other weights."""
+    stacks = ["", ", strength: 0.5", ", strength: -1"]
+    given = [[], *([f"loras=[{{path: {checkpoints.longlive_lora}{strength}}}]"] for strength in stacks)]
+    configs = [load_config(SELF_FORCING, [f"model_root={checkpoints.root}", *one]) for one in given]
+    assert len({checkpoint_identity(config) for config in configs}) == 4
 
 
 @pytest.mark.parametrize(

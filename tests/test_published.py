@@ -119,6 +119,16 @@ def test_a_dry_run_finds_all_in_place(
     assert "MISSING" not in told.out and told.err == ""
 
 
+@pytest.mark.parametrize("name", OF_THE_FAMILY)
+def test_heads_that_a_file_says_it_goes_with(name: str) -> None:
+    path = ROOT / "configs" / f"{name}.yaml"
+    told = path.read_text(encoding="utf-8").partition("\n  enabled: false  # ")[2].partition("\n")[0]
+    prune = ["dummy_forcing.policy=prune"] * ("prune" in told)
+    roles = ["dummy_forcing.roles=roles.json"] * ("roles" in told)
+    assert told.startswith("any policy") or prune or roles
+    assert load_config(path, ["dummy_forcing=on", *prune, *roles]).dummy_forcing.enabled
+
+
 @pytest.mark.parametrize(
     ("path", "names"),
     [
@@ -130,6 +140,8 @@ def test_a_dry_run_finds_all_in_place(
         ("causal_forcing.pt", ["Causal Forcing, chunk-wise", "Causal Forcing, frame-wise"]),
         ("Infinite-Forcing/ema_model.pt", ["Infinite-Forcing"]),
         ("ema_model.pt", []),
+        ("longvideo.pt", []),
+        ("chunkwise/longvideo.bin", ["Causal Forcing, long videos"]),
         ("x/model.pt", []),
         ("models/other.pt", []),
         ("", []),

@@ -33,6 +33,7 @@ from pipeline.runtime.loading import (
     require_heads,
     require_readable,
 )
+from utils.errors import shown
 from utils.memory import memory_of
 from utils.prompts import is_storyboard_file
 from utils.user_paths import exists, is_folder, look
@@ -293,6 +294,7 @@ def plan_lines(
         f"of {geometry.frames_per_block}; {geometry.tokens_per_frame} tokens a frame",
         f"Model: {planner.sizes.num_layers} layers x {planner.sizes.num_heads} heads, "
         f"{sum(p.nelement() for p in planner.model.parameters()) / 1e6:.1f} M parameters, {planner.dtype}",
+        *(f"LoRA: {shown(lora.path)} times {lora.strength:g}" for lora in config.lora_files),
         f"Policy: {settings.policy.name} (latent frames that a head keeps of what came before)",
         *(context.line(max_past, geometry.frames_per_block) for context in head_contexts(settings, planner.sizes)),
     ]

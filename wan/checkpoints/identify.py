@@ -196,7 +196,7 @@ def _lora_lines(path: Path, chain: str, names: Sequence[str]) -> Iterator[str]:
     yield f"alpha: {_some(alphas)} ({by}); B·A times {_some(sorted({layer.scale for layer in layers}))}"
     yield f"layers: {len(layers)}"
     yield from _published(path)
-    yield f"setting: lora_ckpt: {shown(path)}; adapter.rank and adapter.alpha may be left out"
+    yield f"setting: lora_ckpt: {shown(path)}, or path in loras; adapter.rank and adapter.alpha may be left out"
     yield "needs: the generator that it was made for, as generator_ckpt"
     yield "missing: nothing"
 

@@ -15,7 +15,7 @@ from pathlib import Path
 from wan.config import WAN_1_3B, WAN_14B, ModelConfig
 
 # Names that many repositories give their files: one of these alone tells nothing.
-COMMON_NAMES = frozenset({"model", "ema_model", "base", "lora", "diffusion_pytorch_model"})
+COMMON_NAMES = frozenset({"model", "ema_model", "base", "lora", "longvideo", "diffusion_pytorch_model"})
 FSDP = "model._fsdp_wrapped_module."
 
 
