@@ -95,7 +95,10 @@ SPECS = (
         "checkpoints/self_forcing_dmd.pt",
         "generator_ema",
         "model.",
-        ("self_forcing_inference", "self_forcing_vbench", "deep_forcing_inference", "rolling_sink_inference"),
+        (
+            *("self_forcing_inference", "self_forcing_vbench", "self_forcing_calibrated"),
+            *("deep_forcing_inference", "rolling_sink_inference"),
+        ),
         _CC_BY_NC_SA,
     ),
     ModelSpec(
@@ -104,7 +107,10 @@ SPECS = (
         "models/longlive_base.pt",
         "generator",
         "model.",
-        ("longlive_inference", "longlive_vbench", "longlive_interactive_inference", "longlive_long_context"),
+        (
+            *("longlive_inference", "longlive_vbench", "longlive_calibrated"),
+            *("longlive_interactive_inference", "longlive_long_context"),
+        ),
         _CC_BY_NC_SA,
         lora="models/lora.pt",
     ),
