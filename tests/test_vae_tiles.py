@@ -14,7 +14,7 @@ from utils.memory import PeakTracker
 from utils.video import to_uint8
 from wan.vae.feature_cache import FeatureCache
 from wan.vae.layers import run
-from wan.vae.memory import decode_bytes
+from wan.vae.memory import DecodeBytes, _remembered, decode_bytes
 from wan.vae.tiles import Stage, Tile, TiledFrames, split, tiling
 from wan.vae.vae import VAE
 
@@ -211,3 +211,19 @@ def test_the_prediction_holds(vae: VAE, weights: dict[str, Tensor], tile: int | 
             decoder.decode(frame_chunk)
     assert decoder.cache_bytes() == predicted.cache
     assert predicted.total == pytest.approx(tracker.peak, rel=0.02)
+
+
+def test_a_prediction_is_made_once_for_decoders_that_are_alike() -> None:
+    made = []
+
+    @_remembered
+    def predict(vae: VAE, height: int, tile: int | None = None) -> DecodeBytes:
+        made.append((vae, height, tile))
+        return DecodeBytes(len(made), 0)
+
+    half = torch.bfloat16
+    assert [predict(VAE.published(half), 64).cache for _ in range(2)] == [1, 1]
+    others = VAE.published(torch.float32), VAE.published(half).lay_out_for(torch.device("cpu"))
+    assert [predict(vae, 64).cache for vae in others] == [2, 3]
+    assert [predict(VAE.published(half), 64, tile=tile).cache for tile in (32, 16, 32)] == [4, 5, 4]
+    assert predict(VAE.published(half), 32).cache == 6

@@ -5,8 +5,10 @@ It counts tensors; what the allocator rounds up and cuDNN's workspaces come on t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
+from functools import update_wrapper
+from typing import Concatenate, ParamSpec
 
 import torch
 from torch import Tensor
@@ -15,6 +17,10 @@ from torch.overrides import TorchFunctionMode
 
 from utils.memory import PeakTracker
 from wan.vae.streaming import LatentDecoder
+
+REMEMBERED = 256  # predictions, of a few numbers each
+
+How = ParamSpec("How")
 
 
 @dataclass(frozen=True)
@@ -32,6 +38,27 @@ class DecodeBytes:
         return self.cache + self.activations
 
 
+def _remembered(
+    predict: Callable[Concatenate[LatentDecoder, How], DecodeBytes],
+) -> Callable[Concatenate[LatentDecoder, How], DecodeBytes]:
+    """`predict`, once for decoders of the same class whose weights have the same shapes and lie in memory in the same
+    way: it runs thousands of layers in Python, and a run asks for the same again where it plans, checks and reports."""
+    known: dict[Hashable, DecodeBytes] = {}
+
+    def remembered(vae: LatentDecoder, /, *args: How.args, **kwargs: How.kwargs) -> DecodeBytes:
+        weights = tuple((name, w.dtype, w.shape, w.stride()) for name, w in vae.module.named_parameters())
+        key = type(vae), vae.frame_chunk, weights, args, tuple(sorted(kwargs.items()))
+        if key not in known:
+            if len(known) >= REMEMBERED:
+                known.pop(next(iter(known)))
+            known[key] = predict(vae, *args, **kwargs)
+        return known[key]
+
+    update_wrapper(remembered, predict)
+    return remembered
+
+
+@_remembered
 def decode_bytes(
     vae: LatentDecoder,
     height: int,
