@@ -23,7 +23,7 @@ from pipeline.runtime.together import rank_device
 from pipeline.vbench.prompts import read_vbench_jobs
 from pipeline.vbench.records import Records
 from pipeline.vbench.sampling import Progress, batches, ignores_case, require_names_apart, sample
-from tests.small_checkpoints import write_small_checkpoints
+from tests.small_checkpoints import SmallCheckpoints
 from utils.distributed import World
 from utils.errors import InputError
 from utils.lock import RunLock
@@ -43,8 +43,8 @@ Contents = dict[str, bytes]
 
 
 @pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return write_small_checkpoints(tmp_path_factory.mktemp("checkpoints")).root
+def checkpoints(checkpoints: SmallCheckpoints) -> Path:
+    return checkpoints.root
 
 
 @pytest.fixture(autouse=True)
@@ -103,34 +103,31 @@ def _wait_for(process: subprocess.Popen[str], folder: Path, count: int) -> None:
 
 @posix
 def test_a_killed_run_resumed_equals_an_undisturbed_one(tmp_path: Path, checkpoints: Path) -> None:
-    case = Case(tmp_path, checkpoints, 40)
+    case = Case(tmp_path, checkpoints, 20)
     killed = case.start(2, "b")
-    _wait_for(killed, tmp_path / "b", 6)
+    _wait_for(killed, tmp_path / "b", 4)
     [begun] = case.events("b", "begin", rank=1)
     os.kill(int(str(begun["pid"])), signal.SIGKILL)
     assert "SIGKILL" in _output(killed)
     assert killed.returncode != 0
     survivors = {name: data for name, data in case.contents("b").items() if not name.startswith(".")}
-    assert 6 <= len(survivors) < 40
+    assert 4 <= len(survivors) < 20
 
     resumed = case.start(2, "b")
     output = _output(resumed)
     assert resumed.returncode == 0, output
-    assert "40 of 40 are there" in output and re.search(r"\d+ of 40 videos, \d+ an hour, \d:\d\d:\d\d left", output)
+    assert "20 of 20 are there" in output and re.search(r"\d+ of 20 videos, \d+ an hour, \d:\d\d:\d\d left", output)
     made = [event["file"] for rank in range(2) for event in case.events("b", "video", rank)]
-    assert len(made) == len(set(made)) == 40
+    assert len(made) == len(set(made)) == 20
 
     assert case.run("a") == 0
     assert case.contents("b") == case.contents("a")
-    assert len(case.contents("a")) == 40
+    assert len(case.contents("a")) == 20
     assert survivors.items() <= case.contents("a").items()
 
     dates = {path.name: path.stat().st_mtime_ns for path in (tmp_path / "b").iterdir()}
     (tmp_path / "b" / "a red cat, number 7-0.mp4").unlink()
-    again = case.start(2, "b")  # more processes than work
-    output = _output(again)
-    assert again.returncode == 0, output
-    assert "process 0 of 2 has made 0 videos" in output and "process 1 of 2 has made 1 videos" in output
+    assert case.run("b") == 0
     assert case.contents("b") == case.contents("a")
     changed = [path.name for path in (tmp_path / "b").iterdir() if path.stat().st_mtime_ns != dates[path.name]]
     assert changed == ["a red cat, number 7-0.mp4"]

@@ -7,7 +7,8 @@ import gc
 import json
 import threading
 import weakref
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import cache
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from pipeline.config.config import load_config
 from pipeline.config.jobs import read_jobs
 from pipeline.video_files import write_videos
 from tests.conftest import PROMPTS, Program
+from tests.small_checkpoints import SmallCheckpoints
 from utils.errors import InputError
 from utils.video import VideoWriter
 
@@ -26,9 +28,20 @@ WINDOW = ("dummy_forcing.enabled=false", "model_kwargs.local_attn_size=9", "rope
 PACKED = ("dummy_forcing.enabled=true", "model_kwargs.local_attn_size=9", "rope=relative", "dummy_forcing.ar_start=1")
 
 
-def pipeline_of(program: Program, *overrides: str) -> Pipeline:
-    arguments = program.arguments(*overrides)
-    return Pipeline.from_config(arguments[1], arguments[2:])
+Pipelines = Callable[..., Pipeline]
+
+
+@pytest.fixture(scope="module")
+def pipeline_of(tmp_path_factory: pytest.TempPathFactory, checkpoints: SmallCheckpoints) -> Pipelines:
+    """One pipeline for all sessions under the same settings: nothing of a session stays behind."""
+    program = Program(tmp_path_factory.mktemp("pipelines"), checkpoints.root)
+
+    @cache
+    def made(*overrides: str) -> Pipeline:
+        arguments = program.arguments(*overrides)
+        return Pipeline.from_config(arguments[1], arguments[2:])
+
+    return made
 
 
 def take(session: Session, blocks: int, prompts: dict[int, str]) -> torch.Tensor:
@@ -43,10 +56,12 @@ def take(session: Session, blocks: int, prompts: dict[int, str]) -> torch.Tensor
 
 @pytest.mark.parametrize("policy", [WINDOW, PACKED], ids=["window", "packed"])
 @pytest.mark.parametrize("global_sink", ["true", "false"])
-def test_what_was_typed_is_a_storyboard(program: Program, policy: Sequence[str], global_sink: str) -> None:
+def test_what_was_typed_is_a_storyboard(
+    program: Program, pipeline_of: Pipelines, policy: Sequence[str], global_sink: str
+) -> None:
     """Made by interactive_inference.py it is the same file; a switch before the roles are known, and after."""
     settings = (*policy, f"global_sink={global_sink}", "seed=5", "num_output_frames=18")
-    pipeline = pipeline_of(program, *settings)
+    pipeline = pipeline_of(*settings)
     with pipeline.session() as session:
         frames = take(session, 6, {0: FOX, 1: BIRD, 4: FISH})
         assert session.storyboard == [(0, FOX), (3, BIRD), (12, FISH)]
@@ -110,9 +125,9 @@ def test_a_whole_video_is_that_of_the_scripts(program: Program) -> None:
 
 
 @pytest.mark.parametrize("policy", [WINDOW, PACKED], ids=["window", "packed"])
-def test_sessions_do_not_know_of_each_other(program: Program, policy: Sequence[str]) -> None:
+def test_sessions_do_not_know_of_each_other(pipeline_of: Pipelines, policy: Sequence[str]) -> None:
     """In turns and from threads, with prompts and roles of their own: the bits that each has alone."""
-    pipeline = pipeline_of(program, *policy)
+    pipeline = pipeline_of(*policy)
     scripts = {1: {0: FOX, 2: BIRD}, 2: {0: FISH, 1: FOX, 4: BIRD}}
     alone = {}
     for seed, prompts in scripts.items():
@@ -141,9 +156,9 @@ def test_sessions_do_not_know_of_each_other(program: Program, policy: Sequence[s
         assert torch.equal(threaded[seed], alone[seed])
 
 
-def test_sessions_may_have_policies_of_their_own(program: Program) -> None:
+def test_sessions_may_have_policies_of_their_own(pipeline_of: Pipelines) -> None:
     """Different policies, prompts and lengths of the same model, block by block: the bytes of each alone."""
-    pipeline = pipeline_of(program, *PACKED)
+    pipeline = pipeline_of(*PACKED)
     prune = ("dummy_forcing.policy=prune", "dummy_forcing.num_dummy=5")
     kinds = {"packed": (), "window": ("dummy_forcing=off",), "prune": prune}
     script = {0: FOX, 1: BIRD, 4: FISH}
@@ -166,8 +181,8 @@ def test_sessions_may_have_policies_of_their_own(program: Program) -> None:
         pipeline.session(overrides=["resolution=480"])
 
 
-def test_a_session_without_end_keeps_to_its_memory(program: Program) -> None:
-    pipeline = pipeline_of(program, *WINDOW)
+def test_a_session_without_end_keeps_to_its_memory(pipeline_of: Pipelines) -> None:
+    pipeline = pipeline_of(*WINDOW)
     with pipeline.session() as session:
         session.prompt(FOX)
         sizes = set()
@@ -181,8 +196,8 @@ def test_a_session_without_end_keeps_to_its_memory(program: Program) -> None:
         assert session.profiler.report().spans["denoise"]
 
 
-def test_close_frees_everything(program: Program) -> None:
-    pipeline = pipeline_of(program, *PACKED)
+def test_close_frees_everything(pipeline_of: Pipelines) -> None:
+    pipeline = pipeline_of(*PACKED)
     session = pipeline.session()
     take(session, 3, {0: FOX})
     buffers = [weakref.ref(buffer) for layer in session.rollout.cache.layers for buffer, _ in layer._buffers]
@@ -198,8 +213,8 @@ def test_close_frees_everything(program: Program) -> None:
         session.prompt(BIRD)
 
 
-def test_the_last_of_several_prompts_counts(program: Program) -> None:
-    pipeline = pipeline_of(program, *WINDOW)
+def test_the_last_of_several_prompts_counts(pipeline_of: Pipelines) -> None:
+    pipeline = pipeline_of(*WINDOW)
     with pipeline.session() as session:
         take(session, 1, {0: FOX})
         for prompt in (BIRD, FISH, BIRD, FISH):
@@ -208,8 +223,8 @@ def test_the_last_of_several_prompts_counts(program: Program) -> None:
         assert session.storyboard == [(0, FOX), (3, FISH)]
 
 
-def test_a_batch_with_a_prompt_for_each(program: Program) -> None:
-    pipeline = pipeline_of(program, *WINDOW)
+def test_a_batch_with_a_prompt_for_each(pipeline_of: Pipelines) -> None:
+    pipeline = pipeline_of(*WINDOW)
     with pipeline.session(noise_seeds=[1, 2], frames=6) as session:
         session.prompt((FOX, BIRD))
         videos = torch.cat([block.videos for block in session], dim=1)
@@ -221,8 +236,8 @@ def test_a_batch_with_a_prompt_for_each(program: Program) -> None:
         assert (video.int() - alone.int()).abs().max() <= 2  # products of a batch may round otherwise
 
 
-def test_what_cannot_be_is_told(program: Program) -> None:
-    pipeline = pipeline_of(program, "model_kwargs.local_attn_size=-1")  # a switch encodes all earlier frames anew
+def test_what_cannot_be_is_told(pipeline_of: Pipelines) -> None:
+    pipeline = pipeline_of("model_kwargs.local_attn_size=-1")  # a switch encodes all earlier frames anew
     with pytest.raises(InputError, match=r"frames: a session without end .* set model_kwargs.local_attn_size"):
         pipeline.session()
     with pytest.raises(InputError, match="frames: 4 is no positive multiple of the block's 3 latent frames"):
@@ -253,9 +268,9 @@ def test_the_text_encoder_comes_and_goes(program: Program) -> None:
         assert prompts._encoder is None  # type: ignore[attr-defined]
 
 
-def test_a_batch_is_filled_up_to_what_the_engine_is_ready_for(program: Program) -> None:
+def test_a_batch_is_filled_up_to_what_the_engine_is_ready_for(pipeline_of: Pipelines) -> None:
     """And nobody gets what fills it up, nor do roles come from it."""
-    with pipeline_of(program) as pipeline:
+    with pipeline_of() as pipeline:
         made = []
         for pipeline.batch in (1, 4):
             with pipeline.session(noise_seeds=[5, 6], frames=9, live=False) as session:

@@ -18,7 +18,7 @@ from pipeline.config.config import InferenceConfig, load_config
 from pipeline.config.jobs import prefix_files
 from pipeline.runtime.loading import load_vae
 from pipeline.runtime.prefix import check_prefix, load_prefix
-from tests.small_checkpoints import write_small_checkpoints
+from tests.small_checkpoints import SmallCheckpoints
 from utils.errors import InputError
 from utils.video import VideoWriter, read_frames
 from wan.vae.vae import VAE
@@ -26,17 +26,10 @@ from wan.vae.vae import VAE
 ROOT = Path(__file__).parents[1]
 
 
-@pytest.fixture(scope="module")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    root = tmp_path_factory.mktemp("checkpoints")
-    write_small_checkpoints(root)
-    return root
-
-
 @pytest.fixture
-def overrides(checkpoints: Path, tmp_path: Path) -> list[str]:
+def overrides(checkpoints: SmallCheckpoints, tmp_path: Path) -> list[str]:
     settings = {
-        "model_root": checkpoints,
+        "model_root": checkpoints.root,
         "output_folder": tmp_path / "videos",
         "inference_iter": 1,
         "num_output_frames": 9,

@@ -49,6 +49,19 @@ def exact(weights: dict[str, Tensor]) -> VAE:
     return vae
 
 
+@pytest.fixture(scope="module")
+def expected(vae: VAE, vector: dict[str, Tensor]) -> Tensor:
+    """The vector's video by Diffusers."""
+    return whole(vae, vector["latents"])
+
+
+@pytest.fixture(scope="module")
+def pair(exact: VAE, vae: VAE, vector: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor]:
+    """Latents of two videos, the videos by Diffusers, and those by planes in one call."""
+    latents = vector["latents"].repeat(2, 1, 1, 1, 1) * torch.tensor([1.0, 0.5]).view(2, 1, 1, 1, 1)
+    return latents, whole(exact, latents), vae.decoder().decode(latents)
+
+
 def decibel(a: Tensor, b: Tensor) -> float:
     """Peak signal to noise of videos in [-1, 1]."""
     return float(10 * torch.log10(4 / (a.float() - b.float()).square().mean()))
@@ -88,14 +101,14 @@ def test_the_defaults_are_those_of_diffusers() -> None:
 
 @pytest.mark.parametrize("sizes", [[6], [3, 3], [1, 1, 1, 1, 1, 1], [1, 5], [2, 3, 1]])
 def test_any_blocks_give_the_bits_of_diffusers_whole_video(
-    exact: VAE, vae: VAE, vector: dict[str, Tensor], sizes: list[int]
+    exact: VAE, vae: VAE, pair: tuple[Tensor, Tensor, Tensor], sizes: list[int]
 ) -> None:
-    latents = vector["latents"].repeat(2, 1, 1, 1, 1) * torch.tensor([1.0, 0.5]).view(2, 1, 1, 1, 1)
-    assert torch.equal(in_pieces(exact.decoder(), latents, sizes), whole(exact, latents))
+    latents, theirs, at_once = pair
+    assert torch.equal(in_pieces(exact.decoder(), latents, sizes), theirs)
     by_planes = in_pieces(vae.decoder(), latents, sizes)
-    assert torch.equal(by_planes, vae.decoder().decode(latents))
-    assert (by_planes - whole(exact, latents)).abs().max() < 2e-5
-    assert decibel(by_planes, whole(exact, latents)) > 120
+    assert torch.equal(by_planes, at_once)
+    assert (by_planes - theirs).abs().max() < 2e-5
+    assert decibel(by_planes, theirs) > 120
 
 
 @pytest.mark.parametrize("frame_chunk", [1, 4])
@@ -107,11 +120,13 @@ def test_what_is_kept_on_the_host_changes_no_bit(exact: VAE, vector: dict[str, T
 
 
 @pytest.mark.parametrize("frame_chunk", [1, 2, 4, 12])
-def test_pieces_of_the_last_levels_change_nothing(vae: VAE, vector: dict[str, Tensor], frame_chunk: int) -> None:
+def test_pieces_of_the_last_levels_change_nothing(
+    vae: VAE, vector: dict[str, Tensor], expected: Tensor, frame_chunk: int
+) -> None:
     pieces = VAE(vae.module, vae.config)
     pieces.frame_chunk = frame_chunk
     video = pieces.decoder(3).decode(vector["latents"])
-    assert (video - whole(vae, vector["latents"])).abs().max() < 2e-5
+    assert (video - expected).abs().max() < 2e-5
 
 
 @torch.no_grad()
@@ -129,10 +144,10 @@ def test_first_block_9_frames_later_ones_12(vae: VAE, vector: dict[str, Tensor])
 
 @pytest.mark.parametrize("frames_per_call", [2, 3, 8])
 def test_several_frames_a_call_differ_by_rounding_alone(
-    vae: VAE, vector: dict[str, Tensor], frames_per_call: int
+    vae: VAE, vector: dict[str, Tensor], expected: Tensor, frames_per_call: int
 ) -> None:
     video = in_pieces(vae.decoder(frames_per_call), vector["latents"], [3, 3])
-    assert (video - whole(vae, vector["latents"])).abs().max() < 2e-5
+    assert (video - expected).abs().max() < 2e-5
 
 
 def test_two_videos_at_once_do_not_mix(vae: VAE, vector: dict[str, Tensor]) -> None:
@@ -184,10 +199,11 @@ def test_the_steady_step_compiles_without_a_break(exact: VAE, vector: dict[str, 
     compiled.module.lay_out(conv3d_as_conv2d=False)
     compiled.prepare(2, torch.compile(run, fullgraph=True, dynamic=False, backend=counter))
     latents = vector["latents"][:, :5]
+    theirs = whole(exact, latents)
     for _ in range(2):
         decoder = compiled.decoder(2)
         video = torch.cat([decoder.decode(frame_chunk) for frame_chunk in latents.split([1, 2, 2], dim=1)], dim=1)
-        assert (video - whole(exact, latents)).abs().max() < 2e-5
+        assert (video - theirs).abs().max() < 2e-5
     assert counter.frame_count == 3
 
 
@@ -266,13 +282,12 @@ def test_frames_per_call_must_be_positive(vae: VAE) -> None:
         vae.decoder(0)
 
 
-def test_bfloat16_stays_close(weights: dict[str, Tensor], vae: VAE, vector: dict[str, Tensor]) -> None:
+def test_bfloat16_stays_close(weights: dict[str, Tensor], vector: dict[str, Tensor], expected: Tensor) -> None:
     half = VAE.from_state(weights, None, torch.bfloat16, "cpu")
     video = half.decoder().decode(vector["latents"])
     assert video.dtype == torch.bfloat16
-    exactly = whole(vae, vector["latents"])
-    assert decibel(video, exactly) > 40  # random weights; trained ones are kinder
-    assert decibel(video, exactly) > decibel(whole(half, vector["latents"]), exactly) - 1
+    assert decibel(video, expected) > 40  # random weights; trained ones are kinder
+    assert decibel(video, expected) > decibel(whole(half, vector["latents"]), expected) - 1
 
 
 def test_bfloat16_of_trained_weights_is_lossless() -> None:
