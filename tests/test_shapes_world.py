@@ -36,7 +36,7 @@ from shapes.world import (
     begin,
 )
 
-CLIPS = [make_clip(101, index, held=None) for index in range(24)]
+CLIPS = [make_clip(101, index, held=None) for index in range(16)]
 SHARES = ("colour", "shape", "motion", "background", "mark", "way")
 
 
@@ -219,12 +219,12 @@ def test_measures_are_right_on_the_world_itself() -> None:
     assert all(which_background(background(index)[None]) == index for index in range(len(BACKGROUNDS)))
 
 
-STORIES = [make_clip(102, index, (9, 18), 141, held=None) for index in range(10)]
+STORIES = [make_clip(102, index, (9, 18), 141, held=None) for index in range(5)]
 
 
 def test_storyboard_measures_are_right_on_the_world_itself() -> None:
     scores = [scene for clip in STORIES for scene in score_scenes(clip.video, clip)]
-    assert len(scores) == 30 and np.mean([one.right for one in scores]) > 0.95
+    assert len(scores) == 15 and np.mean([one.right for one in scores]) > 0.95
     assert np.mean([one.position for one in scores]) < 0.5
 
 
@@ -305,7 +305,7 @@ def other_way_half_way(clip: Clip) -> Floats:
 def test_measures_fall_on_what_is_wrong(spoil: Callable[[Clip], Floats], metric: str) -> None:
     clips = [clip for clip in CLIPS if clip.scene.motion in ("right", "left", "up", "down", "pass", "grow")]
     assert len(clips) >= 6
-    values = [getattr(score(spoil(clip), clip.scene), metric) for clip in clips]
+    values = [getattr(score(spoil(clip), clip.scene), metric) for clip in clips[:6]]
     assert np.nanmean(values) < 0.5
 
 

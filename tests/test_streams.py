@@ -62,7 +62,7 @@ def test_decoding_beside_the_denoising(kind: str, place: str, streams: OrderedSt
     assert streams.errors == []
 
 
-@pytest.mark.parametrize("tile", [None, 16])
+@pytest.mark.parametrize("tile", [None, 32])
 def test_memory_of_a_stream_serves_on_that_stream_alone(tile: int | None, streams: OrderedStreams) -> None:
     """Videos decoded in turns aside and not, of which one is left in the middle."""
     vae = small_vae()
