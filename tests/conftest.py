@@ -77,6 +77,9 @@ def _one_thread() -> None:
     """Tensors here are small: threads cost more than they give, and several workers share the cores."""
     torch.set_num_threads(1)
     os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start
+    os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = (
+        "1"  # what the processor says it can is not tried with a program of its own
+    )
 
 
 @pytest.fixture(scope="session")

@@ -295,8 +295,16 @@ class Weighed:
             self.recorder(layer, q, keys, context, values)
 
 
-@pytest.mark.parametrize("precision", ["fp32", "bf16"])
-@pytest.mark.parametrize(("share", "chunk"), [(1.0, 128 << 20), (0.25, 128 << 20), (1.0, 1 << 12), (1.0, 1)])
+@pytest.mark.parametrize(
+    ("share", "chunk", "precision"),
+    [
+        (1.0, 128 << 20, "fp32"),
+        (1.0, 128 << 20, "bf16"),
+        (0.25, 128 << 20, "bf16"),
+        (1.0, 1 << 12, "fp32"),
+        (1.0, 1, "bf16"),
+    ],
+)
 def test_recording_allocates_at_most_what_is_said(
     program: Program, precision: str, share: float, chunk: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:

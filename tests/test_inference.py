@@ -103,14 +103,14 @@ POLICIES: dict[str, list[str]] = {
 def test_every_policy_makes_a_video_of_its_own(program: Program) -> None:
     videos, forwards = {}, {}
     for name, overrides in POLICIES.items():
-        assert program(*overrides, "num_output_frames=15", "inference_iter=1", "overwrite=true") == 0
+        assert program(*overrides, "num_output_frames=12", "inference_iter=1", "overwrite=true") == 0
         (path,) = [path for path in program.written if path.suffix == ".mp4"]
-        assert probe(path).frames == 57
+        assert probe(path).frames == 45
         made = json.loads(path.with_suffix(".json").read_text())
         assert (made["head_roles"] is None) == (name in ("full", "window"))
         videos[name], forwards[name] = path.read_bytes(), made["timings"]["forwards"]
     assert len(set(videos.values())) == len(POLICIES)
-    assert forwards["packed"] == 5 * 4 + 4  # four steps a block, and a clean pass for all but the last
+    assert forwards["packed"] == 4 * 4 + 3  # four steps a block, and a clean pass for all but the last
 
 
 def test_saved_roles_are_used_again(program: Program) -> None:

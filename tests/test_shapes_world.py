@@ -219,12 +219,12 @@ def test_measures_are_right_on_the_world_itself() -> None:
     assert all(which_background(background(index)[None]) == index for index in range(len(BACKGROUNDS)))
 
 
-STORIES = [make_clip(102, index, (9, 18), 141, held=None) for index in range(5)]
+STORIES = [make_clip(102, index, (9, 18), 141, held=None) for index in range(7)]
 
 
 def test_storyboard_measures_are_right_on_the_world_itself() -> None:
     scores = [scene for clip in STORIES for scene in score_scenes(clip.video, clip)]
-    assert len(scores) == 15 and np.mean([one.right for one in scores]) > 0.95
+    assert len(scores) == 21 and np.mean([one.right for one in scores]) > 0.95
     assert np.mean([one.position for one in scores]) < 0.5
 
 
