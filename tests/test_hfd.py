@@ -164,7 +164,7 @@ def test_dry_run_says_what_would_come_and_leaves_nothing(tmp_path: Path, reposit
     assert not list(tmp_path.iterdir())
 
 
-@pytest.mark.parametrize("repository", {spec.repository for spec in SPECS})
+@pytest.mark.parametrize("repository", sorted({spec.repository for spec in SPECS}))
 def test_the_files_are_those_that_configurations_name(tmp_path: Path, repository: str) -> None:
     told = hfd(repository, "--dry_run", cwd=tmp_path).stdout
     patterns = next(line for line in told.splitlines() if line.startswith("files:")).split()[1:]
