@@ -27,9 +27,9 @@ import torch
 from torch import Tensor
 
 from pipeline.config.config import InferenceConfig, load_config
-from pipeline.runtime.generator import BlockGenerator, Rollout
-from pipeline.runtime.inputs import Segment
+from pipeline.runtime.generator import BlockGenerator
 from pipeline.runtime.loading import generator_settings, load_transformer, load_vae, model_sizes
+from pipeline.session import Session
 from shapes.data import BLOCK, Clip, make_clip, pixel_frame
 from shapes.measure import psnr
 from shapes.report import Report, check_gate, table, write_report
@@ -101,11 +101,15 @@ class Parts:
         text = TextEncoder.load(config.text_encoder_path, config.tokenizer_path, dtype, device, sizes.text_len)
         return cls(load_transformer(config, sizes, device, dtype), load_vae(config, device, dtype), text)
 
-    def embeds(self, captions: Sequence[str]) -> Tensor:
-        """[B, text_len, text_dim], each caption encoded once."""
-        for caption in set(captions) - self.captions.keys():
+    def embed(self, caption: str) -> Tensor:
+        """[length, text_dim]; each caption is encoded once."""
+        if caption not in self.captions:
             self.captions[caption] = self.text.encode([caption])[0]
-        return pad([self.captions[caption] for caption in captions], self.model.config.text_len)
+        return self.captions[caption]
+
+    def embeds(self, captions: Sequence[str]) -> Tensor:
+        """[B, text_len, text_dim]."""
+        return pad([self.embed(caption) for caption in captions], self.model.config.text_len)
 
     def at(self, precision: str) -> Parts:
         """The same with the transformer in one of PRECISIONS; "" is as it was loaded."""
@@ -251,27 +255,17 @@ def _batch(parts: Parts, config: InferenceConfig, clips: Sequence[Clip], seeds: 
     generator = BlockGenerator(parts.model, generator_settings(config, parts.model.config))
     height, width = config.latent_size
     geometry = LatentGeometry(height, width, config.num_output_frames, config.num_frame_per_block)
-    segments = [
-        Segment(start, parts.model.encode_text(parts.embeds([clip.captions[i] for clip in clips])))
-        for i, start in enumerate(clips[0].starts)
-    ]
-    rollout = generator.start(geometry, segments, NoiseStream(seeds), len(seeds))
+    storyboard = [(start, tuple(clip.captions[i] for clip in clips)) for i, start in enumerate(clips[0].starts)]
     decoder = parts.vae.decoder(config.num_output_frames)
     pieces, times = [], []
-    for latents, seconds in _timed(rollout):
-        pieces.append(decoder.decode(latents))
-        times.append(1000 * seconds / len(clips))
+    with Session(generator, geometry, NoiseStream(seeds), parts.embed, batch=len(seeds), live=False) as session:
+        session.plan(storyboard)
+        for block in session:
+            pieces.append(decoder.decode(block.latents))
+            times.append(1000 * block.seconds / len(clips))  # its predecessor's clean pass included
+        attention, context = session.rollout.frame_attention, session.rollout.cache.frames_per_head
     videos = as_floats(torch.cat(pieces, dim=1).permute(0, 1, 3, 4, 2).float().numpy() / 2 + 0.5)
-    attention = rollout.frame_attention
-    return Batch(videos, times, None if attention is None else attention[..., 2], rollout.cache.frames_per_head)
-
-
-def _timed(rollout: Rollout) -> Iterator[tuple[Tensor, float]]:
-    """Blocks of latents with the seconds that each took, its predecessor's clean pass included."""
-    began = time.perf_counter()
-    for block in rollout.blocks():
-        yield block.latents, time.perf_counter() - began
-        began = time.perf_counter()
+    return Batch(videos, times, None if attention is None else attention[..., 2], context)
 
 
 if __name__ == "__main__":
