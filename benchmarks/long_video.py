@@ -21,6 +21,7 @@ from pipeline.config.jobs import read_jobs
 from pipeline.video_files import write_videos
 from tests.small_checkpoints import write_small_checkpoints
 from utils import command
+from utils.profiler import resident_bytes
 from utils.video import probe
 
 CONFIG = Path(__file__).parents[1] / "configs" / "self_forcing_inference.yaml"
@@ -29,11 +30,6 @@ POLICIES = {
     "window": ["dummy_forcing=off"],
     "packed_relative": ["dummy_forcing.num_dummy=6", "rope=relative"],
 }
-
-
-def resident_bytes() -> int:
-    """Resident memory of this process (Linux)."""
-    return int(Path("/proc/self/statm").read_text().split()[1]) * 4096
 
 
 def configure(policy: str, minutes: float, root: Path) -> InferenceConfig:
@@ -62,7 +58,7 @@ def measure(policy: str, minutes: float, root: Path) -> list[int]:
     def on_block(index: int) -> None:
         if (index + 1) % blocks_per_minute == 0:
             gc.collect()
-            readings.append(resident_bytes())
+            readings.append(resident_bytes() or 0)
             print(f"{policy:16} minute {len(readings):3}: {readings[-1] / 2**20:8.1f} MiB resident", flush=True)
 
     write_videos(pipeline, [job], on_block)

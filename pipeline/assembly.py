@@ -15,6 +15,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from dummy.policy import ContextPolicy
 from pipeline.config.config import InferenceConfig, as_dict, check_against_model, geometry_of, load_config
 from pipeline.planning.memory_advice import is_out_of_memory, out_of_memory
 from pipeline.planning.plan import choose_strategy
@@ -261,6 +262,30 @@ class Pipeline:
         with self.session(seed=seed, frames=length, start_from=start_from, live=False, keep_buffers=True) as session:
             session.plan([(0, prompt)] if isinstance(prompt, str) else prompt)
             return torch.cat([block.frames for block in session])
+
+    def endless_policy(self, overrides: Sequence[str] = ()) -> ContextPolicy:
+        """What heads keep in a session without end that has these overrides. Raises InputError if it cannot have
+        them."""
+        settings = self._generator_for(tuple(overrides)).settings
+        require_bounded(settings)
+        return settings.policy
+
+    def config_to_repeat(self, *, seed: int, frames: int, overrides: Sequence[str] = ()) -> InferenceConfig:
+        """The configuration by which interactive_inference.py makes the first `frames` latent frames of a session
+        with these `overrides` again.
+
+        Raises InputError for so few frames that a script would refuse them, or would share out the memory of the heads
+        in another way (policy calibrated looks at the length of the video).
+        """
+        length = [f"seed={seed}", f"num_output_frames={frames}"]
+        config = load_config(as_dict(self.config), [*overrides, *length])
+        again = generator_settings(config, self.generator.model.config).policy
+        if again.table != self._generator_for(tuple(overrides)).settings.policy.table:
+            raise InputError(
+                f"frames: a video of {frames} latent frames would be made with other lengths of memory than this one "
+                f"without end; go on for at least {self.config.model_kwargs.local_attn_size} latent frames"
+            )
+        return config
 
     def prefix_latents(self, path: Path, profiler: Profiler | None = None) -> Tensor:
         """Latents [1, F, C, h, w] of the image or video to go on from. Raises InputError for files that do not fit."""

@@ -33,6 +33,7 @@ from pipeline.runtime.outputs import CleanBlock
 from utils.errors import InputError
 from utils.profiler import Profiler
 from utils.transfer import to_device
+from wan.attention.held import HeldFrames, held_by_head
 from wan.geometry import ENDLESS, LatentGeometry
 from wan.text import pad
 from wan.transformer.model import TextContext
@@ -292,6 +293,10 @@ class Session:
     def roles(self) -> HeadRoles | None:
         """What the heads are, if the policy has roles and they are known by now."""
         return self.rollout.roles
+
+    def held(self) -> list[list[HeldFrames]]:
+        """What every head of every layer keeps, and which earlier latent frames it holds now; between blocks."""
+        return held_by_head(self.rollout.cache)
 
     def close(self) -> None:
         """Free the cache, the decoder's memory and what was captured over them. A block at work is finished first."""

@@ -8,6 +8,7 @@ the report goes.
 
 from __future__ import annotations
 
+import os
 import platform
 import statistics
 import sys
@@ -89,6 +90,14 @@ class Profiler:
         spans = {name: [_elapsed_ms(*pair) for pair in pairs] for name, pairs in self._spans.items()}
         return ProfileReport(spans=spans, marks=dict(self._marks), total_ms=total_ms)
 
+    def latest_ms(self, name: str) -> float | None:
+        """How long the last span of that name took which the device is through with; waits for nothing. None if there
+        is none."""
+        for start, end in reversed(tuple(self._spans.get(name, ()))):
+            if isinstance(end, float) or end.query():  # type: ignore[no-untyped-call,unused-ignore]
+                return _elapsed_ms(start, end)
+        return None
+
     def peak_memory_bytes(self) -> int | None:
         """See the function of the same name."""
         return peak_memory_bytes(self._device)
@@ -128,6 +137,15 @@ def peak_memory_bytes(device: torch.device) -> int | None:
 
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024  # Linux counts in KiB
+
+
+def resident_bytes() -> int | None:
+    """The memory that this process has in use now; None where the system does not say (other than Linux)."""
+    try:
+        pages = int(Path("/proc/self/statm").read_text(encoding="ascii").split()[1])
+    except OSError:
+        return None
+    return pages * os.sysconf("SC_PAGE_SIZE")
 
 
 def device_name(device: torch.device) -> str:

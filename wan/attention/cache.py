@@ -62,6 +62,7 @@ class KVCache:
         self.device = like.device
         self.buffer_epoch = BufferEpoch()
         self._orders: Tensor | None = None  # [2, layers, H], of which layers have their part
+        self.host_orders: Sequence[Sequence[int]] | None = None  # head i of layer l's cache is host_orders[l][i]
         self._shifts = FrameShifts(shape.head_dim, like.device)
         self.moved = 0
         """Frames by which the pass's own queries and keys stand later than where they belong; nothing that joins the
@@ -85,7 +86,7 @@ class KVCache:
         renewed = [layer.allocate(self._own(layer, whole), room) for layer in self.layers]
         if any(renewed) or self._orders is not None:
             self.buffer_epoch = BufferEpoch()
-        self._orders = None
+        self._orders = self.host_orders = None
         for layer in self.layers:
             layer.head_order = None
 
@@ -150,6 +151,7 @@ class KVCache:
     @torch.inference_mode()  # wherever it is called: to a compiler other tensors would be others
     def _head_orders(self, layout: HeadLayout) -> list[HeadOrder]:
         """The layout's orders on the device, for every layer; one copy for all, to where earlier ones lie if any do."""
+        self.host_orders = layout.orders
         orders = torch.tensor(layout.orders, device="cpu")
         both = to_device(torch.stack((orders, orders.argsort(dim=1))), self.device)
         self._orders = both if self._orders is None else self._orders.copy_(both)
@@ -233,7 +235,4 @@ class KVCache:
     def bytes(self) -> CacheBytes:
         """Bytes that are allocated now, by purpose."""
         sizes = [group.bytes for layer in self.layers for group in layer.groups]
-        kept, own, unrotated = (
-            sum(column) for column in zip(*((p.kept, p.own, p.unrotated_sink_keys) for p in sizes), strict=True)
-        )
-        return CacheBytes(kept, own, unrotated)
+        return CacheBytes(*(sum(column) for column in zip(*sizes, strict=True)))

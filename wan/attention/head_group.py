@@ -93,8 +93,7 @@ class CacheShape:
         return min(retention.total, self.max_past)
 
 
-@dataclass(frozen=True)
-class CacheBytes:
+class CacheBytes(NamedTuple):
     """kept: earlier frames; own: the slots of the block at work; turning: the sinks' unturned keys (relative RoPE)."""
 
     kept: int
