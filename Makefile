@@ -1,4 +1,5 @@
 # make demo    videos from nothing, on any machine with Python
+# make studio  a page on which a video goes on without end and does what you type
 # make test    lint, types, layers, tests
 # make check   lint and types alone
 
@@ -7,14 +8,18 @@ VENV := .venv
 BIN := $(VENV)/bin
 DEMO := demo
 
-.PHONY: demo test check clean
+.PHONY: demo studio test check clean
 
 $(VENV)/.installed: requirements.txt
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements.txt
 	touch $@
 
-$(VENV)/.installed-dev: $(VENV)/.installed requirements-dev.txt
+$(VENV)/.installed-studio: $(VENV)/.installed requirements-studio.txt
+	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-studio.txt
+	touch $@
+
+$(VENV)/.installed-dev: $(VENV)/.installed-studio requirements-dev.txt
 	$(BIN)/pip install --quiet --disable-pip-version-check -r requirements-dev.txt
 	touch $@
 
@@ -24,6 +29,9 @@ demo: $(VENV)/.installed
 	$(BIN)/python interactive_inference.py --config_path configs/shapes_interactive.yaml
 	@echo "The videos, each with a contact sheet (.png) beside it:"
 	@ls $(DEMO)/shapes/*.mp4 $(DEMO)/shapes_calibrated/*.mp4 $(DEMO)/shapes_interactive/*.mp4
+
+studio: $(VENV)/.installed-studio
+	$(BIN)/python -m studio --config_path configs/shapes_studio.yaml --calibration checkpoints/shapes/calibration.safetensors --open
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -43,7 +43,7 @@ from utils.errors import InputError
 from utils.profiler import Profiler
 from utils.seed import NoiseStream, video_seed
 from wan.attention.exchange import HeadExchange
-from wan.geometry import LatentGeometry
+from wan.geometry import LatentGeometry, pixel_frames
 from wan.vae.streaming import LatentDecoder
 from wan.vae.vae import VAE
 
@@ -262,6 +262,15 @@ class Pipeline:
         with self.session(seed=seed, frames=length, start_from=start_from, live=False, keep_buffers=True) as session:
             session.plan([(0, prompt)] if isinstance(prompt, str) else prompt)
             return torch.cat([block.frames for block in session])
+
+    @property
+    def device(self) -> torch.device:
+        """The model's."""
+        return self.generator.model.device
+
+    def pixel_frames(self, latent_frames: int) -> int:
+        """What so many latent frames from the beginning of a video decode to."""
+        return pixel_frames(latent_frames)
 
     def endless_policy(self, overrides: Sequence[str] = ()) -> ContextPolicy:
         """What heads keep in a session without end that has these overrides. Raises InputError if it cannot have

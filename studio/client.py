@@ -151,8 +151,7 @@ def record(client: StudioClient, cues: Sequence[Cue], seconds: float, seed: int,
     return client.wait_for("saved")
 
 
-def main(argv: Sequence[str] | None = None) -> int:
-    """Returns the exit status, see utils/command.py."""
+def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         "python -m studio.client", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -163,7 +162,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--seconds", type=float, help="of video; by default 4 more than the last prompt's time")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--policy", help="of those that the server offers")
-    arguments = command.parse(parser, argv)
+    return command.parse(parser, argv)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Returns the exit status, see utils/command.py."""
+    arguments = parse_arguments(argv)
     return command.run(lambda: _run(arguments))
 
 

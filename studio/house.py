@@ -39,9 +39,12 @@ def examples_of(config: InferenceConfig) -> list[str]:
 class House:
     """`parts` are there once the model is loaded."""
 
-    def __init__(self, config: InferenceConfig, settings: StudioSettings, examples: list[str]) -> None:
-        """Raises InputError if the folder cannot be written."""
+    def __init__(
+        self, config: InferenceConfig, settings: StudioSettings, examples: list[str], load: Callable[[], Pipeline]
+    ) -> None:
+        """`load` makes the pipeline. Raises InputError if the folder cannot be written."""
         self.config = config
+        self._pipeline = load
         self.settings = settings
         self.examples = examples
         self.metrics = Metrics()
@@ -92,7 +95,7 @@ class House:
 
     def _ready_pipeline(self) -> Pipeline:
         """Loaded, and warmed up by a first block, so that the first visitor need not wait for that."""
-        pipeline = Pipeline.from_config(self.config)
+        pipeline = self._pipeline()
         with pipeline.session() as session:
             session.prompt(self.examples[0])
             _ = next(session).frames

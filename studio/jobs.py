@@ -17,7 +17,8 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Literal
 
-from pipeline.config.config import InferenceConfig, as_dict, load_config
+from pipeline import Pipeline
+from pipeline.config.config import as_dict, load_config
 from studio.protocol import Restart, checked_prompt
 from studio.settings import KEPT_JOBS, QUEUED_JOBS
 from studio.workshop import Workshop
@@ -26,7 +27,6 @@ from utils.errors import InputError, quoted
 from utils.files import remove_stale_partials, write_atomic
 from utils.user_paths import read_json
 from utils.video import VideoWriter
-from wan.geometry import pixel_frames
 
 logger = logging.getLogger(__name__)
 
@@ -208,20 +208,20 @@ def new_job(asked: JobRequest, workshop: Workshop) -> Job:
         raise InputError(f"seed: must be a whole number, got {seed:g}")
     choices = workshop.choices
     choice = choices.changed(choices.first(asked.prompt), Restart(seed=int(seed), policy=asked.policy))
-    frames = config.num_output_frames if seconds is None else frames_for(config, seconds)
+    pipeline = workshop.pipeline
+    frames = config.num_output_frames if seconds is None else frames_for(pipeline, seconds)
     load_config(as_dict(config), [*choices.overrides(choice), f"num_output_frames={frames}"])
-    length = f"{pixel_frames(frames) / config.fps:.4g}"
+    length = f"{pipeline.pixel_frames(frames) / config.fps:.4g}"
     made = secrets.token_hex(12), choice.prompt, length, size, model, int(seed), choice.policy, frames, int(time.time())
     return Job(f"video_{made[0]}", *made[1:])
 
 
-def frames_for(config: InferenceConfig, seconds: float) -> int:
+def frames_for(pipeline: Pipeline, seconds: float) -> int:
     """Latent frames, whole blocks, that last so long or a little longer."""
-    block = config.num_frame_per_block
-    blocks = 1
-    while pixel_frames(blocks * block) < seconds * config.fps:
-        blocks += 1
-    return blocks * block
+    block = frames = pipeline.config.num_frame_per_block
+    while pipeline.pixel_frames(frames) < seconds * pipeline.config.fps:
+        frames += block
+    return frames
 
 
 def _number(field: str, value: str | int | float) -> float | int:

@@ -115,12 +115,10 @@ class Connection:
             while not self._rate.is_hopeless:
                 received = await self._received()
                 if not self._rate.admits():
-                    self._refuse("messages: these are too many at once; some are left out", seldom=True)
+                    if self._rate.excess % 50 == 1:
+                        self._refuse("messages: these are too many at once; some are left out")
                     continue
-                try:
-                    self._obey(parse(received))
-                except InputError as error:
-                    self._refuse(str(error))
+                self._answer(received)
             self._dismiss("messages: these were too many at once", POLICY_VIOLATION)
         finally:
             entering.cancel()
@@ -166,10 +164,19 @@ class Connection:
         text: str | None = message.get("text")
         return message.get("bytes", b"") if text is None else text
 
-    def _refuse(self, reason: str, seldom: bool = False) -> None:
+    def _answer(self, received: str | bytes) -> None:
+        """Do what a message says, or say why not."""
+        number = None
+        try:
+            message = parse(received)
+            number = message.id if isinstance(message, Prompt) else None
+            self._obey(message)
+        except InputError as error:
+            self._refuse(str(error), number)
+
+    def _refuse(self, reason: str, number: int | None = None) -> None:
         self._house.metrics.refused.inc()
-        if not seldom or self._rate.excess % 50 == 1:
-            self._viewer.tell(event("error", message=reason))
+        self._viewer.tell(event("error", message=reason, id=number))
 
     def _obey(self, message: ClientMessage) -> None:
         """Do what a viewer says. Raises InputError for what is not his to say, or cannot be done."""

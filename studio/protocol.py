@@ -75,7 +75,7 @@ class Step:
 
 @dataclass(frozen=True)
 class Restart:
-    """A new video; what is left out is as it was."""
+    """A new video; what is left out is as it was, the first prompt too."""
 
     prompt: str | None = None
     seed: int | None = None

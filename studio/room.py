@@ -39,7 +39,7 @@ class Room:
         self.alone_since: float | None = time.monotonic()  # since when nobody steers
         self.showing: Showing | None = None
         self.closing: str | None = None  # why it ends
-        self.choice = choice  # what the video is made with, or is going to be
+        self.choice = choice  # what the video is made with, or is going to be, and its first prompt
         self._workshop = workshop
         self._put_away = put_away
         self._afresh = True  # a new take is wanted
@@ -105,7 +105,6 @@ class Room:
                 continue
             if showing is self.showing and not self._afresh:
                 self._prompted[prompt.text] = prompt.id, came
-                self.choice = replace(self.choice, prompt=prompt.text)
                 self.tell(event("prompted", id=prompt.id))
 
     def pause(self, on: bool) -> None:

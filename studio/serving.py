@@ -9,12 +9,14 @@ import platform
 import signal
 import socket
 import sys
+import threading
 import webbrowser
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import uvicorn
 
+from pipeline import Pipeline
 from pipeline.config.config import InferenceConfig
 from studio.app import create_app
 from studio.house import House, examples_of
@@ -35,6 +37,9 @@ class Server(uvicorn.Server):
 
     @contextmanager
     def capture_signals(self) -> Iterator[None]:
+        if threading.current_thread() is not threading.main_thread():
+            yield  # only the main thread hears of signals
+            return
         before = {number: signal.signal(number, self.handle_exit) for number in (signal.SIGINT, signal.SIGTERM)}
         try:
             yield
@@ -81,21 +86,12 @@ def listening(settings: StudioSettings) -> Iterator[socket.socket]:
 async def _serve(
     config: InferenceConfig, settings: StudioSettings, examples: list[str], listener: socket.socket, show: bool
 ) -> int:
-    house = House(config, settings, examples)
+    house = House(config, settings, examples, lambda: Pipeline.from_config(config))
 
     def end() -> None:
         server.should_exit = True
 
-    options = uvicorn.Config(
-        create_app(house, end),
-        log_config=None,
-        access_log=False,
-        server_header=False,
-        timeout_graceful_shutdown=_PATIENCE_S,
-        ws_max_size=MESSAGE_BYTES,
-        ws_per_message_deflate=False,  # pictures are compressed already
-    )
-    server = Server(options)
+    server = server_of(house, end)
     address = address_of(settings, listener)
     print(f"The studio is at {address}", flush=True)
     if show:
@@ -104,6 +100,20 @@ async def _serve(
     if house.failure is not None:
         raise house.failure
     return 0
+
+
+def server_of(house: House, on_failure: Callable[[], None]) -> Server:
+    """`on_failure` is called if the model cannot be loaded."""
+    options = uvicorn.Config(
+        create_app(house, on_failure),
+        log_config=None,
+        access_log=False,
+        server_header=False,
+        timeout_graceful_shutdown=_PATIENCE_S,
+        ws_max_size=MESSAGE_BYTES,
+        ws_per_message_deflate=False,  # pictures are compressed already
+    )
+    return Server(options)
 
 
 def address_of(settings: StudioSettings, listener: socket.socket) -> str:

@@ -22,7 +22,6 @@ from studio.reports import Heads, heads_of
 from studio.settings import Folders, StudioSettings
 from studio.take import Take, TakeNotes
 from utils.profiler import resident_bytes
-from wan.geometry import pixel_frames
 
 logger = logging.getLogger(__name__)
 
@@ -55,7 +54,8 @@ class Workshop:
         self._pictures = ThreadPoolExecutor(max(2, min(4, (os.cpu_count() or 2) - 1)), "pictures")
         self._files = ThreadPoolExecutor(1, "files")
         block = pipeline.config.num_frame_per_block
-        self.first_frames, self.block_frames = pixel_frames(block), pixel_frames(block, first=False)
+        self.first_frames = pipeline.pixel_frames(block)
+        self.block_frames = pipeline.pixel_frames(2 * block) - self.first_frames
 
     async def open(self, choice: Choice) -> tuple[Session, Take]:
         """A session that has its prompt, and its recording. Raises InputError."""
@@ -93,7 +93,7 @@ class Workshop:
 
     def memory(self) -> dict[str, int | None]:
         """Bytes in use now, of the process and of the GPU."""
-        cuda = self.pipeline.generator.model.device.type == "cuda"
+        cuda = self.pipeline.device.type == "cuda"
         return {"resident": resident_bytes(), "gpu": torch.cuda.memory_allocated() if cuda else None}
 
     def close(self) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import inference
+from pipeline import Pipeline
 from tests.small_checkpoints import SmallCheckpoints, write_small_checkpoints
+from tests.studio_server import Studio, running, small_pipeline
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ("A red fox runs.", "A blue bird sings.", "A green fish swims.")
@@ -101,3 +103,22 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory, _set_aside: None) -> S
 @pytest.fixture
 def program(tmp_path: Path, checkpoints: SmallCheckpoints) -> Program:
     return Program(tmp_path, checkpoints.root)
+
+
+@pytest.fixture(scope="session")
+def shapes_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
+    """The small trained model as the studio has it; several servers may have it one after the other."""
+    return small_pipeline(tmp_path_factory.mktemp("shapes") / "videos")
+
+
+@pytest.fixture(scope="session")
+def one_studio(shapes_pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+    with running(shapes_pipeline, tmp_path_factory.mktemp("studio")) as server:
+        yield server
+
+
+@pytest.fixture
+def studio(one_studio: Studio) -> Iterator[Studio]:
+    """A studio with room for two sessions, of which there are none."""
+    yield one_studio
+    one_studio.end_sessions()

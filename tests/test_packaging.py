@@ -26,4 +26,5 @@ def test_the_lists_agree_but_for_the_pin_of_torch() -> None:
     package, torch = declared("dependencies"), listed("requirements.txt")[0]
     assert package[0] == "torch>=2.11,<2.14" and torch == "torch==2.13.0"
     assert package[1:] == listed("requirements.txt")[1:]
+    assert declared("studio") == listed("requirements-studio.txt")
     assert declared("dev") == listed("requirements-dev.txt")

@@ -19,13 +19,20 @@ import sample_vbench
 from benchmarks import compare as comparison
 from benchmarks import tables
 from dummy import compare
+from pipeline.assembly import require_bounded
 from pipeline.atlas import command as atlas
 from pipeline.calibrate import command as calibrate
+from pipeline.config.config import load_config
+from pipeline.runtime.loading import generator_settings
 from shapes import frontier
+from studio import client
+from studio.__main__ import parse_arguments, settings_from
+from studio.house import examples_of
 from tests import conformance
 from tests.small_checkpoints import write_published, write_small_checkpoints
 from utils import recover
 from utils.video import VideoWriter, probe
+from wan.config import WAN_1_3B
 
 ROOT = Path(__file__).parents[1]
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -203,6 +210,20 @@ def test_the_runner_is_called_rightly(command: str, monkeypatch: pytest.MonkeyPa
     assert conformance.main(shlex.split(command)[3:]) == 0
 
 
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "-m studio" in c])
+def test_the_studio_is_called_rightly(command: str, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It and its client run in tests/test_studio_*.py; here their arguments are understood."""
+    monkeypatch.chdir(clone)
+    _, _, module, *arguments = shlex.split(command)
+    if module == "studio.client":
+        assert client.parse_arguments(arguments).out == "video.mp4"
+        return
+    given = parse_arguments(arguments)
+    config = load_config(given.config_path, given.overrides)
+    assert settings_from(given).is_loopback and examples_of(config)
+    require_bounded(generator_settings(config, WAN_1_3B))
+
+
 def test_no_command_is_left_out() -> None:
     known = ("python inference.py", "python interactive_inference.py", "bash hfd.sh", "make ", "python -m tests.")
     known += (
@@ -214,6 +235,7 @@ def test_no_command_is_left_out() -> None:
         "python sample_vbench.py",
         "torchrun ",
         "python -m utils.recover",
+        "python -m studio",
     )
     others = [command for command in COMMANDS if not command.startswith((*known, "pip install -r requirements.txt"))]
     assert others == []

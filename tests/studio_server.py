@@ -1,0 +1,168 @@
+"""A studio with the small trained model in a thread of the test's process, and a client that speaks its protocol."""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import socket
+import threading
+import time
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from websockets.sync.client import ClientConnection, connect
+
+from pipeline import Pipeline
+from pipeline.config.config import load_config
+from studio.house import House, examples_of
+from studio.protocol import HEADER
+from studio.serving import server_of
+from studio.settings import StudioSettings
+
+ROOT = Path(__file__).parents[1]
+CONFIG = ROOT / "configs" / "shapes_studio.yaml"
+CALIBRATION = ROOT / "checkpoints" / "shapes" / "calibration.safetensors"
+PATIENCE_S = 40.0
+
+
+def small_pipeline(folder: Path) -> Pipeline:
+    """The pipeline of configs/shapes_studio.yaml, whatever folder the test runs in."""
+    files = [f"model_root={ROOT / 'checkpoints'}", f"data_path={ROOT / 'prompts' / 'shapes_studio.txt'}"]
+    return Pipeline.from_config(load_config(CONFIG, [*files, f"output_folder={folder}"]))
+
+
+def until(condition: Callable[[], Any], what: str = "it") -> Any:
+    """What the condition returns once that is true."""
+    ends = time.monotonic() + PATIENCE_S
+    while not (found := condition()):
+        assert time.monotonic() < ends, f"{what} has not come about"
+        time.sleep(0.01)
+    return found
+
+
+@dataclass
+class Studio:
+    """A running server."""
+
+    house: House
+    port: int
+    loop: asyncio.AbstractEventLoop
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.port}"
+
+    @contextmanager
+    def visit(self, hello: bool = True, **fields: object) -> Iterator[Visitor]:
+        """A client's connection, which has said hello with these fields."""
+        headers = fields.pop("headers", None)
+        with connect(
+            f"ws://127.0.0.1:{self.port}/ws", max_size=None, compression=None, additional_headers=headers
+        ) as ws:
+            visitor = Visitor(ws)
+            if hello:
+                visitor.say("hello", **fields)
+            yield visitor
+
+    def fetch(self, path: str, method: str = "GET", body: bytes | None = None, **headers: str) -> tuple[int, bytes]:
+        """Status and body of a request; names of headers with _ for -."""
+        named = {name.replace("_", "-"): value for name, value in headers.items()}
+        request = urllib.request.Request(f"{self.url}{path}", body, named, method=method)
+        try:
+            with urllib.request.urlopen(request, timeout=PATIENCE_S) as answer:
+                return answer.status, answer.read()
+        except urllib.error.HTTPError as error:
+            return error.code, error.read()
+
+    def end_sessions(self) -> None:
+        rooms = self.house.parts.lobby.rooms
+        for room in list(rooms.values()):
+            self.loop.call_soon_threadsafe(room.close, "the test is over")
+        until(lambda: not rooms and not self.house.connections, "the end of all sessions")
+
+    def json(self, path: str, method: str = "GET", **content: object) -> Any:
+        """The answer to a request with a JSON body, if there is content."""
+        body = json.dumps(content).encode() if content else None
+        return json.loads(self.fetch(path, method, body, content_type="application/json")[1])
+
+
+@dataclass
+class Visitor:
+    """What a client has heard: events by kind, and frames as (take, block, frame, scene)."""
+
+    ws: ClientConnection
+    events: dict[str, list[dict[str, Any]]] = field(default_factory=dict)
+    frames: list[tuple[int, int, int, int]] = field(default_factory=list)
+    pictures: list[bytes] = field(default_factory=list)
+    reports: bool = True
+
+    def say(self, kind: str, **fields: object) -> None:
+        self.ws.send(json.dumps({"type": kind, **fields}))
+
+    def hear(self) -> dict[str, Any] | None:
+        """Take the next message; an event is returned."""
+        message = self.ws.recv(PATIENCE_S)
+        if isinstance(message, bytes):
+            _, _, *place = HEADER.unpack_from(message)
+            take, block, frame, scene = place
+            self.frames.append((take, block, frame, scene))
+            self.pictures.append(message[HEADER.size :])
+            if self.reports:
+                self.say("at", take=take, frame=frame + 1)
+            return None
+        event: dict[str, Any] = json.loads(message)
+        self.events.setdefault(event["type"], []).append(event)
+        return event
+
+    def wait_for(self, kind: str, **fields: object) -> dict[str, Any]:
+        """The next event of that kind with these fields."""
+        ends = time.monotonic() + PATIENCE_S
+        while True:
+            event = self.hear()
+            if event is not None and event["type"] == kind and fields.items() <= event.items():
+                return event
+            assert time.monotonic() < ends, f"no {kind} {fields} has come, but {self.events.get('error')}"
+
+    def wait_for_frames(self, count: int, take: int | None = None) -> None:
+        """Until there have been so many (of that take)."""
+        while sum(take in (None, frame[0]) for frame in self.frames) < count:
+            self.hear()
+
+
+@contextmanager
+def running(pipeline: Pipeline, folder: Path, **settings: Any) -> Iterator[Studio]:
+    """A server of this pipeline's, which writes to `folder`."""
+    config = load_config(CONFIG, [f"data_path={pipeline.config.data_path}", f"output_folder={folder}"])
+    options = StudioSettings(**{"port": 0, "calibration": str(CALIBRATION), **settings})
+    listener = socket.create_server((options.host, 0))
+    ready: threading.Event = threading.Event()
+    made: list[Studio] = []
+
+    async def serve() -> None:
+        house = House(config, options, examples_of(config), lambda: pipeline)
+        server = server_of(house, lambda: None)
+        made.append(Studio(house, listener.getsockname()[1], asyncio.get_running_loop()))
+        serving = asyncio.create_task(server.serve(sockets=[listener]))
+        stop = asyncio.create_task(asyncio.to_thread(stopped.wait))
+        ready.set()
+        await asyncio.wait((serving, stop), return_when=asyncio.FIRST_COMPLETED)
+        server.should_exit = True
+        await serving
+
+    stopped = threading.Event()
+    thread = threading.Thread(target=lambda: asyncio.run(serve()))
+    thread.start()
+    try:
+        ready.wait(PATIENCE_S)
+        until(lambda: made[0].house.loaded.is_set() or made[0].house.failure, "the model")
+        assert made[0].house.failure is None, made[0].house.failure
+        yield made[0]
+    finally:
+        stopped.set()
+        thread.join(PATIENCE_S)
+        assert not thread.is_alive()
