@@ -41,16 +41,17 @@ class Keeper:
     def save(self, room: Room) -> None:
         """Begin to save what the room has shown so far. Raises InputError if there is nothing, or a save under way."""
         showing = room.showing
-        if showing is None or not showing.take.blocks:
+        if showing is None or not showing.made:
             raise InputError("save: there is nothing yet; wait for the first block")
         if showing.saves:
             raise InputError("save: one is under way; wait until it is done")
-        task = self._begin(self._save(room, showing.take.recorded()))
+        task = self._begin(self._save(room, showing))
         showing.saves.add(task)
         task.add_done_callback(showing.saves.discard)
 
-    async def _save(self, room: Room, recorded: Recorded) -> None:
-        loop, told = asyncio.get_running_loop(), 0.0
+    async def _save(self, room: Room, showing: Showing) -> None:
+        await showing.settled()
+        loop, told, recorded = asyncio.get_running_loop(), 0.0, showing.take.recorded()
 
         def progress(done: int) -> None:
             nonlocal told

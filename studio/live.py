@@ -181,6 +181,9 @@ class Connection:
     def _obey(self, message: ClientMessage) -> None:
         """Do what a viewer says. Raises InputError for what is not his to say, or cannot be done."""
         room = self._room
+        if room is None and isinstance(message, Bye):
+            self._viewer.dismiss("ended")
+            return
         if room is None:
             raise InputError("there is no session yet; wait for your turn")
         if isinstance(message, At):

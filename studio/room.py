@@ -163,16 +163,13 @@ class Room:
         for viewer in self.viewers:
             viewer.forget_frames()
             showing.introduce(viewer)
-        published: asyncio.Task[None] | None = None
         while await self._until_due():
             due = time.monotonic()
             made = await self._workshop.make(session)
-            if published is not None:
-                await published  # so no more than one block is on its way while another is made
+            await showing.settled()  # so no more than one block is on its way while another is made
             part = showing.add(made, self._prompted, self.viewers)
-            published = asyncio.create_task(self._publish(showing, part, due))
-        if published is not None:
-            await published
+            showing.under_way = asyncio.create_task(self._publish(showing, part, due))
+        await showing.settled()
 
     async def _until_due(self) -> bool:
         """Wait for the next block's time; False if the take is over."""

@@ -54,6 +54,7 @@ class Showing:
     first_frame_s: float | None = None
     transformer_s: float | None = None
     saves: set[asyncio.Task[None]] = field(default_factory=set)
+    under_way: asyncio.Task[None] | None = None  # the last block, until its viewers and its recording have it
     _last_message: bytes | None = None
 
     def introduce(self, viewer: Viewer) -> None:
@@ -124,6 +125,11 @@ class Showing:
             self.take.add(frames)
 
         await self.workshop.picture(keep)
+
+    async def settled(self) -> None:
+        """Until all blocks that have been made are with the viewers and recorded. Raises what kept one from that."""
+        if self.under_way is not None:
+            await asyncio.shield(self.under_way)
 
     async def end(self) -> None:
         """No more blocks come."""

@@ -14,7 +14,7 @@ import torch
 import inference
 from pipeline import Pipeline
 from tests.small_checkpoints import SmallCheckpoints, write_small_checkpoints
-from tests.studio_server import Studio, running, small_pipeline
+from tests.studio_server import Studio, running, shapes_config, small_calibration
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ("A red fox runs.", "A blue bird sings.", "A green fish swims.")
@@ -106,14 +106,17 @@ def program(tmp_path: Path, checkpoints: SmallCheckpoints) -> Program:
 
 
 @pytest.fixture(scope="session")
-def shapes_pipeline(tmp_path_factory: pytest.TempPathFactory) -> Pipeline:
-    """The small trained model as the studio has it; several servers may have it one after the other."""
-    return small_pipeline(tmp_path_factory.mktemp("shapes") / "videos")
+def shapes_pipeline() -> Pipeline:
+    """The small trained model as the studio has it, with pictures of 48 x 32; servers may have it one after the
+    other."""
+    return Pipeline.from_config(shapes_config("resolution=[32,48]"))
 
 
 @pytest.fixture(scope="session")
 def one_studio(shapes_pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
-    with running(shapes_pipeline, tmp_path_factory.mktemp("studio")) as server:
+    folder = tmp_path_factory.mktemp("studio")
+    calibration = small_calibration(folder / "calibration.safetensors")
+    with running(shapes_pipeline, folder, calibration=str(calibration)) as server:
         yield server
 
 

@@ -26,8 +26,8 @@ def finished(studio: Studio, name: str) -> dict[str, Any]:
 
 
 def test_a_job_is_the_video_of_the_script(studio: Studio, tmp_path: Path) -> None:
-    job = studio.json("/v1/videos", "POST", prompt=RED, seconds="1", seed=4, size="128x80", policy="anchored")
-    assert (job["object"], job["status"], job["seconds"]) == ("video", "queued", "1.312")
+    job = studio.json("/v1/videos", "POST", prompt=RED, seconds="1.5", seed=4, size="48x32", policy="anchored")
+    assert (job["object"], job["status"], job["seconds"]) == ("video", "queued", "2.062")
     done = finished(studio, job["id"])
     assert (done["status"], done["progress"], done["error"]) == ("completed", 100, None), done
     status, video = studio.fetch(f"/v1/videos/{job['id']}/content")
@@ -37,7 +37,13 @@ def test_a_job_is_the_video_of_the_script(studio: Studio, tmp_path: Path) -> Non
         f"data_path={tmp_path / 'prompts.txt'}",
         f"output_folder={tmp_path}",
     ]
-    settings += ["num_output_frames=9", "seed=4", "dummy_forcing.enabled=true", "dummy_forcing.preset=anchored"]
+    settings += [
+        "resolution=[32,48]",
+        "num_output_frames=9",
+        "seed=4",
+        "dummy_forcing.enabled=true",
+        "dummy_forcing.preset=anchored",
+    ]
     assert job["seconds"] and inference.main(["--config_path", str(CONFIG), *settings]) == 0
     (made,) = tmp_path.glob("*.mp4")
     assert status == 200 and video == made.read_bytes()
@@ -70,7 +76,7 @@ def test_forms_are_jobs_too(studio: Studio) -> None:
         (b'{"prompt": "a", "promt": 1}', 400, "promt: unknown key; did you mean prompt"),
         (b'{"prompt": "a", "seconds": 1e9}', 400, "seconds: must be above 0 and at most 60"),
         (b'{"prompt": "a", "seconds": "1e3"}', 400, "seconds: must be a number"),
-        (b'{"prompt": "a", "size": "1920x1080"}', 400, "size: this server makes 128x80 alone"),
+        (b'{"prompt": "a", "size": "1920x1080"}', 400, "size: this server makes 48x32 alone"),
         (b'{"prompt": "a", "model": "sora-2"}', 400, "model: this server has Wan2.1-T2V-shapes alone"),
         (b'{"prompt": "a", "seed": -1}', 400, "seed: must be from 0"),
         (b'{"prompt": "a", "seed": 1.5}', 400, "seed: expected text or an integer"),

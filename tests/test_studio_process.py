@@ -17,7 +17,7 @@ import pytest
 
 from pipeline import Pipeline
 from studio.__main__ import main, parse_arguments, settings_from
-from tests.studio_server import CALIBRATION, CONFIG, ROOT, Studio, running, until
+from tests.studio_server import CONFIG, ROOT, Studio, running, until
 from utils.errors import InputError
 from utils.lock import RunLock
 
@@ -25,13 +25,13 @@ FILES = [f"model_root={ROOT / 'checkpoints'}", f"data_path={ROOT / 'prompts' / '
 
 
 def arguments(folder: Path, *more: str) -> list[str]:
-    return ["--config_path", str(CONFIG), "--port", "0", *more, *FILES, f"output_folder={folder}"]
+    return ["--config_path", str(CONFIG), "--port", "0", *more, *FILES, "resolution=[32,48]", f"output_folder={folder}"]
 
 
 @contextmanager
 def process(folder: Path) -> Iterator[tuple[subprocess.Popen[str], Studio]]:
     """A studio of its own process, and what talks to it."""
-    command = [sys.executable, "-m", "studio", *arguments(folder, "--calibration", str(CALIBRATION))]
+    command = [sys.executable, "-m", "studio", *arguments(folder)]
     environment = {**os.environ, "OMP_NUM_THREADS": "1"}
     with subprocess.Popen(
         command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
