@@ -6,7 +6,7 @@ import json
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Annotated, Any
+from typing import Any
 
 from fastapi import Depends, FastAPI, HTTPException, Request, WebSocket
 from fastapi.responses import FileResponse, JSONResponse, PlainTextResponse, Response
@@ -96,19 +96,20 @@ def _add_jobs(app: FastAPI, house: House, with_token: Callable[[Request], None])
         return {"object": "list", "data": [job.as_object() for job in house.parts.jobs.newest(_LISTED)]}
 
     @app.get("/v1/videos/{video_id}", dependencies=guarded)
-    async def get(job: Annotated[Job, Depends(wanted)]) -> dict[str, object]:
-        return job.as_object()
+    async def get(video_id: str) -> dict[str, object]:
+        return wanted(video_id).as_object()
 
     @app.get("/v1/videos/{video_id}/content", dependencies=guarded)
-    async def content(job: Annotated[Job, Depends(wanted)]) -> FileResponse:
+    async def content(video_id: str) -> FileResponse:
+        job = wanted(video_id)
         if job.status != "completed":
             raise HTTPException(409, f"status: the video is {job.status}; wait until it is completed")
         return FileResponse(house.parts.jobs.content(job), media_type="video/mp4", filename=f"{job.id}.mp4")
 
     @app.delete("/v1/videos/{video_id}", dependencies=guarded)
-    async def remove(job: Annotated[Job, Depends(wanted)]) -> dict[str, object]:
-        house.parts.jobs.remove(job.id)
-        return {"id": job.id, "object": "video.deleted", "deleted": True}
+    async def remove(video_id: str) -> dict[str, object]:
+        house.parts.jobs.remove(wanted(video_id).id)
+        return {"id": video_id, "object": "video.deleted", "deleted": True}
 
 
 def _add_saved(app: FastAPI, house: House, with_token: Callable[[Request], None]) -> None:
