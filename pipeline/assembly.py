@@ -279,23 +279,6 @@ class Pipeline:
         require_bounded(settings)
         return settings.policy
 
-    def config_to_repeat(self, *, seed: int, frames: int, overrides: Sequence[str] = ()) -> InferenceConfig:
-        """The configuration by which interactive_inference.py makes the first `frames` latent frames of a session
-        with these `overrides` again.
-
-        Raises InputError for so few frames that a script would refuse them, or would share out the memory of the heads
-        in another way (policy calibrated looks at the length of the video).
-        """
-        length = [f"seed={seed}", f"num_output_frames={frames}"]
-        config = load_config(as_dict(self.config), [*overrides, *length])
-        again = generator_settings(config, self.generator.model.config).policy
-        if again.table != self._generator_for(tuple(overrides)).settings.policy.table:
-            raise InputError(
-                f"frames: a video of {frames} latent frames would be made with other lengths of memory than this one "
-                f"without end; go on for at least {self.config.model_kwargs.local_attn_size} latent frames"
-            )
-        return config
-
     def prefix_latents(self, path: Path, profiler: Profiler | None = None) -> Tensor:
         """Latents [1, F, C, h, w] of the image or video to go on from. Raises InputError for files that do not fit."""
         if self.encoder is None:

@@ -18,6 +18,7 @@ import yaml
 
 from pipeline import Pipeline
 from pipeline.config.config import as_dict
+from pipeline.repeating import config_to_repeat
 from studio.take import Recorded
 from utils.errors import InputError
 from utils.files import write_atomic
@@ -47,8 +48,11 @@ def write_settings(pipeline: Pipeline, recorded: Recorded, folder: Path) -> Path
         raise InputError("save: there is nothing yet; wait for the first block")
     notes = recorded.notes
     try:
-        config = pipeline.config_to_repeat(
-            seed=notes.seed, frames=recorded.latent_frames, overrides=(*notes.overrides, "stream_output=false")
+        config = config_to_repeat(
+            pipeline,
+            seed=notes.seed,
+            frames=recorded.latent_frames,
+            overrides=(*notes.overrides, "stream_output=false"),
         )
     except InputError as error:
         raise InputError(f"save: the video is still too short to be made again from a file: {error}") from error

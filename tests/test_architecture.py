@@ -20,7 +20,7 @@ LIBRARY = [path for layer in LAYERS[1:] for path in sorted((ROOT / layer).glob("
 FLOORS = {
     "wan": [{"geometry", "cuda_graphs"}, {"config"}, {"attention", "checkpoints"}, {"text", "transformer", "vae"}],
     "dummy": [{"budget", "presets", "retentions", "passes"}, {"roles", "config", "frame_attention", "teacache"}],
-    "pipeline": [{"config"}, {"runtime"}, {"planning"}, {"session"}, {"assembly"}, {"video_files"}],
+    "pipeline": [{"config"}, {"runtime"}, {"planning"}, {"session"}, {"assembly"}, {"video_files", "repeating"}],
 }
 FLOORS["pipeline"] += [{"atlas", "vbench"}, {"calibrate"}]
 FLOORS["dummy"] += [{"equal_cost", "compare", "calibration"}, {"policy"}, {"policies"}, {"atlas"}]

@@ -20,7 +20,11 @@ CHROMIUM = os.environ.get("STUDIO_CHROMIUM") or next(
 )
 CANVAS = """() => {
   const canvas = document.getElementById("canvas");
-  return Array.from(canvas.getContext("2d").getImageData(0, 0, canvas.width, canvas.height).data);
+  const copy = document.createElement("canvas");
+  Object.assign(copy, { width: canvas.width, height: canvas.height });
+  const context = copy.getContext("2d", { willReadFrequently: true });
+  context.drawImage(canvas, 0, 0);
+  return Array.from(context.getImageData(0, 0, canvas.width, canvas.height).data);
 }"""
 
 
