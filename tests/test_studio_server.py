@@ -221,10 +221,27 @@ def test_a_slow_reader_loses_frames_and_the_server_no_memory(studio: Studio) -> 
         owner.say("bye")
 
 
-@settings(deadline=None, max_examples=20, suppress_health_check=[HealthCheck.function_scoped_fixture])
+def test_many_viewers_and_those_who_are_killed(studio: Studio) -> None:
+    """Twenty clients, half of whom vanish in the middle of a frame."""
+    with studio.visit() as owner, contextlib.ExitStack() as stack:
+        watch = owner.wait_for("session")["watch"]
+        guests = [stack.enter_context(studio.visit(join=watch)) for _ in range(20)]
+        for guest in guests:
+            guest.reports = False
+        owner.wait_for("viewers", count=21)
+        for guest in guests[::2]:
+            guest.ws.socket.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, b"\1\0\0\0\0\0\0\0")
+            guest.ws.socket.close()  # a reset, without a word
+        owner.wait_for("viewers", count=11)
+        owner.wait_for_frames(len(owner.frames) + 24)
+        for guest in guests[1::2]:
+            guest.wait_for_frames(20)
+
+
+@settings(deadline=None, max_examples=40, suppress_health_check=[HealthCheck.function_scoped_fixture])
 @given(st.lists(st.one_of(st.text(max_size=40), st.binary(max_size=40), NEAR_MESSAGES), max_size=80))
 def test_hostile_messages_hurt_nobody(studio: Studio, messages: list[str | bytes]) -> None:
-    """1,600 of them at most, in a session and before one; the server answers and goes on."""
+    """3,200 of them at most, in a session and before one; the server answers and goes on."""
     with studio.visit(hello=len(messages) % 5 > 0) as visitor:
         try:
             for message in messages:
