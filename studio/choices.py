@@ -25,11 +25,11 @@ _NO_ROLES = (
 )
 _LABELS = {
     "configured": "as configured",
-    "window": "window: every head sees the same frames",
-    "paper": "packed: dummy heads see one frame (the paper's)",
-    "anchored": "packed, anchored: the others see first and last frames",
-    "prune": "prune: dummy heads see the block alone",
-    "calibrated": "calibrated: each head what it needs",
+    "window": "window, all heads alike",
+    "paper": "packed, as in the paper",
+    "anchored": "packed and anchored",
+    "prune": "prune",
+    "calibrated": "calibrated, head by head",
 }
 DIAL_STEP = 0.5  # frames a head, so that the number of different policies in memory is bounded
 

@@ -14,7 +14,7 @@ from pathlib import Path
 
 from studio.protocol import event
 from studio.room import Room
-from studio.saving import KINDS, NAME, Saved, write_save, write_settings
+from studio.saving import KINDS, NAME, Saved, write_save, write_settings, write_video
 from studio.showing import Showing
 from studio.take import Recorded, left_over
 from studio.workshop import Workshop
@@ -106,8 +106,7 @@ class Keeper:
             try:
                 recorded = left_over(folder)
                 if recorded.blocks:
-                    saved = self._write(recorded, progress)
-                    logger.info("%s: saved, %d frames", saved.name, saved.frames)
+                    self._write_what_can_be(recorded, progress)
             except InputError as error:
                 logger.warning("%s: %s", folder, error)
                 return
@@ -115,6 +114,16 @@ class Keeper:
 
         for folder in sorted(self._workshop.folders.takes.iterdir()):
             await self._workshop.file(lambda folder=folder: recover(folder))  # type: ignore[misc]
+
+    def _write_what_can_be(self, recorded: Recorded, progress: Progress) -> None:
+        """The video, and what makes it again unless it is too short for that."""
+        pipeline, folder = self._workshop.pipeline, self._workshop.folders.saved
+        try:
+            write_settings(pipeline, recorded, folder)
+        except InputError as error:
+            logger.info("%s: %s", recorded.name, error)
+        write_video(pipeline, recorded, folder, progress)
+        logger.info("%s: saved, %d frames", recorded.name, recorded.frames)
 
     async def finish(self) -> None:
         """The server ends: let saves under way end, and save the takes that it leaves."""

@@ -17,7 +17,7 @@ import numpy as np
 import yaml
 
 from pipeline import Pipeline
-from pipeline.config.config import as_dict
+from pipeline.config.config import InferenceConfig, as_dict
 from pipeline.repeating import config_to_repeat
 from studio.take import Recorded
 from utils.errors import InputError
@@ -25,6 +25,7 @@ from utils.files import write_atomic
 from utils.video import VideoWriter
 
 NAME = re.compile(r"studio-[0-9]{8}-[0-9]{6}-[0-9a-f]{6}-[0-9]{1,9}")
+_LOOK_AHEAD = 20  # blocks
 KINDS = {"mp4": "video/mp4", "jsonl": "application/jsonl", "yaml": "application/yaml"}
 
 
@@ -43,19 +44,10 @@ class Saved:
 
 
 def write_settings(pipeline: Pipeline, recorded: Recorded, folder: Path) -> Path:
-    """The storyboard and the YAML; returns the latter. Raises InputError for a video that is too short for it."""
+    """The storyboard and the YAML; returns the latter. Raises InputError for a video too short to be made again."""
     if not recorded.blocks:
         raise InputError("save: there is nothing yet; wait for the first block")
-    notes = recorded.notes
-    try:
-        config = config_to_repeat(
-            pipeline,
-            seed=notes.seed,
-            frames=recorded.latent_frames,
-            overrides=(*notes.overrides, "stream_output=false"),
-        )
-    except InputError as error:
-        raise InputError(f"save: the video is still too short to be made again from a file: {error}") from error
+    config = _config(pipeline, recorded)
     board, settings = (folder / f"{recorded.name}.{kind}" for kind in ("jsonl", "yaml"))
     scenes = recorded.scenes
     line = {"prompts": [scene.prompt for scene in scenes], "switch_frame_indices": [s.start_frame for s in scenes[1:]]}
@@ -69,10 +61,38 @@ def write_settings(pipeline: Pipeline, recorded: Recorded, folder: Path) -> Path
     return settings
 
 
+def _config(pipeline: Pipeline, recorded: Recorded) -> InferenceConfig:
+    """The settings that make the take again. Raises InputError, with the length from which on there are any."""
+    notes, overrides = recorded.notes, (*recorded.notes.overrides, "stream_output=false")
+    first: InputError | None = None
+    for more in range(_LOOK_AHEAD):
+        frames = (recorded.blocks + more) * notes.block_latents
+        try:
+            config = config_to_repeat(pipeline, seed=notes.seed, frames=frames, overrides=overrides)
+        except InputError as error:
+            first = first or error
+            continue
+        if not more:
+            return config
+        seconds = pipeline.pixel_frames(frames) / config.fps
+        raise InputError(
+            f"save: with this policy a video can be made again from {seconds:.1f} s on; go on a little, and save then"
+        ) from first
+    assert first is not None
+    raise first
+
+
 def write_save(pipeline: Pipeline, recorded: Recorded, folder: Path, progress: Callable[[int], None]) -> Saved:
     """All files of a take; `progress` hears how many frames are written. Raises InputError as `write_settings`, and if
     the disk is full."""
     settings = write_settings(pipeline, recorded, folder)
+    write_video(pipeline, recorded, folder, progress)
+    command = f"python interactive_inference.py --config_path {settings}"
+    return Saved(recorded.name, recorded.frames, recorded.latent_frames, command)
+
+
+def write_video(pipeline: Pipeline, recorded: Recorded, folder: Path, progress: Callable[[int], None]) -> None:
+    """The mp4 alone, as a script writes it."""
     config = pipeline.config
     height, width = config.pixel_size
     path = folder / f"{recorded.name}.mp4"
@@ -82,5 +102,3 @@ def write_save(pipeline: Pipeline, recorded: Recorded, folder: Path, progress: C
             writer.write(np.stack(batch))
             done += len(batch)
             progress(done)
-    command = f"python interactive_inference.py --config_path {settings}"
-    return Saved(recorded.name, recorded.frames, recorded.latent_frames, command)

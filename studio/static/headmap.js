@@ -37,7 +37,7 @@ function label(x, y, text, anchor) {
 }
 
 function drawCell(x, y, size, kind, scale, role, name) {
-  const sinks = kind.frames.filter((frame) => frame < kind.sink).length;
+  const sinks = Math.min(kind.sink, kind.frames.length);
   const recent = kind.frames.length - sinks;
   const unit = size / scale;
   const group = svg("g", {}, svg("rect", { class: "cell", x, y, width: size, height: size, rx: 4 }));
