@@ -11,6 +11,7 @@ from pathlib import Path
 from pipeline import Pipeline
 from pipeline.config.config import InferenceConfig
 from studio.choices import Choices
+from studio.generator_thread import GeneratorThread
 from studio.jobs import Jobs
 from studio.keeper import Keeper
 from studio.lobby import Lobby
@@ -54,6 +55,7 @@ class House:
         self.loaded = asyncio.Event()
         self.connections = 0
         self.failure: BaseException | None = None
+        self._generator = GeneratorThread()  # which ends with the process, even in the middle of loading
         self._parts: Parts | None = None
         self._tasks: list[asyncio.Task[None]] = []
 
@@ -79,13 +81,13 @@ class House:
 
     async def _load(self, on_failure: Callable[[], None]) -> None:
         try:
-            pipeline = await asyncio.to_thread(self._ready_pipeline)
+            pipeline = await self._generator.run(self._ready_pipeline)
             choices = Choices(pipeline, self.settings.calibration)
         except Exception as error:  # raised again where the server was started
             self.failure = error
             on_failure()
             return
-        workshop = Workshop(pipeline, choices, self.settings, self.folders, self.metrics)
+        workshop = Workshop(pipeline, self._generator, choices, self.settings, self.folders, self.metrics)
         keeper = Keeper(workshop)
         self._parts = Parts(workshop, keeper, Lobby(workshop, keeper, self.examples[0]), Jobs(workshop))
         logger.info("ready: policies %s", ", ".join(choices.policies))

@@ -26,6 +26,7 @@ logger = logging.getLogger(__name__)
 Progress = Callable[[int], None]
 
 STOPPING = "the server stops; what was made is saved"
+ENDED = "the session was ended"
 ABSENT = "nobody was there for a while, so the session was freed"
 _LAST_S = 8.0  # for saves, when the server ends
 _TELL_S = 0.25  # between words of progress
@@ -73,7 +74,7 @@ class Keeper:
     def put_away(self, showing: Showing, reason: str | None) -> None:
         """A take is over, and with it the session if there is a `reason`."""
         if reason != STOPPING:
-            self._begin(self._drop(showing, reason == ABSENT))
+            self._begin(self._drop(showing, reason not in (None, ENDED)))
 
     async def _drop(self, showing: Showing, note: bool) -> None:
         """Remove a take, after its saves; `note`: but let it be made again, for those who come back too late."""

@@ -12,6 +12,7 @@ import logging
 from starlette.websockets import WebSocket, WebSocketDisconnect, WebSocketState
 
 from studio.house import House
+from studio.keeper import ENDED
 from studio.protocol import (
     VERSION,
     At,
@@ -182,7 +183,7 @@ class Connection:
         """Do what a viewer says. Raises InputError for what is not his to say, or cannot be done."""
         room = self._room
         if room is None and isinstance(message, Bye):
-            self._viewer.dismiss("ended")
+            self._viewer.dismiss(ENDED)
             return
         if room is None:
             raise InputError("there is no session yet; wait for your turn")
@@ -205,4 +206,4 @@ class Connection:
             case Save():
                 self._house.parts.keeper.save(room)
             case Bye():
-                room.close("ended")
+                room.close(ENDED)

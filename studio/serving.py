@@ -110,6 +110,7 @@ def server_of(house: House, on_failure: Callable[[], None]) -> Server:
         access_log=False,
         server_header=False,
         timeout_graceful_shutdown=_PATIENCE_S,
+        ws="websockets-sansio",
         ws_max_size=MESSAGE_BYTES,
         ws_per_message_deflate=False,  # pictures are compressed already
     )

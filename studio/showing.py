@@ -59,9 +59,8 @@ class Showing:
 
     def introduce(self, viewer: Viewer) -> None:
         """Tell a viewer all that the others know, and show him the last frame."""
-        viewer.tell(event("take", take=self.number, made=self.made, **vars(self.choice)))
-        for index in range(len(self.scenes)):
-            viewer.tell(self._scene_event(index))
+        scenes = [vars(said) for said in self.scenes]
+        viewer.tell(event("take", take=self.number, made=self.made, scenes=scenes, **vars(self.choice)))
         if self.heads is not None:
             viewer.tell(self.heads.event(self.number))
         if self._last_message is not None:

@@ -42,14 +42,20 @@ class Workshop:
     """One pipeline and everything around it."""
 
     def __init__(
-        self, pipeline: Pipeline, choices: Choices, settings: StudioSettings, folders: Folders, metrics: Metrics
+        self,
+        pipeline: Pipeline,
+        generator: GeneratorThread,
+        choices: Choices,
+        settings: StudioSettings,
+        folders: Folders,
+        metrics: Metrics,
     ) -> None:
         self.pipeline = pipeline
+        self.generator = generator
         self.choices = choices
         self.settings = settings
         self.folders = folders
         self.metrics = metrics
-        self.generator = GeneratorThread()
         self._texts = ThreadPoolExecutor(1, "texts")
         self._pictures = ThreadPoolExecutor(max(2, min(4, (os.cpu_count() or 2) - 1)), "pictures")
         self._files = ThreadPoolExecutor(1, "files")

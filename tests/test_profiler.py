@@ -9,7 +9,7 @@ import time
 import pytest
 import torch
 
-from utils.profiler import Profiler, VideoProfile, device_name, peak_memory_bytes
+from utils.profiler import Profiler, VideoProfile, device_name, peak_memory_bytes, resident_bytes
 
 CPU = torch.device("cpu")
 
@@ -195,3 +195,20 @@ def test_what_the_allocator_held_stands_beside_the_peak() -> None:
     assert Profiler(CPU).reserved_memory_bytes() is None
     assert _profile(reserved_bytes=5 * 1024**3).format().endswith("Peak memory: 3.00 GiB, reserved 5.00 GiB")
     assert _profile(reserved_bytes=5 * 1024**3).as_dict()["reserved_bytes"] == 5 * 1024**3
+
+
+def test_the_latest_span_is_told_without_a_report() -> None:
+    profiler = Profiler(CPU)
+    assert profiler.latest_ms("denoise") is None
+    for pause in (0.0, 0.02):
+        with profiler.span("denoise"):
+            time.sleep(pause)
+    assert profiler.latest_ms("denoise") == profiler.report().spans["denoise"][-1] >= 20
+
+
+def test_resident_memory_is_that_of_now() -> None:
+    before = resident_bytes()
+    if before is None:
+        pytest.skip("this system does not say")
+    block = torch.ones(8 << 20)  # 32 MiB
+    assert 24 << 20 < (resident_bytes() or 0) - before < 256 << 20 and block.sum() > 0

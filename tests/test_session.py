@@ -14,6 +14,7 @@ import pytest
 import torch
 
 import interactive_inference
+from dummy.roles import Role
 from pipeline import Pipeline, Session
 from pipeline.config.config import load_config
 from pipeline.config.jobs import read_jobs
@@ -194,6 +195,22 @@ def test_a_session_without_end_keeps_to_its_memory(pipeline_of: Pipelines) -> No
                 break
         assert len(sizes) == 1
         assert session.profiler.report().spans["denoise"]
+
+
+def test_a_session_tells_what_its_heads_hold(pipeline_of: Pipelines) -> None:
+    """In the order of the weights, before and after heads are split by their roles."""
+    pipeline = pipeline_of(*PACKED)
+    with pipeline.session() as session:
+        take(session, 2, {0: FOX})
+        assert {head.frames for row in session.held() for head in row} == {(0, 1, 2)}
+        take(session, 3, {})
+        held, roles = session.held(), session.roles
+        assert roles is not None and (len(held), len(held[0])) == roles.shape
+        for layer, row in zip(roles.table, held, strict=True):
+            for role, head in zip(layer, row, strict=True):
+                kept = {Role.SINK: (1, 0), Role.NEIGHBOR: (0, 3), Role.DUMMY: (0, 1)}[role]
+                assert (head.retention.sink, head.retention.recent) == kept
+                assert head.frames == {Role.SINK: (0,), Role.NEIGHBOR: (9, 10, 11), Role.DUMMY: (11,)}[role]
 
 
 def test_close_frees_everything(pipeline_of: Pipelines) -> None:

@@ -11,7 +11,8 @@ import { Timeline } from "./timeline.js";
 
 const ALERT_MS = 9000;
 
-const state = { fps: 16, steers: false, paused: false, scenes: [], told: null, latencies: [], nextId: 1 };
+const state = { fps: 16, steers: false, paused: false, scenes: [], told: null, latencies: [] };
+let nextId = Math.floor(Math.random() * 2 ** 31); // not what another tab counts from
 const typedAt = new Map(); // prompts on their way, by id
 
 const address = new URLSearchParams(location.hash.slice(1));
@@ -62,8 +63,8 @@ const handlers = {
   },
   take: (event) => {
     player.begin(event.take);
-    timeline.begin(state.fps);
-    state.scenes = [];
+    state.scenes = event.scenes;
+    timeline.begin(state.fps, event.scenes);
     typedAt.clear();
     settings.show(event);
   },
@@ -114,7 +115,7 @@ function refresh() {
 function say(text) {
   const words = text.trim();
   if (!words) return;
-  const id = state.nextId++;
+  const id = nextId++;
   typedAt.set(id, performance.now());
   if (connection.say("prompt", { id, text: words })) timeline.typed(id, words);
   else alertWith("The line is broken; the prompt was not sent");

@@ -36,7 +36,7 @@ export class Player {
   }
 
   push(frame) {
-    if (frame.take !== this.take) return;
+    if (frame.take !== this.take % 2 ** 16) return; // the message has two bytes for it
     this.waiting.push(frame);
     while (this.waiting.length > MOST_WAITING) this.waiting.shift().bitmap?.close();
     this.decode();

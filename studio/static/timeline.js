@@ -5,14 +5,13 @@ import { byId, clock, element } from "./dom.js";
 const MOST_SHOWN = 200;
 
 export class Timeline {
-  constructor(onSay) {
-    this.onSay = onSay;
-    this.begin(16);
+  constructor() {
+    this.begin(16, []);
   }
 
-  begin(fps) {
+  begin(fps, scenes) {
     this.fps = fps;
-    this.scenes = [];
+    this.scenes = [...scenes];
     this.pending = new Map();
     this.latencies = new Map();
     this.now = -1;
@@ -32,7 +31,8 @@ export class Timeline {
 
   scene({ scene, frame, text, id }) {
     this.scenes[scene] = { frame, text, id };
-    for (const waiting of this.pending.keys()) if (id && waiting <= id) this.pending.delete(waiting);
+    const mine = this.pending.has(id); // else another viewer's, whose numbers are his own
+    for (const waiting of this.pending.keys()) if (mine && waiting <= id) this.pending.delete(waiting);
     this.draw();
   }
 
