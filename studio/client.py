@@ -83,11 +83,11 @@ class StudioClient:
         given = {name: value for name, value in fields.items() if value is not None}
         self._socket.send(json.dumps({"type": kind, **given}))
 
-    def wait_for(self, kind: str) -> dict[str, Any]:
-        """The next event of that kind; what comes before it is passed over."""
+    def wait_for(self, kind: str, **fields: object) -> dict[str, Any]:
+        """The next event of that kind with these fields; what comes before it is passed over."""
         while True:
             message = self._receive()
-            if isinstance(message, dict) and message["type"] == kind:
+            if isinstance(message, dict) and message["type"] == kind and fields.items() <= message.items():
                 return message
 
     def wait_for_frames(self, take: int, count: int) -> None:
@@ -137,8 +137,8 @@ def record(client: StudioClient, cues: Sequence[Cue], seconds: float, seed: int,
     fps, first, block = (client.welcome[name] for name in ("fps", "first_block", "block"))
     client.say("restart", prompt=cues[0].prompt, seed=seed, policy=policy)
     client.say("pause", on=True)
-    while (take := client.wait_for("take"))["prompt"] != cues[0].prompt or take["seed"] != seed or take["made"]:
-        pass
+    client.wait_for("paused", on=True)
+    take = client.wait_for("take")  # the one that was asked for: no other begins after that
     made, waiting = 0, list(cues[1:])
     while made < seconds * fps:
         while waiting and made >= waiting[0].second * fps:

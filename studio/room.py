@@ -160,7 +160,7 @@ class Room:
         session, take = await self._workshop.open(choice)
         self.showing = showing = Showing(self._takes, choice, session, take, self._workshop, opened)
         self._takes += 1
-        for viewer in self.viewers:
+        for viewer in self.viewers if not self._afresh else ():  # else yet another take is wanted already
             viewer.forget_frames()
             showing.introduce(viewer)
         while await self._until_due():
