@@ -19,6 +19,7 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -69,9 +70,11 @@ class StudioClient:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise InputError(f"url: expected an address such as http://127.0.0.1:7860, got {quoted(url)}")
+        self._open = ExitStack()
         self._base, self._token = f"{parts.scheme}://{parts.netloc}", token
         try:
-            self._socket = connect(f"ws{parts.scheme[4:]}://{parts.netloc}/ws", max_size=None, compression=None)
+            address = f"ws{parts.scheme[4:]}://{parts.netloc}/ws"
+            self._socket = self._open.enter_context(connect(address, max_size=None, compression=None))
         except (OSError, WebSocketException) as error:
             raise InputError(f"url: no studio answers at {self._base} ({error}); start one, or mend the url") from error
         self.say("hello", token=token)
@@ -129,7 +132,7 @@ class StudioClient:
     def close(self) -> None:
         """Free the session."""
         self.say("bye")
-        self._socket.close()
+        self._open.close()
 
 
 def record(client: StudioClient, cues: Sequence[Cue], seconds: float, seed: int, policy: str | None) -> dict[str, Any]:
