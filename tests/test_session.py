@@ -78,11 +78,13 @@ def test_what_was_typed_is_a_storyboard(
     assert torch.equal(pipeline.generate([(0, FOX), (3, BIRD), (12, FISH)]), frames)
 
 
-def test_a_cut_that_was_typed_is_that_of_a_storyboard(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_cut_that_was_typed_is_that_of_a_storyboard(
+    program: Program, pipeline_of: Pipelines, capsys: pytest.CaptureFixture[str]
+) -> None:
     """Metadata has it, so that a storyboard that cuts elsewhere is seen to make another video."""
     window = ("dummy_forcing=off", "model_kwargs.local_attn_size=6", "model_kwargs.sink_size=1", "rope=relative")
     settings = (*window, "kv_flush=true", "num_output_frames=15", "vae_tile=never", "low_memory=false")
-    pipeline = pipeline_of(program, *settings)
+    pipeline = pipeline_of(*settings)
     made = []
     for cut in (True, False):
         with pipeline.session() as session:
