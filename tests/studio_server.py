@@ -96,9 +96,13 @@ class Studio:
 
     def end_sessions(self) -> None:
         rooms = self.house.parts.lobby.rooms
-        for room in list(rooms.values()):
-            self.loop.call_soon_threadsafe(room.close, "the test is over")
-        until(lambda: not rooms and not self.house.connections, "the end of all sessions")
+
+        def ended() -> bool:
+            for room in list(rooms.values()):  # who was in the line may have one only now
+                self.loop.call_soon_threadsafe(room.close, "the test is over")
+            return not rooms and not self.house.connections
+
+        until(ended, "the end of all sessions")
 
     def json(self, path: str, method: str = "GET", **content: object) -> Any:
         """The answer to a request with a JSON body, if there is content."""
