@@ -10,7 +10,7 @@ replayed (wan/transformer/graphs.py). The file knows no head roles and no prompt
 
 from __future__ import annotations
 
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator
 from contextlib import contextmanager
 
 import torch
@@ -57,12 +57,13 @@ class KVCache:
         rank, and the layers hold its heads alone."""
         self._shape = shape
         self._exchange = exchange
-        self._shares: HeadShares | None = None
+        self.rank, self._ranks = (0, 1) if exchange is None else (exchange.rank, exchange.ranks)
+        self.shares: HeadShares
+        """Which rank has which heads, and what they keep."""
         self._window = relative_window
         self.device = like.device
         self.buffer_epoch = BufferEpoch()
         self._orders: Tensor | None = None  # [2, layers, H], of which layers have their part
-        self.host_orders: Sequence[Sequence[int]] | None = None  # head i of layer l's cache is host_orders[l][i]
         self._shifts = FrameShifts(shape.head_dim, like.device)
         self.moved = 0
         """Frames by which the pass's own queries and keys stand later than where they belong; nothing that joins the
@@ -80,28 +81,20 @@ class KVCache:
         """Forget everything; all heads of all layers, in the order of the weights, keep `retention` from now on. With
         `most` there is room for that many frames: for heads that are split, or reset, before more have come."""
         room = self._shape.max_past if most is None else min(most, self._shape.max_past)
-        whole = [(self._shape.num_heads, retention)]
-        if self._exchange is not None:
-            self._deal(HeadShares.even(len(self.layers), self._shape.num_heads, self._exchange.ranks, retention))
-        renewed = [layer.allocate(self._own(layer, whole), room) for layer in self.layers]
-        if any(renewed) or self._orders is not None:
+        self._deal(HeadShares.even(len(self.layers), self._shape.num_heads, self._ranks, retention))
+        if self._allocate(room) or self._orders is not None:
             self.buffer_epoch = BufferEpoch()
-        self._orders = self.host_orders = None
+        self._orders = None
         for layer in self.layers:
             layer.head_order = None
 
     def allocate(self, layout: HeadLayout) -> None:
         """Forget everything; heads are and keep what the layout says. Buffers at hand serve again if they suit it."""
-        room = self._shape.max_past
-        layout = self._dealt(layout)
-        renewed = [
-            layer.allocate(self._own(layer, segments), room)
-            for layer, segments in zip(self.layers, layout.segments, strict=True)
-        ]
-        if any(renewed) or self._orders is None:
+        self._deal(self._balanced(layout))
+        if self._allocate(self._shape.max_past) or self._orders is None:
             self.buffer_epoch = BufferEpoch()
             self._orders = None
-        for layer, order in zip(self.layers, self._head_orders(layout), strict=True):
+        for layer, order in zip(self.layers, self._head_orders(), strict=True):
             layer.head_order = order
 
     def split(self, layout: HeadLayout, current: range = range(0)) -> None:
@@ -113,46 +106,40 @@ class KVCache:
         """
         self.buffer_epoch = BufferEpoch()
         assert self._orders is None
-        before, layout = self._shares, self._dealt(layout)
-        orders = self._head_orders(layout)
-        for layer, order, segments in zip(self.layers, orders, layout.segments, strict=True):
-            if self._exchange is None or before is None or self._shares is None:
-                layer.split(order, segments, current)
+        before = self.shares
+        self._deal(self._balanced(layout))
+        for layer, order in zip(self.layers, self._head_orders(), strict=True):
+            if self._exchange is None:
+                layer.split(order, self.shares.segments(layer.index, 0), current)
             else:
-                layer.split_among(self._exchange, before, self._shares, order, current)
+                layer.split_among(self._exchange, before, self.shares, order, current)
 
-    def _dealt(self, layout: HeadLayout) -> HeadLayout:
-        """The layout with the heads of every layer dealt to the ranks by what they cost, if there are several."""
-        if self._exchange is None:
-            return layout
+    def _balanced(self, layout: HeadLayout) -> HeadShares:
+        """The heads of every layer dealt to the ranks by what they cost."""
         own = self._shape.frames_per_block
-        shares = HeadShares.balanced(layout, self._exchange.ranks, lambda kept: own + self._shape.slots(kept))
-        self._deal(shares)
-        return layout._replace(orders=shares.orders)
+        return HeadShares.balanced(layout, self._ranks, lambda kept: own + self._shape.slots(kept))
 
     def _deal(self, shares: HeadShares) -> None:
-        self._shares = shares
+        self.shares = shares
         for layer, counts in zip(self.layers, shares.counts, strict=True):
             layer.head_counts = counts
 
-    def _own(self, layer: LayerCache, segments: Sequence[tuple[int, Retention]]) -> Sequence[tuple[int, Retention]]:
-        """What this rank's heads of a layer keep."""
-        if self._exchange is None or self._shares is None:
-            return segments
-        return self._shares.segments(layer.index, self._exchange.rank)
+    def _allocate(self, room: int) -> bool:
+        """Let all layers hold what this rank's heads keep, of at most `room` frames; whether any buffer is new."""
+        renewed = [layer.allocate(self.shares.segments(layer.index, self.rank), room) for layer in self.layers]
+        return any(renewed)
 
     def all_heads(self, own: Tensor) -> Tensor:
         """[layers, own heads, ...] to [layers, H, ...] in the order of the weights, before heads were split."""
-        if self._exchange is None or self._shares is None:
+        if self._exchange is None:
             return own
         assert self._orders is None
-        return self._exchange.all_heads(own, self._shares.heads(0, self._exchange.rank), self._shape.num_heads)
+        return self._exchange.all_heads(own, self.shares.heads(0, self.rank), self._shape.num_heads)
 
     @torch.inference_mode()  # wherever it is called: to a compiler other tensors would be others
-    def _head_orders(self, layout: HeadLayout) -> list[HeadOrder]:
-        """The layout's orders on the device, for every layer; one copy for all, to where earlier ones lie if any do."""
-        self.host_orders = layout.orders
-        orders = torch.tensor(layout.orders, device="cpu")
+    def _head_orders(self) -> list[HeadOrder]:
+        """The heads' order on the device, for every layer; one copy for all, to where earlier ones lie if any do."""
+        orders = torch.tensor(self.shares.orders, device="cpu")
         both = to_device(torch.stack((orders, orders.argsort(dim=1))), self.device)
         self._orders = both if self._orders is None else self._orders.copy_(both)
         return [HeadOrder(*pair) for pair in self._orders.unbind(1)]
@@ -165,9 +152,7 @@ class KVCache:
     @property
     def own_tokens(self) -> int:
         """Of those of a pass over one block, the ones of this rank."""
-        if self._exchange is None:
-            return self.block_tokens
-        return len(share(self.block_tokens, self._exchange.ranks, self._exchange.rank))
+        return len(share(self.block_tokens, self._ranks, self.rank))
 
     @property
     def frames_per_block(self) -> int:
@@ -203,7 +188,7 @@ class KVCache:
             return
         window_start = start_frame + frames - self._window if sinks_at is None else sinks_at
         for group in (group for layer in self.layers for group in layer.groups):
-            group.rotate_sinks(self._shifts(group.sink_shift(window_start)))
+            group.place_sinks(window_start)
 
     def forget(self, keep_sinks_before: int = 0) -> None:
         """Drop what is kept, except sinks that are earlier than the given frame; groups and buffers stay."""

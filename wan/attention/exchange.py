@@ -10,6 +10,7 @@ This file knows torch.distributed, which is NCCL or gloo; it knows neither polic
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import NamedTuple, TypeVar
@@ -115,32 +116,28 @@ class HeadExchange:
 
     def to_heads(self, parts: Sequence[Tensor], counts: Sequence[int], tokens: int) -> tuple[Tensor, ...]:
         """Tensors [B, own tokens, H, D], heads rank by rank, to as many [B, tokens, own heads, D]."""
-        stacked = torch.stack(tuple(parts))
-        _, batch, _, _, width = stacked.shape
-        lengths = [len(share(tokens, self.ranks, rank)) for rank in range(self.ranks)]
-        sent = [part.flatten() for part in torch.split(stacked, list(counts), dim=3)]
-        sizes = [len(parts) * batch * length * counts[self.rank] * width for length in lengths]
-        received = self._all_to_all(sent, sizes)
-        shapes = [(len(parts), batch, length, counts[self.rank], width) for length in lengths]
+        batch, _, _, width = parts[0].shape
+        sent = list(zip(*(torch.split(part, list(counts), dim=2) for part in parts), strict=True))
+        shapes = [(len(parts), batch, length, counts[self.rank], width) for length in self._lengths(tokens)]
+        received = self._all_to_all(sent, list(map(math.prod, shapes)))
         joined = torch.cat([part.view(shape) for part, shape in zip(received, shapes, strict=True)], dim=2)
         return joined.unbind(0)
 
     def to_tokens(self, attended: Tensor, counts: Sequence[int]) -> Tensor:
         """[B, tokens, own heads, D] to [B, own tokens, H, D], heads rank by rank."""
         batch, tokens, _, width = attended.shape
-        lengths = [len(share(tokens, self.ranks, rank)) for rank in range(self.ranks)]
-        sent = [part.flatten() for part in torch.split(attended, lengths, dim=1)]
+        lengths = self._lengths(tokens)
         shapes = [(batch, lengths[self.rank], count, width) for count in counts]
-        received = self._all_to_all(sent, [batch * lengths[self.rank] * count * width for count in counts])
+        sent = [(part,) for part in torch.split(attended, lengths, dim=1)]
+        received = self._all_to_all(sent, list(map(math.prod, shapes)))
         return torch.cat([part.view(shape) for part, shape in zip(received, shapes, strict=True)], dim=2)
 
     def all_tokens(self, own: Tensor, tokens: int) -> Tensor:
         """[B, own tokens, C] to [B, tokens, C], on every rank."""
         batch, _, channels = own.shape
-        lengths = [len(share(tokens, self.ranks, rank)) for rank in range(self.ranks)]
-        received = self._all_to_all([own.flatten()] * self.ranks, [batch * length * channels for length in lengths])
-        pieces = zip(received, lengths, strict=True)
-        return torch.cat([part.view(batch, length, channels) for part, length in pieces], dim=1)
+        shapes = [(batch, length, channels) for length in self._lengths(tokens)]
+        received = self._all_to_all([(own,)] * self.ranks, list(map(math.prod, shapes)))
+        return torch.cat([part.view(shape) for part, shape in zip(received, shapes, strict=True)], dim=1)
 
     def move_heads(
         self,
@@ -164,9 +161,8 @@ class HeadExchange:
             [excerpt(head - first, kept) for head, kept in heads(rank) if owner[head] == self.rank]
             for rank in range(self.ranks)
         ]
-        nothing = excerpt(0, after.kept[layer][0])[:0]
         lengths = [[size(kept) for head, kept in heads(self.rank) if owner[head] == rank] for rank in range(self.ranks)]
-        received = self._all_to_all([torch.cat([nothing, *parts]) for parts in sent], list(map(sum, lengths)))
+        received = self._all_to_all(sent, list(map(sum, lengths)))
         by_rank = [iter(torch.split(part, sizes or [0])) for part, sizes in zip(received, lengths, strict=True)]
         return [next(by_rank[owner[head]]) for head, _ in heads(self.rank)]
 
@@ -181,12 +177,20 @@ class HeadExchange:
         """Let every rank have the sum of all."""
         dist.all_reduce(full, group=self._group)
 
-    def _all_to_all(self, sent: Sequence[Tensor], sizes: Sequence[int]) -> list[Tensor]:
-        flat = torch.cat(list(sent))
-        own = sent[self.rank].numel()
-        self.sent += (flat.numel() - own) * flat.element_size()
+    def _lengths(self, tokens: int) -> list[int]:
+        """How many of a pass's tokens every rank has."""
+        return [len(share(tokens, self.ranks, rank)) for rank in range(self.ranks)]
+
+    def _all_to_all(self, sent: Sequence[Sequence[Tensor]], sizes: Sequence[int]) -> list[Tensor]:
+        """Give every rank its tensors of `sent`; from each come so many numbers, flat."""
+        sent_sizes = [sum(part.numel() for part in parts) for parts in sent]
+        every = [part for parts in sent for part in parts]
+        flat = every[0].new_empty(sum(sent_sizes))
+        for target, part in zip(torch.split(flat, [part.numel() for part in every]), every, strict=True):
+            target.view(part.shape).copy_(part)
+        self.sent += (flat.numel() - sent_sizes[self.rank]) * flat.element_size()
         received = flat.new_empty(sum(sizes))
-        self._swap(received, flat, list(sizes), [part.numel() for part in sent])
+        self._swap(received, flat, list(sizes), sent_sizes)
         return list(torch.split(received, list(sizes)))
 
     def _swap(self, received: Tensor, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]) -> None:

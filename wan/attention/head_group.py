@@ -16,7 +16,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from wan.attention.rope import FrameShifts, Rotation, rotate
+from wan.attention.rope import FrameShifts, rotate
 from wan.geometry import ENDLESS
 
 UNBOUNDED = ENDLESS  # a number of frames that no video reaches
@@ -221,14 +221,12 @@ class HeadGroup:
         keys, values = self.kv[:, :, index * tokens : (index + 1) * tokens]
         return keys, values
 
-    def sink_shift(self, window_start: int) -> int:
-        """Positions by which the sinks move if they stand at `window_start` once that is later than their own place."""
-        return max(0, window_start - self.frames[0]) if self.frames else 0
-
-    def rotate_sinks(self, shift: Rotation) -> None:
+    def place_sinks(self, window_start: int) -> None:
+        """With relative positions: let the sinks stand at `window_start` once that is later than their own place."""
         if self._unrotated_sinks is not None and self.frames:
             count = min(self.retention.sink, len(self.frames))
             sinks = self._unrotated_sinks[:, : count * self._shape.tokens_per_frame]
+            shift = self._shifts(max(0, window_start - self.frames[0]))
             self.kv[0, :, self._slots(0, count)] = rotate(sinks, shift)
 
     @property

@@ -16,13 +16,11 @@ class HeldFrames(NamedTuple):
 
 
 def held_by_head(cache: KVCache) -> list[list[HeldFrames]]:
-    """Of every head of every layer, in the order of the weights."""
+    """Of every head of every layer, in the order of the weights. Where other processes hold heads, as they do here what
+    keeps as much does."""
+    held = {group.retention: tuple(sorted(group.frames)) for layer in cache.layers for group in layer.groups}
     table = []
-    for index, layer in enumerate(cache.layers):
-        row: dict[int, HeldFrames] = {}
-        for group in layer.groups:
-            held = HeldFrames(group.retention, tuple(sorted(group.frames)))
-            for place in range(group.heads.start, group.heads.stop):
-                row[place if cache.host_orders is None else cache.host_orders[index][place]] = held
-        table.append([row[head] for head in sorted(row)])
+    for order, kept in zip(cache.shares.orders, cache.shares.kept, strict=True):
+        by_head = {head: HeldFrames(one, held.get(one, ())) for head, one in zip(order, kept, strict=True)}
+        table.append([by_head[head] for head in range(len(order))])
     return table
