@@ -11,9 +11,11 @@ from dataclasses import dataclass
 
 @dataclass
 class PassCount:
-    """Counts one video's passes; the first layer of a pass begins it."""
+    """Counts one video's passes, which are `in_first` of the first block and `per_block` of every other; the first
+    layer of a pass begins it."""
 
-    passes_per_block: int
+    per_block: int
+    in_first: int
     _number: int = -1
 
     def see(self, layer: int) -> None:
@@ -22,4 +24,7 @@ class PassCount:
     @property
     def key(self) -> tuple[int, int]:
         """Block, and place in the block."""
-        return divmod(self._number, self.passes_per_block)
+        if self._number < self.in_first:
+            return 0, self._number
+        block, place = divmod(self._number - self.in_first, self.per_block)
+        return block + 1, place

@@ -319,7 +319,7 @@ def test_recording_allocates_at_most_what_is_said(
     generator, embeds = watched_generator(config, jobs, watched_policy(config, "dense"), torch.device("cpu"))
     sizes, chosen = generator.model.config, recording.passes
     geometry = geometry_of(config, sizes.in_dim)
-    weighed = Weighed(PassRecorder(chosen.wanted, chosen.per_block, geometry.tokens_per_frame, share))
+    weighed = Weighed(PassRecorder(chosen.wanted, chosen.count, geometry.tokens_per_frame, share))
     watch(generator, geometry, jobs[0], embeds, weighed, chosen.blocks[-1])
     kept = weighed.recorder.seen.values()
     assert weighed.tracker.current == video_bytes(recording, sizes)
@@ -513,3 +513,17 @@ def test_the_error_of_sampled_queries(program: Program, capsys: pytest.CaptureFi
     assert rows[0]["mean_error"] == 0 and all(row["mean_error"] > 0 for row in rows[1:])
     assert rows[1]["mean_error"] < rows[4]["mean_error"]
     assert all(0 <= row["least_overlap"] <= row["dummy_overlap"] <= 1 for row in rows)
+
+
+def test_passes_of_a_first_block_with_steps_of_its_own_are_told_apart() -> None:
+    steps = ["denoising_step_list=[1000]", "denoising_step_list_first_chunk=[1000,750,500,250]"]
+    chosen = choose_passes(load_config({}, ["num_frame_per_block=1", *steps]), None, None)
+    count, seen = chosen.count(), []
+    for _ in range(5 + 2 * 2):  # four steps and the clean pass, then two blocks of a step and a clean pass
+        for layer in range(3):
+            count.see(layer)
+        seen.append(count.key)
+    assert seen == [(0, 0), (0, 1), (0, 2), (0, 3), (0, 4), (1, 0), (1, 1), (2, 0), (2, 1)]
+    assert [name for _, name in chosen.passes] == ["0", "clean"]
+    with pytest.raises(InputError, match="rolling: passes over several blocks at once cannot be told apart"):
+        choose_passes(load_config({}, ["rolling={max_attention: 21}", "dummy_forcing=off"]), None, None)

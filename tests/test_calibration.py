@@ -206,7 +206,7 @@ def test_errors_are_of_what_joins_the_stream() -> None:
     """Each head's rows of the output projection, multiplied by the layer's gate at the recorded steps."""
     model = tiny_model()
     generator = BlockGenerator(model, GeneratorSettings(SCHEDULE, ContextPolicy("full", FULL_HISTORY)))
-    passes = recording.ChosenPasses((1,), ((0, "0"), (1, "1")), len(generator.usual.steps) + 1)
+    passes = recording.ChosenPasses((1,), ((0, "0"), (1, "1")), *[len(generator.usual.steps) + 1] * 2)
     gates = recording.recorded_gates(generator, passes)
     times = [model.encode_time(timestep).layers[:, 2] for timestep in SCHEDULE.timesteps[:2]]
     torch.testing.assert_close(gates, torch.stack(times).square().mean(0).sqrt())

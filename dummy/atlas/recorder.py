@@ -4,7 +4,7 @@ wan.attention.cache). Nothing is read from the device until a video is finished.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 from torch import Tensor
 
@@ -13,20 +13,25 @@ from dummy.passes import PassCount
 
 
 class PassRecorder:
-    """One `FrameAttention` for each of the `wanted` passes (block, place in the block) of the video at hand."""
+    """One `FrameAttention` for each of the `wanted` passes (block, place in the block) of the video at hand, whose
+    passes a new `count` tells apart."""
 
     def __init__(
-        self, wanted: Collection[tuple[int, int]], passes_per_block: int, tokens_per_frame: int, query_share: float
+        self,
+        wanted: Collection[tuple[int, int]],
+        count: Callable[[], PassCount],
+        tokens_per_frame: int,
+        query_share: float,
     ) -> None:
         self._wanted = wanted
-        self._passes_per_block = passes_per_block
+        self._new_count = count
         self._tokens = tokens_per_frame
         self._query_share = query_share
         self.begin()
 
     def begin(self) -> None:
         """Forget; the next pass is the first of a new video."""
-        self._count = PassCount(self._passes_per_block)
+        self._count = self._new_count()
         self.seen: dict[tuple[int, int], FrameAttention] = {}
 
     def __call__(self, layer: int, q: Tensor, keys: Tensor, context: Sequence[int], values: Tensor) -> None:

@@ -9,7 +9,7 @@ and are taken in pieces, so that memory is bounded at any size.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Sequence
+from collections.abc import Callable, Collection, Sequence
 
 import torch
 from torch import Tensor
@@ -115,25 +115,26 @@ def _squares(x: Tensor, gram: Tensor) -> Tensor:
 
 
 class CalibrationRecorder:
-    """One `HeadErrors` a block of the video at hand, over the `wanted` passes (block, place in the block)."""
+    """One `HeadErrors` a block of the video at hand, over the `wanted` passes (block, place in the block), which a
+    new `count` tells apart."""
 
     def __init__(
         self,
         wanted: Collection[tuple[int, int]],
-        passes_per_block: int,
+        count: Callable[[], PassCount],
         tokens_per_frame: int,
         candidates: Sequence[Retention],
         grams: Sequence[Tensor],
         queries: int,
     ) -> None:
         self._wanted = wanted
-        self._passes_per_block = passes_per_block
+        self._new_count = count
         self._made_with = (tokens_per_frame, candidates, grams, queries)
         self.begin()
 
     def begin(self) -> None:
         """Forget; the next pass is the first of a new video."""
-        self._count = PassCount(self._passes_per_block)
+        self._count = self._new_count()
         self._blocks: dict[int, HeadErrors] = {}
 
     def __call__(self, layer: int, q: Tensor, keys: Tensor, context: Sequence[int], values: Tensor) -> None:

@@ -19,7 +19,14 @@ from dummy.frame_attention import sampled
 from dummy.policies.registry import split_of
 from dummy.policy import HeadSplit
 from dummy.roles import HeadRoles, Role
-from pipeline.atlas.recording import choose_passes, role_settings, watch, watched_generator, watched_policy
+from pipeline.atlas.recording import (
+    ChosenPasses,
+    choose_passes,
+    role_settings,
+    watch,
+    watched_generator,
+    watched_policy,
+)
 from pipeline.config.config import InferenceConfig, geometry_of
 from pipeline.config.jobs import VideoJob
 from wan.geometry import LatentGeometry
@@ -71,9 +78,9 @@ class SamplingTable:
 class _Sampled:
     """One recorder, and the seconds that it took."""
 
-    def __init__(self, share: float, block: int, per_block: int, geometry: LatentGeometry) -> None:
+    def __init__(self, share: float, block: int, chosen: ChosenPasses, geometry: LatentGeometry) -> None:
         self.share = share
-        self.recorder = PassRecorder({(block, per_block - 1)}, per_block, geometry.tokens_per_frame, share)
+        self.recorder = PassRecorder({(block, chosen.per_block - 1)}, chosen.count, geometry.tokens_per_frame, share)
         self.seconds = 0.0
         self.found: list[tuple[HeadRoles, Tensor]] = []
 
@@ -100,7 +107,7 @@ def sampling_table(
     chosen = choose_passes(config, str(block), None)
     generator, embeds = watched_generator(config, jobs, watched_policy(config, "initial"), device)
     geometry = geometry_of(config, generator.model.config.in_dim)
-    watched = [_Sampled(share, block, chosen.per_block, geometry) for share in shares]
+    watched = [_Sampled(share, block, chosen, geometry) for share in shares]
 
     def watch_all(layer: int, q: Tensor, keys: Tensor, context: Sequence[int], values: Tensor) -> None:
         for one in watched:

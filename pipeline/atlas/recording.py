@@ -18,6 +18,7 @@ from torch import Tensor
 from dummy.atlas.recorder import PassRecorder
 from dummy.atlas.table import CLEAN, Atlas
 from dummy.config import DummyForcingConfig
+from dummy.passes import PassCount
 from dummy.policies.registry import has_roles, policy_from_config
 from dummy.policy import ContextPolicy
 from pipeline.config.config import InferenceConfig, geometry_of
@@ -47,6 +48,11 @@ class ChosenPasses:
     blocks: tuple[int, ...]
     passes: tuple[tuple[int, str], ...]
     per_block: int
+    in_first: int  # of the first block, which may have denoising steps of its own
+
+    def count(self) -> PassCount:
+        """For a new video."""
+        return PassCount(self.per_block, self.in_first)
 
     @property
     def wanted(self) -> frozenset[tuple[int, int]]:
@@ -55,7 +61,12 @@ class ChosenPasses:
 
 def choose_passes(config: InferenceConfig, blocks: str | None, steps: str | None) -> ChosenPasses:
     """From `--blocks` and `--steps`. Raises InputError for what a video of this configuration does not have."""
+    if config.rolling is not None:
+        raise InputError(
+            "rolling: passes over several blocks at once cannot be told apart by block; record with rolling=null"
+        )
     count = len(config.denoising_step_list)
+    first = config.denoising_step_list_first_chunk or config.first_frame_denoising_step_list
     names = [*(str(step) for step in range(count)), CLEAN]
     chosen = names if steps is None else [name.strip() for name in steps.split(",")]
     for name in chosen:
@@ -72,7 +83,10 @@ def choose_passes(config: InferenceConfig, blocks: str | None, steps: str | None
             raise InputError(f"--blocks: {number!r} is none of {numbers[0]} to {numbers[-1]}; {reason}")
     places = sorted({names.index(name) for name in chosen})
     return ChosenPasses(
-        tuple(sorted({int(number) for number in wanted})), tuple((p, names[p]) for p in places), count + 1
+        tuple(sorted({int(number) for number in wanted})),
+        tuple((p, names[p]) for p in places),
+        count + 1,
+        (count if first is None else len(first)) + 1,
     )
 
 
@@ -124,7 +138,7 @@ def record(recording: Recording, device: torch.device, about: Mapping[str, Any])
     jobs = jobs_of(config, recording.texts)
     generator, embed = watched_generator(config, jobs, watched_policy(config, recording.context), device)
     geometry = geometry_of(config, generator.model.config.in_dim)
-    recorder = PassRecorder(chosen.wanted, chosen.per_block, geometry.tokens_per_frame, recording.query_share)
+    recorder = PassRecorder(chosen.wanted, chosen.count, geometry.tokens_per_frame, recording.query_share)
     videos = list(_videos(generator, geometry, jobs, embed, recorder, chosen))
     attention = {b: torch.stack([video[b][0] for video in videos]) for b in chosen.blocks}
     entropy = {b: torch.stack([video[b][1] for video in videos]) for b in chosen.blocks}

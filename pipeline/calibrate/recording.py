@@ -59,8 +59,9 @@ def over_full_history(config: InferenceConfig) -> InferenceConfig:
     return replace(
         config,
         dummy_forcing=InferenceConfig().dummy_forcing,  # off
-        model_kwargs=replace(config.model_kwargs, local_attn_size=-1),
+        model_kwargs=replace(config.model_kwargs, local_attn_size=-1, ema_sink_alpha=None, rolling_sink=False),
         rope="absolute",
+        rope_window=None,
         precision="auto" if config.precision == "fp8" else config.precision,
         num_samples=1,
         switch_frame_indices=() if listed else config.switch_frame_indices,
@@ -92,7 +93,7 @@ def record(
     geometry = geometry_of(config, sizes.in_dim)
     recorder = CalibrationRecorder(
         recording.passes.wanted,
-        recording.passes.per_block,
+        recording.passes.count,
         geometry.tokens_per_frame,
         recording.candidates,
         output_grams(generator.model, recorded_gates(generator, recording.passes)),

@@ -7,6 +7,7 @@ numbers are bytes of tensors; what a GPU's libraries and allocator add is not in
 from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -242,10 +243,8 @@ def _text_encoder_bytes(config: InferenceConfig, device: torch.device) -> int:
     path, dtype = config.text_encoder_path, choose_dtype(config, device)
     found = look(path, "model_name")
     if found is not None and (is_folder(path) or container_of(path) != "legacy pickle"):  # that would be read whole
-        try:
+        with suppress(TooLarge):  # a dry run may be on another machine than the run
             return encoder_bytes(path, dtype)
-        except TooLarge:
-            pass  # a dry run may be on another machine than the run
     stored = PUBLISHED_TEXT_ENCODER if found is None or is_folder(path) else found.st_size
     return stored * dtype.itemsize // torch.bfloat16.itemsize
 
@@ -308,4 +307,5 @@ def plan_lines(
     preview = "" if path is None else f"by the preview decoder {path}, of less quality than the VAE; "
     lines.append(f"Decoding: {preview}{strategy}")
     together = "" if batch == 1 else f", for {batch} videos at a time"
+    together += "" if config.ranks in (None, 1) else ", if one process did it alone"
     return [*lines, f"Memory, as tensors{together}:", *memory.lines()]
