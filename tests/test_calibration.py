@@ -14,7 +14,7 @@ from torch import Tensor
 
 from dummy.calibration.candidates import CANDIDATES, named, parse_candidates
 from dummy.calibration.dial import Dial
-from dummy.calibration.measured import KEY, Calibration, Subject
+from dummy.calibration.measured import FILE, Calibration, Subject
 from dummy.calibration.recorder import HeadErrors, query_bytes
 from dummy.policies.calibrated import calibrated_policy
 from dummy.policy import ContextPolicy
@@ -124,10 +124,10 @@ def broken(path: Path, change) -> None:
     from safetensors import safe_open
 
     with safe_open(path, framework="pt") as file:
-        about = json.loads(file.metadata()[KEY])
+        about = json.loads(file.metadata()[FILE.key])
         tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
     about = change(about, tensors) or about
-    save_file(tensors, path, {KEY: about if isinstance(about, str) else json.dumps(about)})
+    save_file(tensors, path, {FILE.key: about if isinstance(about, str) else json.dumps(about)})
 
 
 @pytest.mark.parametrize(

@@ -5,9 +5,7 @@ The layout is that of `Atlas` (table.py). This file checks it and works nothing 
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -15,25 +13,15 @@ import torch
 from torch import Tensor
 
 from utils.errors import InputError
+from utils.tensor_file import TensorFile
 
-KEY = "head_atlas"  # of the metadata
+FILE = TensorFile("head_atlas", "an atlas", "python -m pipeline.atlas --out FILE")
 SUM_ERROR = 1e-2  # of a head's shares, which sum to 1 in float32
 
 
 def read_about(path: Path) -> dict[str, Any]:
     """What the file says of itself; `frames`, `passes` and `videos` have the right form. Raises InputError."""
-    from safetensors import safe_open
-
-    with _readable(path), safe_open(path, framework="pt") as file:
-        content = (file.metadata() or {}).get(KEY)
-    if content is None:
-        raise InputError(f"{path}: is no head atlas; make one with python -m pipeline.atlas --out FILE")
-    try:
-        about: object = json.loads(content)
-    except (ValueError, RecursionError) as error:
-        raise _broken(path, f"its metadata is no JSON ({error})") from error
-    if not isinstance(about, dict):
-        raise _broken(path, f"its metadata is a {type(about).__name__}, not an object")
+    about = FILE.read_about(path, f"{path}")
     for name in ("passes", "videos"):
         if not _is_list_of(about.get(name), str) or not about[name]:
             raise _broken(path, f"{name} is no list of texts")
@@ -56,11 +44,8 @@ def read_about(path: Path) -> dict[str, Any]:
 
 def read_atlas(path: Path, block_frames: int) -> tuple[dict[str, Any], dict[str, Tensor]]:
     """As `read_about`, with the tensors `attention.B` and `entropy.B` of every block B. Raises InputError."""
-    from safetensors import safe_open
-
     about = read_about(path)
-    with _readable(path), safe_open(path, framework="pt") as file:
-        tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
+    tensors = FILE.read_tensors(path, f"{path}")
     sizes = set()
     for block, frames in about["frames"].items():
         if not frames or frames[0] < 0 or frames[-1] >= int(block) * block_frames:
@@ -92,19 +77,9 @@ def _check_block(path: Path, block: str, about: Mapping[str, Any], tensors: Mapp
     return entropy.shape[2], entropy.shape[3]
 
 
-@contextmanager
-def _readable(path: Path) -> Iterator[None]:
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{path}: cannot be read as an atlas ({error}); make one with --out") from error
-
-
 def _is_list_of(value: object, kind: type) -> bool:
     return isinstance(value, list) and all(type(item) is kind for item in value)
 
 
 def _broken(path: Path, what: str) -> InputError:
-    return InputError(f"{path}: is a broken atlas: {what}; record it again with python -m pipeline.atlas --out FILE")
+    return FILE.broken(f"{path}", what)

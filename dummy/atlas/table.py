@@ -6,7 +6,6 @@ dummy set is) is worked out here and in stability.py; nothing here knows a model
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -15,13 +14,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from dummy.atlas.stored import KEY, read_atlas
+from dummy.atlas.stored import FILE, read_atlas
 from dummy.config import DummyForcingConfig
 from dummy.frame_attention import regions
 from dummy.policies.registry import split_of
 from dummy.policy import HeadSplit
 from dummy.roles import HeadRoles, Role, dummy_ranks
-from utils.files import atomic_write
 
 CLEAN = "clean"  # the name of the clean pass; the others are numbers of denoising steps, from 0 on
 
@@ -84,8 +82,6 @@ class Atlas:
 
     def save(self, path: Path) -> None:
         """Write the file; with the ranks, which follow from the rest. Raises InputError if it cannot be written."""
-        from safetensors.torch import save
-
         tensors = {}
         for block in self.blocks:
             shares = self.regions(block)
@@ -99,8 +95,7 @@ class Atlas:
             "videos": list(self.videos),
             **self.about,
         }
-        with atomic_write(path) as partial:
-            partial.write_bytes(save(tensors, {KEY: json.dumps(content)}))
+        FILE.save(path, content, tensors)
 
     @classmethod
     def load(cls, path: Path, forcing: DummyForcingConfig, block_frames: int) -> Atlas:

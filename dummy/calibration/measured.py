@@ -6,9 +6,7 @@ by block, what they are to be compared with, and how, from what, and of which we
 
 from __future__ import annotations
 
-import json
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -18,12 +16,12 @@ from torch import Tensor
 
 from dummy.calibration.candidates import named, parse_candidates
 from utils.errors import InputError
-from utils.files import atomic_write
+from utils.tensor_file import TensorFile
 from utils.user_paths import exists, require_file, start_of_relative
 from wan.attention.head_group import Retention
 from wan.geometry import MOST_FRAMES
 
-KEY = "calibration"  # of the metadata
+FILE = TensorFile("calibration", "a calibration", "python -m pipeline.calibrate --out FILE")
 VERSION = 2
 SIZES = ("num_layers", "num_heads", "head_dim")
 GEOMETRY = ("height", "width", "frames_per_block", "num_frames")
@@ -96,8 +94,6 @@ class Calibration:
 
     def save(self, path: Path) -> None:
         """Raises InputError if the file cannot be written."""
-        from safetensors.torch import save
-
         content = {
             "version": VERSION,
             "candidates": [named(one) for one in self.candidates],
@@ -108,14 +104,11 @@ class Calibration:
             **self.about,
         }
         tensors = {"errors": self.errors.contiguous(), "outputs": self.outputs.contiguous()}
-        with atomic_write(path) as partial:
-            partial.write_bytes(save(tensors, {KEY: json.dumps(content)}))
+        FILE.save(path, content, tensors)
 
     @classmethod
     def load(cls, path: Path, field: str) -> Calibration:
         """Raises InputError, which begins with `field`, for a file that is none, cut, or contradicts itself."""
-        from safetensors import safe_open
-
         where = f"{field}: {path}"
         if not exists(path, field):
             raise InputError(
@@ -123,12 +116,7 @@ class Calibration:
                 f"--out {path}, or check the path{start_of_relative(path)}."
             )
         require_file(path, field, "calibration")
-        with _readable(where), safe_open(path, framework="pt") as file:
-            metadata = (file.metadata() or {}).get(KEY)
-            if metadata is None:
-                raise InputError(f"{where} is no calibration; make one with python -m pipeline.calibrate --out FILE")
-            tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118
-        about = _about(where, metadata)
+        about, tensors = _about(path, where), FILE.read_tensors(path, where)
         candidates = parse_candidates(about.pop("candidates"), f"{where}: candidates")
         subject = Subject(**{name: about.pop(name) for name in (*SIZES, *GEOMETRY, "checkpoint")})
         blocks, passes, videos = (tuple(about.pop(name)) for name in ("blocks", "passes", "videos"))
@@ -138,48 +126,29 @@ class Calibration:
         return cls(candidates, tensors["errors"], tensors["outputs"], blocks, passes, videos, subject, about)
 
 
-def _about(where: str, metadata: str) -> dict[str, Any]:
+def _about(path: Path, where: str) -> dict[str, Any]:
     """What the file says of itself, of the right types. Raises InputError."""
-    try:
-        about: object = json.loads(metadata)
-    except (ValueError, RecursionError) as error:
-        raise _broken(where, f"its metadata is no JSON ({error})") from error
-    if not isinstance(about, dict):
-        raise _broken(where, f"its metadata is a {type(about).__name__}, not an object")
+    about = FILE.read_about(path, where)
     if about.pop("version", None) != VERSION:
         raise InputError(f"{where} is of another version of this program; make it again")
     for name in (*SIZES, *GEOMETRY):
         if type(about.get(name)) is not int or about[name] < 1:
-            raise _broken(where, f"{name} is no number from 1 on")
+            raise FILE.broken(where, f"{name} is no number from 1 on")
     for name, kind in (("candidates", str), ("passes", str), ("videos", str), ("blocks", int)):
         values = about.get(name)
         if not isinstance(values, list) or not values or not all(type(value) is kind for value in values):
-            raise _broken(where, f"{name} is no list of {'numbers' if kind is int else 'texts'}")
+            raise FILE.broken(where, f"{name} is no list of {'numbers' if kind is int else 'texts'}")
     if about["num_frames"] > MOST_FRAMES:
-        raise _broken(where, "num_frames is more than any video has")
+        raise FILE.broken(where, "num_frames is more than any video has")
     if not all(0 <= block < about["num_frames"] // about["frames_per_block"] for block in about["blocks"]):
-        raise _broken(where, f"blocks are not those of a video of {about['num_frames']} latent frames")
+        raise FILE.broken(where, f"blocks are not those of a video of {about['num_frames']} latent frames")
     if not isinstance(about.get("checkpoint"), str):
-        raise _broken(where, "checkpoint is no text")
+        raise FILE.broken(where, "checkpoint is no text")
     return about
 
 
 def _check_tensor(where: str, name: str, tensor: Tensor | None, shape: tuple[int, ...]) -> None:
     if tensor is None or tuple(tensor.shape) != shape:
-        raise _broken(where, f"{name} is {'missing' if tensor is None else list(tensor.shape)}, not {list(shape)}")
+        raise FILE.broken(where, f"{name} is {'missing' if tensor is None else list(tensor.shape)}, not {list(shape)}")
     if not tensor.is_floating_point() or not bool(torch.isfinite(tensor).all()) or bool((tensor < 0).any()):
-        raise _broken(where, f"{name} holds what is no number from 0 on")
-
-
-@contextmanager
-def _readable(where: str) -> Iterator[None]:
-    from safetensors import SafetensorError
-
-    try:
-        yield
-    except (OSError, SafetensorError) as error:
-        raise InputError(f"{where} cannot be read as a calibration ({error}); make it again") from error
-
-
-def _broken(where: str, what: str) -> InputError:
-    return InputError(f"{where} is broken: {what}; make it again with python -m pipeline.calibrate --out FILE")
+        raise FILE.broken(where, f"{name} holds what is no number from 0 on")
