@@ -7,8 +7,8 @@ cache nor attention has a branch for them. A method is a `CachePolicy`; this fil
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field, replace
-from typing import ClassVar, Protocol
+from dataclasses import Field, dataclass, field, replace
+from typing import Any, ClassVar, Protocol
 
 from torch import Tensor
 
@@ -143,6 +143,7 @@ class CachePolicy(Protocol):
     defaults. `uses`: the keys of `dummy_forcing` among `registry.SELECTIVE` that it goes by; others are refused.
     """
 
+    __dataclass_fields__: ClassVar[dict[str, Field[Any]]]
     uses: ClassVar[frozenset[str]]
 
     def check(self, settings: DummyForcingConfig) -> None:

@@ -47,7 +47,7 @@ def cache_policy(settings: DummyForcingConfig) -> CachePolicy:
                 f"dummy_forcing.{name}: policy {settings.policy} would ignore it; remove it or use "
                 f"dummy_forcing.policy={' or '.join(takers)}"
             )
-    policy: CachePolicy = build(kind, settings.options or {}, "dummy_forcing.options")  # type: ignore[type-var]
+    policy = build(kind, settings.options or {}, "dummy_forcing.options")
     policy.check(settings)
     return policy
 
