@@ -64,6 +64,7 @@ class Program:
             "num_output_frames=9",
             "dummy_forcing.num_dummy=6",
             "device=cpu",
+            *("vae_tile=never", "low_memory=false"),  # a choice would have to be planned; test_low_memory.py lets it
         ]
         return ["--config_path", str(ROOT / "configs" / f"{config}.yaml"), *given, *overrides]
 

@@ -158,8 +158,8 @@ class Planner:
         """As `strategy`, with what it takes."""
         room = available * (1 - RESERVE)
         stages = self.stages(config, settings, batch)
-        *strategies, last = self.strategies(config)
-        for strategy in strategies:
+        *others, last = self.strategies(config)
+        for strategy in others:
             if _decoding_peak(self._undecoded(config, strategy, stages)) > room:
                 continue  # even without the decoder's work, which takes longer to find out
             plan = self.memory(config, settings, strategy, batch, stages)
@@ -168,24 +168,30 @@ class Planner:
         return last, self.memory(config, settings, last, batch, stages)
 
     def strategies(self, config: InferenceConfig) -> Iterator[DecodeStrategy]:
-        """How the configuration lets videos be decoded, from the fastest to what takes least memory."""
-        fast = fastest_strategy(self.vae_device, config.num_frame_per_block, config.overlap is not False)
-        if isinstance(config.vae_tile, int):
-            fast = replace(fast, tile=config.vae_tile)
-        small = DecodeStrategy(1, fast.tile, frame_chunk=1)
-        if config.low_memory is not True:
-            yield fast
-        if config.low_memory is not False:
-            yield small
-        tiles = [fast.tile]
-        if config.vae_tile == "auto" and self.vae.tiles:
-            height, width = config.pixel_size
-            tiles = [tile for tile in TILES if -(-height // tile) * -(-width // tile) <= MOST_TILES] or [TILES[0]]
-            yield from (replace(small, tile=tile) for tile in tiles)
-        if config.low_memory is not False and self.vae_device.type != "cpu":
-            # Not in the smallest pieces: each of them brings the whole cache there and back.
-            yield from (DecodeStrategy(1, tile, on_host=True) for tile in tiles)
-            yield DecodeStrategy(1, tiles[-1], frame_chunk=2, on_host=True)
+        """As the function, for this decoder."""
+        return strategies(config, self.vae_device, self.vae.tiles)
+
+
+def strategies(config: InferenceConfig, device: torch.device, tiled: bool) -> Iterator[DecodeStrategy]:
+    """How the configuration lets videos be decoded on `device`, from the fastest to what takes least memory; `tiled`:
+    whether the decoder can work in tiles."""
+    fast = fastest_strategy(device, config.num_frame_per_block, config.overlap is not False)
+    if isinstance(config.vae_tile, int):
+        fast = replace(fast, tile=config.vae_tile)
+    small = DecodeStrategy(1, fast.tile, frame_chunk=1)
+    if config.low_memory is not True:
+        yield fast
+    if config.low_memory is not False:
+        yield small
+    tiles = [fast.tile]
+    if config.vae_tile == "auto" and tiled:
+        height, width = config.pixel_size
+        tiles = [tile for tile in TILES if -(-height // tile) * -(-width // tile) <= MOST_TILES] or [TILES[0]]
+        yield from (replace(small, tile=tile) for tile in tiles)
+    if config.low_memory is not False and device.type != "cpu":
+        # Not in the smallest pieces: each of them brings the whole cache there and back.
+        yield from (DecodeStrategy(1, tile, on_host=True) for tile in tiles)
+        yield DecodeStrategy(1, tiles[-1], frame_chunk=2, on_host=True)
 
 
 def _decoding_peak(plan: MemoryPlan) -> int:
@@ -276,6 +282,9 @@ def choose_strategy(
 ) -> DecodeStrategy:
     """How the run decodes `batch` videos at a time, so that they fit into what the device has for this process."""
     place = choose_vae_device(config, device)
+    fastest, *others = strategies(config, place, tiled=True)
+    if not others:
+        return fastest  # there is nothing to choose, so nothing to plan
     return planner_for(config, device).strategy(config, settings, memory_of(place), batch)
 
 
