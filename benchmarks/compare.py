@@ -115,7 +115,7 @@ def make(pipeline: Pipeline, job: VideoJob, overrides: Sequence[str]) -> Made:
         live=False,
         keep_buffers=True,
     ) as session:
-        session.plan(list(zip(job.starts, job.prompts, strict=True)))
+        session.plan(list(zip(job.starts, job.prompts, strict=True)), job.cuts)
         for block in session:
             pieces.append(block.frames)
             context = session.rollout.cache.frames_per_head

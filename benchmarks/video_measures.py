@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from importlib.util import find_spec
 from itertools import pairwise
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor
 from shapes.measure import psnr, seam
 from utils.errors import InputError
 
+PACKAGES = {"torchmetrics": "torchmetrics", "cv2": "opencv-python-headless"}  # by the module that they bring
 PIECE = 8  # frames whose SSIM is computed at a time
 
 
@@ -36,14 +38,9 @@ class Measures:
 
 def require_libraries() -> None:
     """Raises InputError if a library is missing."""
-    try:
-        import cv2  # noqa: F401
-        import torchmetrics  # noqa: F401
-    except ImportError as error:
-        raise InputError(
-            f"benchmarks.compare: the package of {error.name} is missing; pip install torchmetrics "
-            "opencv-python-headless"
-        ) from error
+    missing = [package for module, package in PACKAGES.items() if find_spec(module) is None]
+    if missing:
+        raise InputError(f"benchmarks.compare: packages are missing; pip install {' '.join(missing)}")
 
 
 def measure(video: Tensor, reference: Tensor, borders: Sequence[int]) -> Measures:
