@@ -36,12 +36,12 @@ def questions(study: Study) -> dict[str, Callable[[], list[Trial]]]:
     every = slice(None)
     packed, window = evaluate.POLICIES["packed"], evaluate.POLICIES["window"]
 
-    def known(settings: Settings, name: str, **others: object) -> Trial:
-        return Trial(name, None, settings, frames=(), **others)  # type: ignore[arg-type]
+    def known(settings: Settings, name: str, reference: Settings = (), switched: bool = False) -> Trial:
+        return Trial(name, None, settings, reference, switched, frames=())
 
     def relative() -> list[Trial]:
         trial = Trial("usual, relative", usual, RELATIVE, RELATIVE)
-        return [trial, known([*packed, *RELATIVE], "paper, relative", reference=RELATIVE)]
+        return [trial, known([*packed, *RELATIVE], "paper, relative", RELATIVE)]
 
     def switch() -> list[Trial]:
         others = [known(packed, "paper, switched", switched=True), known(window, "window 7, switched", switched=True)]
@@ -129,7 +129,8 @@ def run(args: argparse.Namespace, given: Sequence[str]) -> int:
     for question, trial in trials(study, args.questions):
         for frames in [frames for frames in trial.frames if frames in args.frames] if trial.frames else [None]:
             values = study.signal_to_error(trial, frames)
-            usual.setdefault(frames, values) if trial.name == USUAL else None
+            if trial.name == USUAL:
+                usual[frames] = values
             row: dict[str, object] = {"question": question, "trial": trial.name, "frames": frames}
             row["db"] = interval(values)
             if frames in usual and trial.name != USUAL and not trial.switched and not trial.reference:

@@ -40,7 +40,6 @@ FRAMES = (1.33, 2, 4)  # a head
 SWITCH = 9  # latent frame of the switch, where there is one
 RELATIVE = ["rope=relative", "model_kwargs.local_attn_size=10", "model_kwargs.sink_size=1"]
 BLOCKS = (1, 2, 3, 4, 5, 6)  # that are recorded
-MORE = ["2+0", "3+0", "3+1", "3+3", "0+5", "0+7", "2+4", "3+6", "0+8", "3+9", "1+7"]
 USUAL = "usual"
 
 Settings = Sequence[str]
