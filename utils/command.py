@@ -24,13 +24,7 @@ from utils.errors import InputError, ToldElsewhere, quoted, readable
 from utils.interrupts import INTERRUPTED, answer_at_once, by_exception
 
 LOG_FORMAT = "%(levelname)s: %(message)s"
-PACKAGES = (
-    "studio",
-    "pipeline",
-    "dummy",
-    "wan",
-    "utils",
-)  # whose progress is told; of other libraries only warnings are
+PACKAGES = ("studio", "pipeline", "dummy", "wan", "utils")  # whose progress is told; of others, warnings alone
 
 
 class ReadableFormatter(logging.Formatter):

@@ -118,9 +118,8 @@ class World:
         answer = json.loads(store.get(_key("answer")).decode("utf-8"))
         store.set(_key(f"read by {self.rank}"), "")
         if answer["refused"]:
-            time.sleep(
-                TELL_S
-            )  # a launcher that sees one process end ends the others, the one that tells why among them
+            # When one process ends, its launcher ends the others, and with them the one that says why.
+            time.sleep(TELL_S)
             raise ToldElsewhere(str(answer["text"]))
         return str(answer["text"])
 
