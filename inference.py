@@ -16,18 +16,24 @@ import json
 import sys
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple
 
 from utils import command
-from utils.distributed import stop_with_launcher
+from utils.distributed import World, stop_with_launcher
 from utils.user_paths import exists
 
 if TYPE_CHECKING:
     from pipeline.config.config import InferenceConfig
     from pipeline.config.jobs import VideoJob
-    from utils.distributed import World
 
 SHOWN_JOBS = 10  # in a dry run
+
+
+class Work(NamedTuple):
+    """Settings, and the videos that are to be made under them."""
+
+    config: InferenceConfig
+    missing: list[VideoJob]
 
 
 def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argparse.Namespace:
@@ -40,18 +46,26 @@ def parse_arguments(argv: Sequence[str] | None, description: str | None) -> argp
 
 def run(arguments: argparse.Namespace) -> int:
     """Make every video that is missing. Returns the exit status; raises InputError for what the user must mend."""
-    from utils.distributed import World
+    from pipeline.config.config import as_dict
+    from pipeline.runtime.together import require_equal
 
     world = World.from_environment()
     if arguments.dry_run:
         return 0 if world.rank else dry_run(*load(arguments), world)
-    begun: list[tuple[InferenceConfig, list[VideoJob]]] = []
-    answer = world.agree(lambda: begin(arguments, world, begun))
-    if world.rank:
-        begun.append(follow(arguments, world, answer))
-    config, missing = begun[0]
-    if missing:
-        make_videos(config, missing, world)
+    work: Work | None = None
+
+    def decide() -> str:
+        nonlocal work
+        work = begin(arguments, world)
+        return json.dumps({"settings": as_dict(work.config), "videos": len(work.missing)})
+
+    told = json.loads(world.agree(decide))
+    if work is None:  # another process is the first, whose sessions this one follows
+        config, _ = load(arguments)
+        require_equal(config, told["settings"], world)
+        work = Work(config, [])
+    if told["videos"]:
+        make_videos(work, world)
     return 0
 
 
@@ -63,10 +77,8 @@ def load(arguments: argparse.Namespace) -> tuple[InferenceConfig, list[VideoJob]
     return config, read_jobs(config)
 
 
-def begin(arguments: argparse.Namespace, world: World, begun: list[tuple[InferenceConfig, list[VideoJob]]]) -> str:
-    """Add the settings and the videos that are to be made to `begun`; as JSON for other processes, the settings and the
-    files of the videos."""
-    from pipeline.config.config import as_dict
+def begin(arguments: argparse.Namespace, world: World) -> Work:
+    """See what is to be made, and that it can be. Raises InputError."""
     from pipeline.config.jobs import stale_reason
     from pipeline.runtime.finished import complete_kept, is_kept
     from pipeline.runtime.prefix import check_start_files
@@ -90,18 +102,7 @@ def begin(arguments: argparse.Namespace, world: World, begun: list[tuple[Inferen
     if missing:
         check_codec(config.video_codec)
         check_start_files(config, missing)
-    begun.append((config, missing))
-    return json.dumps({"settings": as_dict(config), "missing": [str(job.path) for job in missing]})
-
-
-def follow(arguments: argparse.Namespace, world: World, answer: str) -> tuple[InferenceConfig, list[VideoJob]]:
-    """What the first process has begun. Raises InputError if it is something else here."""
-    from pipeline.runtime.together import require_equal
-
-    config, jobs = load(arguments)
-    told = json.loads(answer)
-    require_equal(config, told["settings"], world)
-    return config, [job for job in jobs if str(job.path) in told["missing"]]
+    return Work(config, missing)
 
 
 def dry_run(config: InferenceConfig, jobs: Sequence[VideoJob], world: World, batch: int = 1) -> int:
@@ -133,7 +134,7 @@ def dry_run(config: InferenceConfig, jobs: Sequence[VideoJob], world: World, bat
     return 0
 
 
-def make_videos(config: InferenceConfig, jobs: Sequence[VideoJob], world: World) -> None:
+def make_videos(work: Work, world: World) -> None:
     """Encode all prompts, load the model, and make one video after the other, together with other processes if there
     are any; the first of them writes."""
     from tqdm import tqdm
@@ -142,6 +143,7 @@ def make_videos(config: InferenceConfig, jobs: Sequence[VideoJob], world: World)
     from pipeline.runtime.together import joined, rank_device
     from pipeline.video_files import write_videos
 
+    config, jobs = work
     device = rank_device(config, world)
     prompts = [prompt for job in jobs for prompt in job.prompts]
     with memory_explained(config, device), joined(world, device) as exchange:

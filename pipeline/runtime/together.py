@@ -19,9 +19,8 @@ from utils.distributed import World
 from utils.errors import InputError
 from wan.attention.exchange import HeadExchange
 
-_PATIENCE = timedelta(
-    days=7
-)  # of a collective: a session waits for its user; a process that is lost is noticed at once
+# Of a collective, since a session waits for its user; that a process is lost is noticed at once.
+_PATIENCE = timedelta(days=7)
 _GONE = ("closed", "reset", "gloo", "nccl", "timed out", "peer")  # words of errors about a lost process
 
 
