@@ -45,10 +45,16 @@ def save_all(atlas: Atlas, folder: Path) -> list[Path]:
 
 
 def heat_map(
-    axes: Axes, values: Tensor, rows: Sequence[object], columns: Sequence[object], shades: str, most: float = 0.0
+    axes: Axes,
+    values: Tensor,
+    rows: Sequence[object],
+    columns: Sequence[object],
+    shades: str,
+    most: float = 0.0,
+    words: Sequence[Sequence[str]] | None = None,
 ) -> QuadMesh:
     """Cells for values [rows, columns], from white at 0 to dark at `most` (else the greatest value), grey where a value
-    is NaN. Few cells have their values written in; of many rows or columns some have names."""
+    is NaN. Few cells have their values, or `words`, written in; of many rows or columns some have names."""
     import matplotlib
 
     array = np.ma.masked_invalid(values.double().numpy())
@@ -66,7 +72,8 @@ def heat_map(
     if array.shape[0] <= _NUMBERED[0] and array.shape[1] <= _NUMBERED[1]:
         for (row, column), value in np.ndenumerate(array):
             ink = "white" if value > 0.6 * most else "black"
-            axes.text(column + 0.5, row + 0.5, f"{value:.2f}", color=ink, ha="center", va="center", fontsize=7)
+            word = f"{value:.2f}" if words is None else words[row][column]
+            axes.text(column + 0.5, row + 0.5, word, color=ink, ha="center", va="center", fontsize=7)
     return mesh
 
 

@@ -7,6 +7,10 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
+
+from dummy.atlas.plots import colour_bar, heat_map
+from dummy.calibration.candidates import named
 from dummy.calibration.dial import Allocation, Dial
 from dummy.calibration.measured import Calibration
 from pipeline.config.config import InferenceConfig, geometry_of, load_config
@@ -19,6 +23,8 @@ from wan.config import ModelConfig
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+MOST_SHOWN = 12.0  # frames; more are drawn as dark as that
+MAPPED = (1.33, 2, 4)  # budgets whose choices are drawn head by head
 FRAMES = (0, 0.5, 1, 1.33, 1.67, 2, 2.5, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 18, 24, 30, 48, 72, 96, 120, 180, 240)
 
 
@@ -36,6 +42,7 @@ def show_curve(path: Path, overrides: Sequence[str], plot: Path | None) -> str:
     points = curve(load_dial(config, sizes, path), config, sizes)
     if plot is not None:
         save(draw(points), plot, "curve")
+        save(draw_kept(points), plot, "kept")
     return table(points)
 
 
@@ -95,4 +102,20 @@ def draw(points: Sequence[Point]) -> Figure:
     below.set_ylabel("operations a block, %")
     below.set_ylim(0, 105)
     below.set_xlabel("earlier latent frames that a head keeps, mean over heads")
+    return figure
+
+
+@house_style()
+def draw_kept(points: Sequence[Point]) -> Figure:
+    """Layers x heads, a map for each of a few budgets: the first and the last frames that every head keeps."""
+    chosen = [min(points, key=lambda point: abs(point.allocation.frames - frames)) for frames in MAPPED]
+    tables = list({point.allocation.frames: point.allocation.table for point in chosen}.items())
+    layers, heads = tables[0][1].shape
+    title = "First + last frames that a head keeps"
+    figure = new_figure(WIDTH, 1.0 + min(max(0.3 * layers, 1.0), 6.0), title)
+    for axes, (frames, kept) in zip(figure.subplots(1, len(tables), squeeze=False)[0], tables, strict=True):
+        totals = torch.tensor([[float(min(one.total, MOST_SHOWN)) for one in row] for row in kept.rows])
+        words = [[named(one) for one in row] for row in kept.rows]
+        colour_bar(heat_map(axes, totals, range(layers), range(heads), "Blues", MOST_SHOWN, words), axes)
+        axes.set(title=f"{frames:.2f} frames a head", xlabel="head", ylabel="layer")
     return figure
