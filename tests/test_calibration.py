@@ -470,7 +470,7 @@ def test_the_curve_of_a_stored_calibration(stored: Path, tmp_path: Path, capsys:
     head, *rows = capsys.readouterr().out.splitlines()
     errors = [float(row.split()[1]) for row in rows]
     assert head.split()[:3] == ["frames", "a", "head"] and errors == sorted(errors, reverse=True) and errors[-1] == 0
-    assert {path.name for path in tmp_path.iterdir()} == {"curve.svg", "curve.png"}
+    assert {path.name for path in tmp_path.iterdir()} == {"curve.svg", "curve.png", "kept.svg", "kept.png"}
     assert command.main(["--curve", str(stored), "num_output_frames=24"]) == 0
     assert capsys.readouterr().out.splitlines()[-1].split()[:2] == [
         "6.00",
