@@ -1,7 +1,7 @@
 """What viewers may choose for a video: seed, policy, frames a head, sinks at a switch.
 
 A choice becomes overrides of the session's settings here and nowhere else, from the server's own list of policies: a
-client names a policy, never a setting, so nothing that he writes becomes a path.
+client names a policy, never a setting, so nothing that it writes becomes a path.
 """
 
 from __future__ import annotations

@@ -14,6 +14,7 @@ import secrets
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Literal
 
@@ -163,7 +164,7 @@ class Jobs:
             writer = VideoWriter(path, width, height, config.fps, config.video_crf, codec=config.video_codec)
             with writer:
                 while (block := await generator.run(lambda: next(session, None), True)) is not None:
-                    await workshop.picture(lambda block=block: writer.write(block.frames))  # type: ignore[misc]
+                    await workshop.picture(partial(writer.write, block.frames))
                     self._advance(job, session.frames_made)
         finally:
             await workshop.shut(session)

@@ -10,6 +10,7 @@ import asyncio
 import logging
 import time
 from collections.abc import Callable, Coroutine
+from functools import partial
 from pathlib import Path
 
 from studio.protocol import event
@@ -114,7 +115,7 @@ class Keeper:
             recorded.remove()
 
         for folder in sorted(self._workshop.folders.takes.iterdir()):
-            await self._workshop.file(lambda folder=folder: recover(folder))  # type: ignore[misc]
+            await self._workshop.file(partial(recover, folder))
 
     def _write_what_can_be(self, recorded: Recorded, progress: Progress) -> None:
         """The video, and what makes it again unless it is too short for that."""

@@ -1,6 +1,6 @@
-"""A viewer's connection: he says who he is, gets a session or a place in the line, and is heard and told until he goes.
+"""A viewer's connection: from its hello, through a session or a place in the line, until one side ends it.
 
-Whatever he sends that is no message of the protocol is answered with a sentence; only who talks too much is sent away.
+Whatever comes that is no message of the protocol is answered with a sentence; only who talks too much is sent away.
 """
 
 from __future__ import annotations
@@ -48,6 +48,7 @@ class Connection:
         self._viewer = Viewer()
         self._rate = Rate()
         self._room: Room | None = None
+        self._code = NORMAL
 
     async def run(self) -> None:
         """Serve it until one side ends it."""
@@ -57,7 +58,7 @@ class Connection:
         try:
             await asyncio.wait((sending, living), return_when=asyncio.FIRST_COMPLETED)
             if living.done():
-                await asyncio.wait((sending,), timeout=HELLO_S)  # what is queued for him, the reason above all
+                await asyncio.wait((sending,), timeout=HELLO_S)  # what is queued, the reason above all
         finally:
             for task in (sending, living):
                 task.cancel()
@@ -77,8 +78,6 @@ class Connection:
             with contextlib.suppress(RuntimeError, WebSocketDisconnect):
                 await self._socket.close(self._code, reason)
 
-    _code = NORMAL
-
     async def _live(self) -> None:
         try:
             join = await asyncio.wait_for(self._introduced(), HELLO_S)
@@ -90,7 +89,7 @@ class Connection:
             self._viewer.dismiss("gone")
 
     async def _introduced(self) -> Hello | None:
-        """The viewer's first message, or None if he is sent away for it."""
+        """The viewer's first message, or None if that is a reason to send them away."""
         try:
             hello = parse(await self._received())
             if not isinstance(hello, Hello):
@@ -180,7 +179,7 @@ class Connection:
         self._viewer.tell(event("error", message=reason, id=number))
 
     def _obey(self, message: ClientMessage) -> None:
-        """Do what a viewer says. Raises InputError for what is not his to say, or cannot be done."""
+        """Do what a viewer says. Raises InputError for what is not theirs to say, or cannot be done."""
         room = self._room
         if room is None and isinstance(message, Bye):
             self._viewer.dismiss(ENDED)

@@ -1,4 +1,4 @@
-"""Who gets a session: as many as there are caches, then a line, in which everybody sees his place."""
+"""Who gets a session: as many as there are caches, then a line, in which all see their places."""
 
 from __future__ import annotations
 
@@ -30,9 +30,9 @@ class Lobby:
         self._lost = 0
 
     async def enter(self, viewer: Viewer, join: str | None) -> Room:
-        """The viewer's session: the one whose key he has, or a new one as soon as there is room for it.
+        """The viewer's session: the one whose key they have, or a new one as soon as there is room for it.
 
-        Raises InputError if the session that he wants to watch is over, or the line is too long.
+        Raises InputError if the session that they want to watch is over, or the line is too long.
         """
         if join is not None:
             room, viewer.steers = self._find(join)

@@ -1,7 +1,7 @@
 """When the next block is due: late enough for prompts to be quick, early enough for the picture not to stop.
 
 A block begins when the frames that the slowest steering viewer has not yet seen would last no longer than it takes to
-make it, with some room; and never when he has a whole block before him.
+make it, with some room; and never when they have a whole block before them.
 """
 
 from __future__ import annotations

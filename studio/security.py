@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 
 from starlette.datastructures import Headers
 from starlette.responses import PlainTextResponse
-from starlette.types import ASGIApp, Receive, Scope, Send
+from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from studio.settings import LOOPBACK, StudioSettings
 
@@ -108,12 +108,10 @@ class Door:
 
 
 def _with_headers(send: Send) -> Send:
-    async def sending(message: dict[str, object]) -> None:
+    async def sending(message: Message) -> None:
         if message["type"] == "http.response.start":
             own = [(name.encode(), value.encode()) for name, value in _HEADERS.items()]
-            headers = message.get("headers", [])
-            assert isinstance(headers, (list, tuple))
-            message = {**message, "headers": [*headers, *own]}
+            message = {**message, "headers": [*message.get("headers", []), *own]}
         await send(message)
 
-    return sending  # type: ignore[return-value]
+    return sending

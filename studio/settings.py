@@ -18,8 +18,8 @@ VIEWERS_A_SESSION = 64
 QUEUED_JOBS = 64
 KEPT_JOBS = 1000  # finished ones that are remembered
 BODY_BYTES = 64 << 10  # of a job
-HELLO_S = 10.0  # within which a viewer says who he is
-STALE_S = 5.0  # without word of his position, a viewer does not hold up the others
+HELLO_S = 10.0  # within which viewers say who they are
+STALE_S = 5.0  # without word of its position, a viewer does not hold up the others
 
 
 @dataclass(frozen=True)

@@ -58,7 +58,7 @@ class Showing:
     _last_message: bytes | None = None
 
     def introduce(self, viewer: Viewer) -> None:
-        """Tell a viewer all that the others know, and show him the last frame."""
+        """Tell a viewer all that the others know, and show the last frame."""
         scenes = [vars(said) for said in self.scenes]
         viewer.tell(event("take", take=self.number, made=self.made, scenes=scenes, **vars(self.choice)))
         if self.heads is not None:

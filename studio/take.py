@@ -11,7 +11,7 @@ import logging
 import shutil
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import BinaryIO
 
@@ -151,7 +151,7 @@ class Take:
         self.close()
 
     def _full_notes(self) -> TakeNotes:
-        return TakeNotes(**{**_fields(self.notes), "scenes": tuple(self.scenes)})  # type: ignore[arg-type]
+        return replace(self.notes, scenes=tuple(self.scenes))
 
     def _note(self) -> None:
         write_atomic(self.folder / NOTES, json.dumps(asdict(self._full_notes())) + "\n")
@@ -164,14 +164,10 @@ def left_over(folder: Path) -> Recorded:
         raise InputError(f"{folder / NOTES}: is no take; remove its folder")
     notes = build(TakeNotes, {**content, "scenes": ()})
     scenes = tuple(build(Scene, scene) for scene in content.get("scenes", ()))
-    notes = TakeNotes(**{**_fields(notes), "scenes": scenes})  # type: ignore[arg-type]
+    notes = replace(notes, scenes=scenes)
     whole = _whole_frames(folder / FRAMES)
     blocks = 0 if whole < notes.first_frames else 1 + (whole - notes.first_frames) // notes.block_frames
     return Recorded(folder, notes, blocks)
-
-
-def _fields(notes: TakeNotes) -> dict[str, object]:
-    return {name: getattr(notes, name) for name in notes.__dataclass_fields__}
 
 
 def _whole_frames(path: Path) -> int:

@@ -1,6 +1,6 @@
-"""A viewer: what waits to be sent to him, how far he has watched, and how fast he may talk.
+"""A viewer: what waits to be sent, how far they have watched, and how fast they may talk.
 
-His outbox is bounded. Pictures give way, the oldest first, so a slow viewer loses frames and the server no memory;
+The outbox is bounded. Pictures give way, the oldest first, so a slow viewer loses frames and the server no memory;
 events do not, so one who takes none of them either is sent away.
 """
 
@@ -20,7 +20,7 @@ QUEUED_EVENTS = 500
 
 @dataclass(eq=False)
 class Viewer:
-    """One connection. `shown` is how many frames of take `take` have been on his screen, as he says, at `heard`."""
+    """One connection. `shown` is how many frames of take `take` have been on screen, as the viewer says, at `heard`."""
 
     steers: bool = False
     take: int = -1
@@ -29,7 +29,7 @@ class Viewer:
     lost_frames: int = 0
     sent_frames: int = 0
     gone: str | None = None
-    """Why he is to be sent away, once that is so."""
+    """Why they are to be sent away, once that is so."""
 
     def __post_init__(self) -> None:
         self._outbox: deque[str | bytes] = deque()
@@ -68,7 +68,7 @@ class Viewer:
     async def deliver(
         self, send_text: Callable[[str], Awaitable[None]], send: Callable[[bytes], Awaitable[None]]
     ) -> None:
-        """Send what comes until he is dismissed; as fast as the connection takes it."""
+        """Send what comes until the viewer is dismissed; as fast as the connection takes it."""
         while True:
             while self._outbox:
                 item = self._outbox.popleft()
@@ -86,7 +86,7 @@ class Viewer:
 
 @dataclass
 class Rate:
-    """How many messages a viewer may still send (a bucket that fills), and how many he has sent beyond that."""
+    """How many messages a viewer may still send (a bucket that fills), and how many were sent beyond that."""
 
     left: float = MESSAGES_AT_ONCE
     excess: int = 0

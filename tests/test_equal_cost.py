@@ -159,7 +159,7 @@ def test_decoding_is_planned_for_the_cache_that_a_speed_allows(
     program: Program, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """On a machine that has room for the fastest way only beside the smaller cache that neighbour heads have anyway."""
-    slow = ["dummy_forcing.equal_cost=0.01", "num_output_frames=60"]
+    slow = ["dummy_forcing.equal_cost=0.01", "num_output_frames=60", "vae_tile=auto", "low_memory=auto"]
     arguments = program.arguments(*slow, "resolution=[64,64]", "dummy_forcing.num_dummy=2", prompts=["A fox."])
     config = load_config(arguments[1], arguments[2:])
     planner = planner_for(config, CPU)

@@ -131,7 +131,7 @@ def test_no_viewer_has_more_than_a_block_before_him() -> None:
     assert pace.lead == 7  # 0.1 s and a half, and a quarter of a second
     assert pace.is_due(16, 0, [steering(9)]) and not pace.is_due(17, 0, [steering(9)])
     assert not pace.is_due(17, 0, [steering(9), steering(17)])  # the slowest counts,
-    assert pace.is_due(17, 0, [steering(9, heard=60), steering(17)])  # unless he is gone
+    assert pace.is_due(17, 0, [steering(9, heard=60), steering(17)])  # unless that one is gone
     assert not pace.is_due(17, 0, [steering(9, heard=60), steering(10, heard=60)])  # nobody looks
     assert pace.is_due(9, 1, [steering(500)]) is False  # of another take
     assert pace.capacity == pytest.approx(120) and pace.playing_fps == 16

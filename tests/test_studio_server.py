@@ -153,7 +153,7 @@ def test_viewers_watch_and_one_steers(studio: Studio) -> None:
             assert "this link is for watching" in guest.wait_for("error")["message"]
             owner.wait_for("viewers", count=3, steering=2)
             tab.say("prompt", text=GREEN, id=5)
-            tab.say("at", take=0, frame=2**31)  # he cannot have seen what there is not
+            tab.say("at", take=0, frame=2**31)  # nobody can have seen what there is not
             for visitor in (owner, guest):
                 visitor.reports = visitor is owner
             pump = threading.Thread(target=lambda: owner.wait_for("scene", id=5))
@@ -181,7 +181,7 @@ def test_a_line_forms_and_those_who_are_gone_make_room(shapes_pipeline: Pipeline
             third.ws.close()
             assert fourth.wait_for("waiting")["place"] == 2
             first.ws.close()
-            with studio.visit(join=key) as back:  # within the time, it is still his
+            with studio.visit(join=key) as back:  # within the time, it is still the visitor's
                 assert back.wait_for("session")["key"] == key
             second.wait_for("session")  # and then the next one's
             second.wait_for_frames(1)
@@ -255,7 +255,7 @@ def test_hostile_messages_hurt_nobody(studio: Studio, messages: list[str | bytes
 
 
 def test_too_much_talk_is_stopped(studio: Studio) -> None:
-    """10,000 prompts at once, and the visitor beside it sees his video go on."""
+    """10,000 prompts at once, and a visitor beside it sees the video go on."""
     with studio.visit() as calm:
         calm.wait_for_frames(1)
         with studio.visit() as noisy:
