@@ -15,6 +15,8 @@ from dummy.presets import PRESETS, PresetName
 from utils.errors import InputError, require_range
 from wan.geometry import MOST_FRAMES
 
+ONLINE = "online"  # the `calibration` of a video that calibrates itself
+
 
 class HeadRetentions(NamedTuple):
     """What heads of each role keep of earlier frames, as (first frames, last frames) in latent frames."""
@@ -57,7 +59,8 @@ class DummyForcingConfig:
     as a speed in pixel frames a second leaves room for, which the run measures when it starts, so that such videos
     differ from machine to machine.
 
-    Policy `calibrated` knows no roles: every head keeps what a calibration file says costs it least, with
+    Policy `calibrated` knows no roles: every head keeps what a calibration says costs it least, that of a file or, with
+    `calibration: online`, of the video's own beginning, with
     `frames_per_head` earlier frames as a mean over all heads, or as many as `full`, `window` or a speed (16fps) leave
     room for, which mean what they do in `equal_cost`.
 
@@ -81,7 +84,7 @@ class DummyForcingConfig:
     equal_cost: Literal["full", "window"] | float | None = None  # see above
     roles: str | None = None  # file of saved head roles; null: observe them in every video
     reclassify_on_switch: bool = False  # find the roles anew after a prompt switch
-    calibration: str | None = None  # file of python -m pipeline.calibrate, for policy calibrated; so are the next two
+    calibration: str | None = None  # for policy calibrated: file of python -m pipeline.calibrate, or online
     frames_per_head: float | str | None = None  # earlier latent frames, window, full, or a speed such as 16fps
     max_lengths: int | None = None  # different retentions in a layer, each an attention call (varlen: one for all)
     teacache_enabled: bool = False
@@ -118,6 +121,11 @@ class DummyForcingConfig:
     def cost_key(self) -> str:
         """The key that says what blocks may cost."""
         return "equal_cost" if self.frames_per_head is None else "frames_per_head"
+
+    @property
+    def online(self) -> bool:
+        """Whether every video calibrates itself."""
+        return self.enabled and self.calibration == ONLINE
 
     @property
     def costs_window(self) -> bool:

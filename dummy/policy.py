@@ -6,7 +6,7 @@ cache nor attention has a branch for them. A method is a `CachePolicy`; this fil
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import Field, dataclass, field, replace
 from typing import Any, ClassVar, Protocol
 
@@ -14,13 +14,15 @@ from torch import Tensor
 
 from dummy.budget import DummyBudget
 from dummy.calibration.dial import Allocation, Dial
+from dummy.calibration.online import OnlineCalibration
 from dummy.config import DummyForcingConfig
 from dummy.equal_cost import EqualCost
-from dummy.frame_attention import regions
+from dummy.frame_attention import FrameAttention, regions
+from dummy.observed import Observed, Outcome
 from dummy.retentions import RetentionTable
 from dummy.roles import HeadRoles, Role
 from wan.attention.ema_sink import EmaSinks
-from wan.attention.head_group import FULL_HISTORY, UNBOUNDED, HeadLayout, Retention, RetentionRule
+from wan.attention.head_group import FULL_HISTORY, UNBOUNDED, HeadLayout, Observer, Retention, RetentionRule
 from wan.attention.rolling_sink import RollingSinks
 from wan.config import ModelConfig, ModelKwargs
 
@@ -44,6 +46,17 @@ class HeadSplit:
     roles: HeadRoles | None = None
     from_start: bool = False
     equal_cost: EqualCost | None = None
+    in_clean_pass: ClassVar[bool] = True
+
+    def observer(
+        self, tokens_per_frame: int, videos: int | None, grams: Callable[[], Sequence[Tensor]]
+    ) -> FrameAttention:
+        return FrameAttention(tokens_per_frame, self.query_share, videos=videos)
+
+    def outcome(self, seen: Observer, all_heads: Callable[[Tensor], Tensor]) -> Outcome:
+        assert isinstance(seen, FrameAttention)
+        roles, shares = self.find_roles(all_heads(seen.by_frame()))
+        return Outcome(self.layout(roles), roles, shares)
 
     def find_roles(self, by_frame: Tensor) -> tuple[HeadRoles, Tensor]:
         """Roles from the attention that heads gave to a block's frames, [layers, heads, context frames + 1] as
@@ -73,7 +86,7 @@ class ContextPolicy:
 
     `window_sinks`: sink frames that count as part of the window of `local_attn_size` frames (window and prune).
     `table`: what every head keeps from the first block on; then there is no split. `dial` is what it was chosen by, if
-    it was, and `allocation` what that predicts.
+    it was, and `allocation` what that predicts. `online`: heads part by the errors that the video shows, without roles.
     """
 
     name: str
@@ -84,6 +97,12 @@ class ContextPolicy:
     dial: Dial | None = None
     allocation: Allocation | None = None
     at_frames: Callable[[float], ContextPolicy] | None = None
+    online: OnlineCalibration | None = None
+
+    @property
+    def observed(self) -> Observed | None:
+        """What parts the heads by what the video shows, if that is so."""
+        return self.split or self.online
 
     def fixed_layout(self) -> HeadLayout | None:
         """What every head keeps, where that holds from the first block on."""
@@ -96,7 +115,7 @@ class ContextPolicy:
     def at_most(self, sink: int, recent: int) -> ContextPolicy:
         """The policy with heads that keep no more than so many of the first and of the last frames each; full history
         becomes just that."""
-        assert self.split is None or self.split.from_start
+        assert self.online is None and (self.split is None or self.split.from_start)
 
         def less(kept: Retention) -> Retention:
             first = sink if kept.recent >= UNBOUNDED else min(kept.sink, sink)
@@ -116,6 +135,8 @@ class ContextPolicy:
         if self.split is not None:
             kept += [retention.total for retention in self.split.by_role.values()]
             kept += [] if self.split.equal_cost is None else [self.split.equal_cost.frames]
+        if self.online is not None:
+            kept.append(self.online.longest())
         return max(kept) <= MOST_KEPT
 
 

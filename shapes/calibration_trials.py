@@ -15,11 +15,11 @@ from torch import Tensor
 
 from dummy.calibration.candidates import CANDIDATES
 from dummy.calibration.measured import Calibration
-from dummy.calibration.recorder import HeadErrors
+from dummy.calibration.recorder import QUERIES, HeadErrors
 from dummy.policies.calibrated import policy_of_table
 from dummy.retentions import RetentionTable
 from pipeline.calibrate import command as calibrate
-from pipeline.calibrate.recording import chosen_passes, output_grams, recorded_gates
+from pipeline.calibrate.recording import chosen_passes, recorded_grams
 from pipeline.config.config import load_config
 from pipeline.runtime.generator import BlockGenerator
 from pipeline.runtime.inputs import GeneratorSettings, Segment
@@ -187,10 +187,10 @@ class Study:
         beginning of `video` [1, F, C, h, w] over full history."""
         full, model = self.settings(evaluate.POLICIES["full"]), self._parts.model
         chosen = chosen_passes(load_config(evaluate.CONFIG, evaluate.POLICIES["full"]), None, None)
-        grams = output_grams(model, recorded_gates(BlockGenerator(model, full), chosen))
+        grams = recorded_grams(BlockGenerator(model, full), chosen)
         found = []
         for block in blocks:
-            watch = HeadErrors(self._geometry.tokens_per_frame, CANDIDATES, grams, calibrate.QUERIES)
+            watch = HeadErrors(self._geometry.tokens_per_frame, CANDIDATES, grams, QUERIES)
             self.latents(full, segments, seeds, _With(block * BLOCK, watch), video[:, : block * BLOCK])
             found.append((watch.errors(), watch.outputs()))
         errors, outputs = (torch.stack(part) for part in zip(*found, strict=True))

@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 
+from dummy.config import ONLINE
 from dummy.presets import PRESETS
 from pipeline.config.config import InferenceConfig, load_config
 from pipeline.runtime.loading import require_files
@@ -54,9 +55,15 @@ COMPARED = (
     ("calibrated 4", "window 7"),
     *(("calibrated 4", f"calibrated 4 R{n}") for n in (2, 3, 4)),
     ("calibrated 7", "window 10"),
+    ("online 1.33", ORIGINAL),
+    ("online 1.33", "calibrated 1.33"),
+    ("online 2", "window 7"),
+    ("online 4", "window 7"),
+    ("online 4", "calibrated 4"),
 )
 LEAST_FRAMES = 4 * BLOCK  # latent frames of a video
 FRAMES = (1, 1.33, 1.67, 2, 4, 7)  # a head of the calibrated policy
+ONLINE_FRAMES = (1.33, 2, 4)  # with --batch 1, since the videos of a batch share what they show
 LENGTHS = (2, 3, 4)  # different retentions in a layer
 _WINDOWS = (5, 7, 10)  # latent frames, one sink and the block included
 
@@ -88,6 +95,8 @@ def points() -> dict[str, list[str]]:
         found[f"calibrated {frames:.3g}"] = calibrated
         for lengths in LENGTHS if frames in (FRAMES[1], 4) else ():
             found[f"calibrated {frames:.3g} R{lengths}"] = [*calibrated, f"dummy_forcing.max_lengths={lengths}"]
+    for frames in ONLINE_FRAMES:
+        found[f"online {frames:.3g}"] = evaluate.calibrated(frames, ONLINE)
     return found
 
 

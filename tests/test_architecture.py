@@ -23,7 +23,7 @@ FLOORS = {
     "pipeline": [{"config"}, {"runtime"}, {"planning"}, {"session"}, {"assembly"}, {"video_files", "repeating"}],
 }
 FLOORS["pipeline"] += [{"atlas", "vbench"}, {"calibrate"}]
-FLOORS["dummy"] += [{"equal_cost", "compare", "calibration"}, {"policy"}, {"policies"}, {"atlas"}]
+FLOORS["dummy"] += [{"observed"}, {"equal_cost", "compare", "calibration"}, {"policy"}, {"policies"}, {"atlas"}]
 ROOMED = [path for path in LIBRARY if path.relative_to(ROOT).parts[0] in FLOORS and path.name != "__init__.py"]
 TELLING = {"studio/client.py", "studio/serving.py"}  # commands, which say where the page and the video are
 SILENT = [path for path in LIBRARY if str(path.relative_to(ROOT)) not in TELLING]

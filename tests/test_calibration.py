@@ -207,14 +207,19 @@ def test_errors_are_of_what_joins_the_stream() -> None:
     model = tiny_model()
     generator = BlockGenerator(model, GeneratorSettings(SCHEDULE, ContextPolicy("full", FULL_HISTORY)))
     passes = recording.ChosenPasses((1,), ((0, "0"), (1, "1")), *[len(generator.usual.steps) + 1] * 2)
-    gates = recording.recorded_gates(generator, passes)
     times = [model.encode_time(timestep).layers[:, 2] for timestep in SCHEDULE.timesteps[:2]]
-    torch.testing.assert_close(gates, torch.stack(times).square().mean(0).sqrt())
+    gates = torch.stack(times).square().mean(0).sqrt()
     x, layer = normal(1, CONFIG.head_dim), model.layers()[1].self_attn.o.weight
     head = slice(CONFIG.head_dim, 2 * CONFIG.head_dim)
     expected = ((x @ layer[:, head].T) * gates[1]).square().sum()
-    gram = recording.output_grams(model, gates)[1][1]
+    gram = recording.recorded_grams(generator, passes)[1][1]
     torch.testing.assert_close((x @ gram @ x.T).squeeze(), expected, rtol=1e-4, atol=1e-6)
+
+
+def test_heads_that_put_out_nothing_lose_no_share_of_it() -> None:
+    silent = replace(measured(), outputs=torch.zeros_like(measured().outputs))
+    chosen = Dial(silent, past=18).choose(4)
+    assert chosen.frames <= 4 and chosen.error != chosen.error  # nan
 
 
 def test_a_third_may_be_written_with_two_digits() -> None:
@@ -238,7 +243,7 @@ def test_a_short_video_and_a_window_rule_candidates_out() -> None:
 def test_a_run_keeps_what_was_chosen_from_the_first_block_on(frames: int) -> None:
     policy = calibrated_policy(Dial(measured(), past=18), frames)
     rollout = start(BlockGenerator(tiny_model(), GeneratorSettings(SCHEDULE, policy)), 7)
-    assert not rollout.roles_pending
+    assert not rollout.parting.pending
     kept = [group.retention for layer in rollout.cache.layers for group in layer.groups]
     assert policy.table is not None and set(kept) == set(policy.table.counts())
     latents(rollout)

@@ -29,6 +29,7 @@ from pipeline.session import Session
 from tests.conftest import ROOT, Program
 from tests.small_checkpoints import write_safetensors
 from tests.test_generator import SCHEDULE, policy
+from tests.test_online import online
 from tests.tiny import CONFIG, random_embeds, tiny_model
 from utils.memory import PeakTracker, memory_of
 from utils.seed import ZeroNoise
@@ -233,6 +234,8 @@ def made(kind: str) -> ContextPolicy:
     if kind == "calibrated":  # heads of three lengths in every layer, one of which sees nothing earlier
         kept = [Retention(0, 0), Retention(1, 2), Retention(3, 6), Retention(0, 3)]
         return policy_of_table(RetentionTable.of([kept, kept[::-1], kept]))
+    if kind == "online":
+        return online(block=3)
     if kind == "rolling":
         return policy("full").at_most(3, 15)
     if kind == "EMA":
@@ -261,6 +264,8 @@ def made(kind: str) -> ContextPolicy:
         ("prune", (0, 18), {"window": 12, "reclassify_on_switch": True}),
         ("calibrated", (0,), {}),
         ("calibrated", (0, 12), {"window": 12, "batch": 2}),
+        ("online", (0,), {}),
+        ("online", (0, 12), {"window": 12, "reclassify_on_switch": True}),
     ],
 )
 def test_stages_are_what_a_video_takes(kind: str, starts: tuple[int, ...], settings: dict[str, Any]) -> None:

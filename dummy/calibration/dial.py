@@ -67,10 +67,17 @@ class Dial:
 
     def choose(self, frames: float) -> Allocation:
         """The least error with `frames` earlier frames a head, as a mean over all heads of all layers; their sum is
-        rounded, so that 1.33 is a third for 24 heads and for 360.
+        rounded, so that 1.33 is a third for 24 heads and for 360. Raises InputError as `check` does."""
+        self.check(frames)
+        places, every = self.candidates, self.calibration.candidates
+        errors = self.calibration.mean_errors()[..., places].numpy()
+        layers, heads, _ = errors.shape
+        costs = [cost(every[place], self.past) for place in places]
+        choice = allocate(errors, costs, round(frames * layers * heads), self.max_lengths)
+        return self.predict(torch.tensor(places)[torch.from_numpy(choice)])
 
-        Raises InputError for a budget that the candidates do not reach down or up to.
-        """
+    def check(self, frames: float) -> None:
+        """Raises InputError for a budget that the candidates do not reach down or up to."""
         least, most = self.limits()
         if not least <= frames <= most:
             raise InputError(
@@ -78,12 +85,6 @@ class Dial:
                 f"with the candidates of dummy_forcing.calibration and at most {self.past} earlier frames in this "
                 f"video a head keeps {least:g} to {most:g} frames; use a number in that range"
             )
-        places, every = self.candidates, self.calibration.candidates
-        errors = self.calibration.mean_errors()[..., places].numpy()
-        layers, heads, _ = errors.shape
-        costs = [cost(every[place], self.past) for place in places]
-        choice = allocate(errors, costs, round(frames * layers * heads), self.max_lengths)
-        return self.predict(torch.tensor(places)[torch.from_numpy(choice)])
 
     def predict(self, choice: Tensor) -> Allocation:
         """What comes of a choice [layers, heads] of places of candidates."""
@@ -92,7 +93,7 @@ class Dial:
         error = self.calibration.mean_errors().gather(2, choice[..., None]).sum()
         by_video = self.calibration.video_errors()
         sums = by_video.gather(3, choice.expand(len(by_video), -1, -1)[..., None]).sum((1, 2, 3))
-        output = self.calibration.output()
+        output = self.calibration.output() or math.nan  # of a layer that puts out nothing there is no share
         spread = float(sums.std()) / len(sums) ** 0.5 if len(sums) > 1 else math.nan
         return Allocation(table, float(error) / output, spread / output, table.mean_frames(self.past))
 

@@ -18,6 +18,7 @@ from dummy.frame_attention import PIECE_BYTES, evenly_spread, products
 from dummy.passes import PassCount
 from wan.attention.head_group import Retention
 
+QUERIES = 256  # of a pass that are looked at, unless more or fewer are asked for
 FLOAT = 4  # bytes; everything here is float32 whatever the model computes in
 
 
@@ -33,7 +34,7 @@ class HeadErrors:
     """Errors of all candidates for every head, summed over the passes that it is shown, of a video or a batch.
 
     `grams[layer]` [H, D, D]: the products of a head's rows of the output projection, W_o W_o^T, so that the squared
-    norm of what a difference d makes in the layer's output is d G d^T.
+    norm of what a difference d makes in the layer's output is d G d^T. Of a batch the first `videos` count.
     """
 
     def __init__(
@@ -43,8 +44,10 @@ class HeadErrors:
         grams: Sequence[Tensor],
         queries: int,
         piece_bytes: int = PIECE_BYTES,
+        videos: int | None = None,
     ) -> None:
         self._tokens = tokens_per_frame
+        self._videos = videos
         self._candidates = candidates
         self._grams = grams
         self._queries = queries
@@ -56,7 +59,7 @@ class HeadErrors:
     def __call__(self, layer: int, q: Tensor, keys: Tensor, context: Sequence[int], values: Tensor) -> None:
         """q [B, L, H, D]; keys and values [B, S, H, D]: the pass's own frames, then those numbered in `context`."""
         self._passes += layer == 0
-        q = q[:, evenly_spread(q.shape[1], min(self._queries, q.shape[1])).to(q.device)]
+        q = q[: self._videos, evenly_spread(q.shape[1], min(self._queries, q.shape[1])).to(q.device)]
         batch, queries, heads, width = q.shape
         frames = keys.shape[1] // self._tokens
         masks = kept_frames(self._candidates, context, frames - len(context)).to(q.device)

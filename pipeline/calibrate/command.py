@@ -20,6 +20,7 @@ import torch
 from tqdm import tqdm
 
 from dummy.calibration.candidates import CANDIDATES, named, parse_candidates
+from dummy.calibration.recorder import QUERIES
 from pipeline.assembly import memory_explained
 from pipeline.calibrate.cost import cost_lines, memory_lines, products_a_second
 from pipeline.calibrate.curve import show_curve
@@ -37,7 +38,7 @@ from utils.errors import InputError
 from utils.files import create_partial, ensure_writable_folder
 from utils.profiler import device_name
 
-VIDEOS, QUERIES = 8, 256
+VIDEOS = 8
 OF_RECORDING = ("prompts", "videos", "queries", "blocks", "steps", "candidates", "dry_run", "out")
 
 

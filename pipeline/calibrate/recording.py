@@ -23,11 +23,11 @@ from pipeline.config.jobs import NOT_OF_THE_VIDEO, VideoJob, read_jobs
 from pipeline.runtime.calibrated import checkpoint_identity, subject_of
 from pipeline.runtime.generator import BlockGenerator
 from pipeline.runtime.loading import model_sizes
+from pipeline.runtime.output_weights import gates_of, output_grams
 from utils.errors import InputError
 from utils.prompts import is_storyboard_file
 from wan.attention.head_group import Retention
 from wan.config import ModelConfig
-from wan.transformer.model import CausalWanModel
 
 logger = logging.getLogger(__name__)
 
@@ -96,7 +96,7 @@ def record(
         recording.passes.count,
         geometry.tokens_per_frame,
         recording.candidates,
-        output_grams(generator.model, recorded_gates(generator, recording.passes)),
+        recorded_grams(generator, recording.passes),
         recording.queries,
     )
     for job in rest:
@@ -177,20 +177,7 @@ def _differences(there: Calibration, begun: Calibration) -> Iterator[str]:
         yield f"settings ({', '.join(keys)})"
 
 
-def recorded_gates(generator: BlockGenerator, passes: ChosenPasses) -> Tensor:
-    """[layers, dim] in float32: by what a layer's attention is multiplied before it joins the stream, the root of the
-    mean square over the recorded passes."""
+def recorded_grams(generator: BlockGenerator, passes: ChosenPasses) -> list[Tensor]:
+    """`output_grams` with the gates of the recorded passes."""
     times = [*generator.usual.steps, generator.clean]
-    gates = torch.stack([times[place].layers[:, 2].float() for place, _ in passes.passes])
-    return gates.square().mean(0).sqrt()
-
-
-def output_grams(model: CausalWanModel, gates: Tensor) -> list[Tensor]:
-    """For every layer [H, D, D] in float32: W_o W_o^T of each head's rows of the output projection, its channels
-    multiplied by the layer's `gates` [layers, dim]."""
-    grams = []
-    for block, gate in zip(model.layers(), gates, strict=True):
-        weight = block.self_attn.o.weight.detach().float() * gate[:, None]  # [dim, H * D]: transposed, as formulas go
-        rows = torch.unflatten(weight, 1, (model.config.num_heads, -1)).transpose(0, 1)  # [H, dim, D]
-        grams.append(rows.transpose(1, 2) @ rows)
-    return grams
+    return output_grams(generator.model, gates_of([times[place] for place, _ in passes.passes]))

@@ -159,3 +159,8 @@ def _check_rolling(config: Settings) -> None:
         "rolling: head roles are found in the clean pass of one block that all heads see alike, which a rolling window "
         "does not have; give dummy_forcing.roles, use dummy_forcing.policy=calibrated or dummy_forcing=off",
     )
+    require(
+        not forcing.online,
+        "dummy_forcing.calibration: online sees the errors of a block that is denoised alone, which a rolling window "
+        "(rolling) does not have; use a calibration file, or dummy_forcing=off",
+    )

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from itertools import pairwise
 from pathlib import Path
 
+from dummy.policies.calibrated import Calibrated
 from dummy.policies.registry import cache_policy, finds_roles, has_roles, policy_from_config
 from pipeline.config.cache_rules import check_cache_rules, check_cuts, require
 from pipeline.config.resolution import MOST_PIXELS, check_resolution
@@ -147,6 +148,7 @@ def _check_dummy_forcing(config: Settings) -> None:
         f"dummy_forcing.{forcing.cost_key}: window is the cost of model_kwargs.local_attn_size, which is -1 (all "
         f"frames); set it (published: 12), or use dummy_forcing.{forcing.cost_key}=full",
     )
+    _check_online(config)
     # Roles found in the last block would never be used; roles from a file need no block to find them in.
     if not finds_roles(forcing) or forcing.roles is not None or forcing.ar_start <= blocks - 2:
         return
@@ -185,4 +187,21 @@ def check_switches(switches: Sequence[int], config: Settings, where: str) -> Non
         len(set(starts)) == len(starts),
         f"{where}: {frames} take effect at frames {starts} (blocks of {block}); two switches in one block "
         "leave a prompt unseen, so move them apart",
+    )
+
+
+def _check_online(config: Settings) -> None:
+    """Raises InputError for a video that ends before what it shows of its heads could be used."""
+    forcing, block, blocks = config.dummy_forcing, config.num_frame_per_block, config.num_blocks
+    if not forcing.online:
+        return
+    policy = cache_policy(forcing)
+    assert isinstance(policy, Calibrated)
+    observed = policy.observed_block(block, config.model_kwargs.local_attn_size if config.rope == "relative" else None)
+    require(
+        observed <= blocks - 2,
+        f"dummy_forcing.calibration: online sees heads' errors in block {observed} (counted from 0) and goes by them "
+        f"after it, but num_output_frames {config.num_output_frames} makes only {blocks} block{'s'[: blocks > 1]} of "
+        f"{block}; use num_output_frames={(observed + 2) * block} or more, a smaller "
+        "dummy_forcing.options.observed_after, or a calibration file",
     )

@@ -10,7 +10,7 @@ from dummy.policies.registry import policy_from_config
 from dummy.policy import ContextPolicy, HeadSplit
 from dummy.roles import HeadRoles, Role
 from pipeline.config.config import InferenceConfig
-from wan.attention.head_group import UNBOUNDED, Retention
+from wan.attention.head_group import UNBOUNDED, HeadLayout, Retention
 from wan.config import ModelConfig
 from wan.geometry import LatentGeometry
 from wan.transformer.operations import clean_pass_operations, forward_operations
@@ -39,6 +39,16 @@ def assumed_roles(sizes: ModelConfig, split: HeadSplit, past: int = UNBOUNDED) -
     return max(possible_roles(sizes, split), key=lambda roles: split_frames(split, roles, past))
 
 
+def assumed_layout(sizes: ModelConfig, policy: ContextPolicy, past: int = UNBOUNDED) -> HeadLayout | None:
+    """What heads keep, or may keep at most once they have parted; None for a policy under which all keep the same."""
+    layout = policy.fixed_layout()
+    if layout is not None:
+        return layout
+    if policy.split is not None:
+        return policy.split.layout(assumed_roles(sizes, policy.split, past))
+    return None if policy.online is None else policy.online.assumed(sizes.num_layers, sizes.num_heads).layout()
+
+
 def split_frames(split: HeadSplit, roles: HeadRoles, past: int) -> float:
     """Of `past` earlier frames those that a head sees once the roles hold, as a mean over all heads."""
     by_role = split.retentions(roles)
@@ -51,6 +61,8 @@ def kept_frames(policy: ContextPolicy, sizes: ModelConfig, past: int) -> list[fl
     most where the run finds out."""
     if policy.table is not None:
         return [policy.table.mean_frames(past)]
+    if policy.online is not None:
+        return [min(policy.online.frames, past)]
     if policy.split is None:
         return [min(policy.initial.total, past)]
     found = {split_frames(policy.split, roles, past) for roles in possible_roles(sizes, policy.split)}
@@ -79,7 +91,7 @@ def cost_lines(
     line = (
         f"Cost: {_range(f'{f:.2f}' for f in kept)} earlier frames a head on average, {_range(teraflops)} TFLOP a block"
     )
-    if policy.split is None and policy.table is None:
+    if policy.observed is None and policy.table is None:
         return [line]
     off = replace(config.dummy_forcing, enabled=False)
     (dense,) = kept_frames(policy_from_config(config.model_kwargs, off, geometry.frames_per_block), sizes, past)
@@ -127,6 +139,10 @@ def _predictions(config: InferenceConfig, policy: ContextPolicy) -> list[str]:
             f"Predicted: heads' outputs lose {100 * one.error:.3g}{spread} % of their size, by a calibration "
             f"of {len(measured.videos)} videos of {measured.subject.num_frames} latent frames; {one.frames:.3f} frames "
             f"a head in the last block, at most {policy.table.lengths()} attention calls a layer"
+        )
+    if policy.online is not None:
+        remarks.append(
+            f"  (which head keeps how much: by the errors in block {policy.online.ar_start}; the run finds it out)"
         )
     if config.dummy_forcing.speed is not None:
         remarks.append(

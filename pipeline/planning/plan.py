@@ -264,6 +264,10 @@ def head_contexts(settings: GeneratorSettings, sizes: ModelConfig) -> list[HeadC
     policy = settings.policy
     if policy.table is not None:
         return [HeadContext(policy.name, f"{count} heads", kept) for kept, count in policy.table.counts().items()]
+    if policy.online is not None:
+        table = policy.online.assumed(sizes.num_layers, sizes.num_heads)
+        after = [HeadContext("for example", f"{count} heads", kept) for kept, count in table.counts().items()]
+        return [HeadContext(f"blocks 0 to {policy.online.ar_start}", "all heads", policy.initial), *after]
     if policy.split is None:
         return [HeadContext(policy.name, "all heads", policy.initial)]
     split = policy.split

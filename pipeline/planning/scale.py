@@ -8,7 +8,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 from dummy.policy import ContextPolicy
-from pipeline.planning.cost import assumed_roles
+from pipeline.planning.cost import assumed_layout
 from wan.attention.exchange import HeadShares, share
 from wan.config import ModelConfig
 from wan.geometry import LatentGeometry
@@ -33,9 +33,7 @@ class Scale:
 def shares_of(policy: ContextPolicy, sizes: ModelConfig, geometry: LatentGeometry, ranks: int) -> HeadShares:
     """How heads are dealt once it is known what they keep; roles that a run has yet to find are assumed."""
     past, block = geometry.num_frames - geometry.frames_per_block, geometry.frames_per_block
-    layout = policy.fixed_layout()
-    if layout is None and policy.split is not None:
-        layout = policy.split.layout(assumed_roles(sizes, policy.split, past))
+    layout = assumed_layout(sizes, policy, past)
     if layout is None:
         return HeadShares.even(sizes.num_layers, sizes.num_heads, ranks, policy.initial)
     return HeadShares.balanced(layout, ranks, lambda kept: block + min(kept.total, past))

@@ -12,9 +12,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dummy.frame_attention import FrameAttention
-from dummy.policy import HeadSplit
-from pipeline.planning.cost import assumed_roles
+from dummy.observed import Observed
+from pipeline.planning.cost import assumed_layout
 from pipeline.runtime.inputs import GeneratorSettings
 from pipeline.runtime.windows import Window, rolling_context
 from utils.memory import PeakTracker
@@ -40,10 +39,10 @@ class Stage:
 class VideoStages:
     """Of `batch` videos at a time, beside the keys and values of their prompt (`text`).
 
-    `block`: any block once the roles of heads are known; `before_split`: the block in which they are observed, if they
-    are. Where prompts switch, `prompt`: the clean pass of the block before, while those of the next prompt are there
+    `block`: any block once it is known what heads keep; `before_split`: the block in which that is observed, if it is.
+    Where prompts switch, `prompt`: the clean pass of the block before, while those of the next prompt are there
     beside its own; `switch`: the pass that encodes earlier frames anew, and, if that is asked for, the block after it,
-    in which roles are observed again.
+    in which heads are observed again.
     """
 
     text: int
@@ -78,8 +77,8 @@ class StagePlanner:
     def stages(self, switches: Iterable[int] = ()) -> VideoStages:
         """`switches`: the latent frames at or after which another prompt takes effect."""
         policy, block = self._settings.policy, self._geometry.frames_per_block
-        layout, before, switch = policy.fixed_layout(), None, None
-        split = policy.split if layout is None else None
+        layout, before, clean, switch = policy.fixed_layout(), None, None, None
+        split = policy.observed if layout is None else None
         until_split = None if split is None else split.ar_start * block
         span = self._settings.rope_span
         cache = self._model.new_cache(self._geometry, self._batch, policy.initial, span, layout, until_split)
@@ -91,13 +90,16 @@ class StagePlanner:
             cache.reset(policy.initial, until_split)
             self._fill(cache, until_split)
             before = self._observed(cache, split)
-            cache.allocate(split.layout(assumed_roles(self._model.config, split, last)))
+            clean = before if split.in_clean_pass else Stage(before.cache, self._block(cache))
+            parted = assumed_layout(self._model.config, policy, last)
+            assert parted is not None
+            cache.allocate(parted)
         steady = Stage(cache.bytes(), max(self._block(cache), self._rolling(cache)))
         if len(early) < len(starts) and not self._settings.kv_flush:
             late = self._switch(cache, starts[-1])
             switch = late if switch is None or switch.total < late.total else switch
         observed = [start for start in starts if until_split is not None and start <= until_split + block]
-        passes = [before] if before is not None and observed else []
+        passes = [clean] if clean is not None and observed else []
         passes += [steady] if len(observed) < len(starts) else []
         return VideoStages(self._text_bytes, steady, before, self._prompt(passes), switch)
 
@@ -113,9 +115,9 @@ class StagePlanner:
         for start in range(0, frames, block):
             cache.append_current_block(range(start, start + block))
 
-    def _observed(self, cache: KVCache, split: HeadSplit) -> Stage:
-        """The block in whose clean pass the attention of heads is measured."""
-        measure = FrameAttention(self._geometry.tokens_per_frame, split.query_share)
+    def _observed(self, cache: KVCache, split: Observed) -> Stage:
+        """The block in which it is observed what parts the heads."""
+        measure = split.observer(self._geometry.tokens_per_frame, None, self._grams)
 
         def observer(layer: int, q: Tensor, keys: Tensor, context: Sequence[int], values: Tensor) -> None:
             if not layer:  # measuring takes as much in all of them
@@ -123,9 +125,13 @@ class StagePlanner:
 
         return Stage(cache.bytes(), max(self._block(cache), self._block(cache, observer)))
 
+    def _grams(self) -> list[Tensor]:
+        heads, width = self._model.config.num_heads, self._model.config.head_dim
+        return [torch.empty(heads, width, width, device=self._model.device) for _ in self._model.layers()]
+
     def _switch(self, cache: KVCache, start: int) -> Stage:
         """Going over to another prompt at the block that begins at frame `start`, as the loop does."""
-        settings, split = self._settings, self._settings.policy.split
+        settings, split = self._settings, self._settings.policy.observed
         window = settings.window or start
         count = min(window, start)
         observed_again = settings.reclassify_on_switch and split is not None

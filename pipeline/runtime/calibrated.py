@@ -1,4 +1,4 @@
-"""A run's calibration file: whether it suits the run's model, video and weights, and the dial made of it."""
+"""A run's calibration: whether a file suits the run's model, video and weights, and the dial made of it."""
 
 from __future__ import annotations
 
@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from dummy.calibration.candidates import CANDIDATES
 from dummy.calibration.dial import Dial
 from dummy.calibration.measured import Calibration, Subject
 from pipeline.config.config import InferenceConfig
@@ -29,6 +30,18 @@ def load_dial(config: InferenceConfig, sizes: ModelConfig, path: Path) -> Dial:
     fault = calibration.subject.fault(subject_of(config, sizes, ""))
     if fault is not None:
         raise InputError(f"{FIELD}: {path} {fault}; calibrate with this configuration: python -m pipeline.calibrate")
+    return _dial(config, calibration)
+
+
+def online_dial(config: InferenceConfig, sizes: ModelConfig) -> Dial:
+    """For videos that calibrate themselves: the candidates, and no errors yet."""
+    shape = 1, 1, sizes.num_layers, sizes.num_heads
+    nothing = torch.zeros(*shape, len(CANDIDATES)), torch.zeros(shape)
+    subject = subject_of(config, sizes, "")
+    return _dial(config, Calibration(CANDIDATES, *nothing, (0,), ("denoising",), ("its own",), subject))
+
+
+def _dial(config: InferenceConfig, calibration: Calibration) -> Dial:
     window = config.model_kwargs.local_attn_size if config.rope == "relative" else None
     past = config.num_output_frames - config.num_frame_per_block
     return Dial(calibration, past, config.dummy_forcing.max_lengths, window)

@@ -20,12 +20,14 @@ from typing import Literal
 
 import torch
 
-from dummy.roles import HeadRoles, Role
+from dummy.policy import ContextPolicy
+from dummy.retentions import RetentionTable
 from pipeline.runtime.generator import BlockGenerator
 from pipeline.runtime.inputs import Passes, Segment
 from utils.errors import InputError
 from utils.files import ensure_writable_folder
 from utils.seed import ZeroNoise
+from wan.attention.head_group import Retention
 from wan.cuda_graphs import CudaRecorder
 from wan.geometry import LatentGeometry
 from wan.transformer.graphs import GraphedPasses
@@ -136,14 +138,14 @@ def or_eager(
 def warmup(generator: BlockGenerator, geometry: LatentGeometry, batch: int = 1) -> None:
     """Make the beginning of a video that nobody sees, until what passes are made of repeats itself.
 
-    Roles that zeros give are of no use, and nothing is captured before roles are observed; but parts of a layer are
-    compiled once more for heads in an order of their own, which is done here with roles that somebody might observe.
+    What zeros tell of heads is of no use, and nothing is captured before heads have parted; but parts of a layer are
+    compiled once more for heads in an order of their own, which is done here with a table of what they might keep.
     """
-    split = generator.settings.policy.split
-    if split is not None and not split.from_start:
+    policy = generator.settings.policy
+    if policy.observed is not None and policy.fixed_layout() is None:
         config = generator.model.config
-        roles = HeadRoles(((Role.DUMMY,) * config.num_heads,) * config.num_layers)
-        policy = replace(generator.settings.policy, split=replace(split, roles=roles, from_start=True))
+        table = RetentionTable.of([[Retention(0, 1)] * config.num_heads] * config.num_layers)
+        policy = ContextPolicy(policy.name, table.largest(), table=table)
         ordered = BlockGenerator(generator.model, replace(generator.settings, policy=policy))
         for one in (ordered, generator):
             _begin(one, geometry, batch, blocks=1)

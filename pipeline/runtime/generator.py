@@ -4,23 +4,24 @@ A video is generated block by block; each block is denoised in the schedule's st
 alone or in a rolling window with its neighbours (pipeline/runtime/windows.py), yielded, and then passed once more at
 timestep `context_noise` so that its keys and values join the cache. A storyboard is a list of segments, a single prompt
 a list of one. The loop knows no files, no VAE and no text encoder, and reads no value from the device except, once a
-video, the head roles that it has observed.
+video, what it has observed of the heads.
 """
 
 from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from contextlib import nullcontext
+from functools import cached_property, partial
 
 import torch
 from torch import Tensor
 
-from dummy.frame_attention import FrameAttention
-from dummy.policy import HeadSplit
+from dummy.roles import HeadRoles
 from pipeline.runtime.denoising import Denoising
 from pipeline.runtime.inputs import GeneratorSettings, NoiseSource, Passes, Segment
+from pipeline.runtime.output_weights import gates_of, output_grams
 from pipeline.runtime.outputs import CleanBlock, FlowRecord
+from pipeline.runtime.parting import Parting
 from pipeline.runtime.windows import Round, Window, one_by_one, rolling, rolling_context
 from utils.profiler import Profiler
 from utils.transfer import to_device
@@ -79,7 +80,7 @@ class BlockGenerator:
         if self._spare is not None and self._spare[:2] != (geometry, batch):
             self._spare = None
         policy = self.settings.policy
-        until_split = None if policy.split is None else policy.split.ar_start * geometry.frames_per_block
+        until_split = None if policy.observed is None else policy.observed.ar_start * geometry.frames_per_block
         if self._spare is None:
             return self.model.new_cache(geometry, batch, policy.initial, self.settings.rope_span, layout, until_split)
         cache, self._spare = self._spare[2], None
@@ -92,6 +93,11 @@ class BlockGenerator:
     def release_cache(self, cache: KVCache, geometry: LatentGeometry, batch: int) -> None:
         """Let the next video have the cache."""
         self._spare = geometry, batch, cache
+
+    @cached_property
+    def output_grams(self) -> list[Tensor]:
+        """See pipeline.runtime.output_weights, with the gates of the usual steps."""
+        return output_grams(self.model, gates_of(self.usual.steps))
 
     def drop_spare_cache(self) -> None:
         """Free the cache that waits for the next video, and with it what was captured over it."""
@@ -132,30 +138,29 @@ class Rollout:
         self._residual: TeaCacheResidual | None = None
         most = 0 if settings.kv_flush or settings.rolling else settings.window
         self._past: deque[Tensor] = deque(maxlen=most)  # clean frames [B, C, h, w], for prompt switches
-        self._observed_block = self._split.ar_start if self._split else None
-        self.roles = self._split.roles if self._split else None
-        self.frame_attention: Tensor | None = None
         self.record = FlowRecord(0)
         self.forwards = 0  # all of them, of which `skipped` did not run the layers
         self.skipped = 0
-        layout = settings.policy.fixed_layout()
-        if layout is not None:
-            self._observed_block = None
-        self.roles_pending = self._split is not None and layout is None
-        """Whether head roles are yet to be observed, after which the cache is laid out anew."""
         self._batch = batch
-        self._videos = batch if videos is None else videos
-        self.cache = generator.acquire_cache(geometry, batch, layout)
+        self.cache = generator.acquire_cache(geometry, batch, settings.policy.fixed_layout())
+        counted, grams = batch if videos is None else videos, partial(_own_grams, generator, self.cache)
+        self.parting = Parting(settings.policy, geometry.tokens_per_frame, counted, self._given, grams)
 
     @property
-    def _split(self) -> HeadSplit | None:
-        return self._settings.policy.split
+    def roles(self) -> HeadRoles | None:
+        """What the heads are by now, if they have roles and these are known."""
+        return self.parting.roles
+
+    @property
+    def frame_attention(self) -> Tensor | None:
+        """[layers, heads, 3]: what observed roles follow from, see `Outcome`."""
+        return self.parting.frame_attention
 
     @property
     def _passes(self) -> Passes:
         """Graphs captured over a layout that goes after a block or two would cost more than they save; what a rolling
         window sees follows from more than the layout."""
-        return self._model if self.roles_pending or self._settings.rolling else self._generator.passes
+        return self._model if self.parting.pending or self._settings.rolling else self._generator.passes
 
     def prompt(self, text: TextContext, cut: bool = False) -> None:
         """Let a prompt take effect with the next block that begins, as a segment that starts there would, from any
@@ -270,7 +275,8 @@ class Rollout:
             by_block = [denoising.steps[step] for step in window.steps]
             time = TimeContext.by_frame([time for time in by_block for _ in range(self._geometry.frames_per_block)])
         if compute := denoising.computed[step]:
-            flow = self._passes(x, time, self.text, self.cache, start, residual=self._residual)
+            with self.parting.watching(self.cache, window.first, clean=False):
+                flow = self._passes(x, time, self.text, self.cache, start, residual=self._residual)
         else:
             assert self._residual is not None
             flow = self._model.skip_layers(x, time, self._residual)
@@ -278,7 +284,7 @@ class Rollout:
         return flow
 
     def clean_pass(self, x0: Tensor, text: TextContext, start: int, index: int) -> None:
-        """Let the block's keys and values join the cache; find and apply the head roles if it is the time.
+        """Let the block's keys and values join the cache; let heads part if it is the time.
 
         The first step of the next block could share this pass, at the price of a loop that knows two blocks at once;
         `python -m benchmarks.merged` measures the most that it could save.
@@ -286,21 +292,13 @@ class Rollout:
         if self._settings.rolling is not None:
             seen = range(max(0, start + x0.shape[1] - self._settings.rolling), start)
             self.cache.begin_pass(start, x0.shape[1], context=seen, sinks_at=0)
-        due = self._split is not None and index == self._observed_block
-        observer = self._observer() if due and self.roles is None else None
-        with self._profiler.span("clean"), self.cache.observed(observer) if observer else nullcontext():
+        due = self.parting.is_due(index)
+        with self._profiler.span("clean"), self.parting.watching(self.cache, index, clean=True):
             self._encode(x0, text, start, join=not due)
-        if observer is not None and self._split is not None:
-            self.roles, self.frame_attention = self._split.find_roles(self.cache.all_heads(observer.by_frame()))
         if due:
-            self._apply_roles(range(start, start + x0.shape[1]))
-
-    def _apply_roles(self, current: range) -> None:
-        """From here on every head keeps what its role keeps; the frames `current` join the cache."""
-        assert self._split is not None and self.roles is not None
-        last = current.stop == self._geometry.num_frames
-        self.cache.split(self._split.layout(self.roles), range(0) if last else current)
-        self.roles_pending = False
+            stop = start + x0.shape[1]
+            current = range(0) if stop == self._geometry.num_frames else range(start, stop)
+            self.cache.split(self.parting.layout(self.cache.all_heads), current)
 
     def _switch(self, start: int, index: int) -> None:
         """Re-encode the last clean frames under a new prompt, in one pass in which they all see each other.
@@ -308,11 +306,8 @@ class Rollout:
         The pass is at `context_noise`, as those are that it stands for. Roles that are to be observed again take the
         sinks with them, since afterwards only some heads have any.
         """
-        observe_again = self._settings.reclassify_on_switch and self._split is not None
+        observe_again = self._settings.reclassify_on_switch and self.parting.again(index)
         if observe_again:
-            self._observed_block = index
-            self.roles = None
-            self.roles_pending = True
             self.cache.reset(self._settings.policy.initial, start)  # heads are split again after this block
         window = self._settings.window or start
         keep_sinks = self._settings.global_sink and window < start and not observe_again
@@ -340,11 +335,13 @@ class Rollout:
             self._model.encode(latents, clean, text, self.cache, rotation)
         self.forwards += 1
 
-    def _observer(self) -> FrameAttention:
-        assert self._split is not None
-        return FrameAttention(self._geometry.tokens_per_frame, self._split.query_share, videos=self._videos)
-
     def _count(self, flow: Tensor, computed: bool) -> None:
         self.record.add(flow)
         self.forwards += 1
         self.skipped += not computed
+
+
+def _own_grams(generator: BlockGenerator, cache: KVCache) -> list[Tensor]:
+    """Those of the heads that this process has until they part."""
+    own = cache.shares.heads(0, cache.rank)
+    return [gram[own] for gram in generator.output_grams]

@@ -12,7 +12,7 @@ from torch import Tensor
 from dummy.policies.registry import policy_from_config
 from dummy.roles import HeadRoles
 from pipeline.config.config import InferenceConfig, check_against_model
-from pipeline.runtime.calibrated import compare_checkpoints, load_dial
+from pipeline.runtime.calibrated import compare_checkpoints, load_dial, online_dial
 from pipeline.runtime.engine import check_engine
 from pipeline.runtime.inputs import GeneratorSettings
 from pipeline.runtime.published_schedule import warn_of_another_schedule
@@ -113,7 +113,9 @@ def _roles_path(config: InferenceConfig) -> Path | None:
 
 def calibration_path(config: InferenceConfig) -> Path | None:
     forcing = config.dummy_forcing
-    return Path(forcing.calibration) if forcing.enabled and forcing.calibration is not None else None
+    if not forcing.enabled or forcing.online or forcing.calibration is None:
+        return None
+    return Path(forcing.calibration)
 
 
 def require_files(config: InferenceConfig) -> None:
@@ -174,7 +176,7 @@ def check_before_loading(config: InferenceConfig, device: torch.device) -> tuple
     if config.precision == "fp8":
         check_fp8(device)
     _assemble(config, sizes, META, dtype)
-    if settings.policy.dial is not None:
+    if settings.policy.dial is not None and settings.policy.online is None:
         compare_checkpoints(config, settings.policy.dial.calibration)
     load_encoder(config, load_decoder(config, META, dtype))
     _check_text_encoder(config, sizes, dtype)
@@ -290,8 +292,11 @@ def generator_settings(config: InferenceConfig, sizes: ModelConfig) -> Generator
     """The loop's settings; reads the file of roles or of a calibration if there is one. Raises InputError."""
     forcing = config.dummy_forcing
     roles = None
-    path = calibration_path(config)
-    dial = None if path is None else load_dial(config, sizes, path)
+    dial, path = None, calibration_path(config)
+    if path is not None:
+        dial = load_dial(config, sizes, path)
+    elif forcing.online:
+        dial = online_dial(config, sizes)
     if forcing.enabled and forcing.roles is not None:
         roles = HeadRoles.load(Path(forcing.roles), sizes.num_layers, sizes.num_heads)
     window, block = config.model_kwargs.local_attn_size, config.num_frame_per_block

@@ -92,6 +92,9 @@ class Fp8SelfAttention(SelfAttention):
     def output(self, attended: Tensor) -> Tensor:
         return self.out(attended)  # type: ignore[no-any-return]
 
+    def output_weight(self) -> Tensor:
+        return self.out.weight.float() * self.out.scales
+
 
 def to_fp8(model: CausalWanModel) -> None:
     """Turn the linear layers of all blocks into FP8, in place, layer by layer."""

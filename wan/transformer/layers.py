@@ -83,6 +83,10 @@ class SelfAttention(AttentionLayer):
         projected: Tensor = self.o(attended)
         return projected
 
+    def output_weight(self) -> Tensor:
+        """[dim, dim]: that of `output`, its columns the heads side by side."""
+        return self.o.weight.detach()
+
     def project(self, x: Tensor, rotation: Rotation) -> tuple[Tensor, Tensor, Tensor]:
         """x [B, L, dim] -> rotated queries and keys, and values, all [B, L, H, D]."""
         q, k, v = self.inputs(x).chunk(3, dim=-1)
