@@ -1,6 +1,6 @@
 """Policies side by side on a model of yours: the same prompts and noise, one video, one table.
 
-    python -m benchmarks.compare CONFIG --policies full,packed,calibrated:1.33,window --prompts FILE --out FOLDER
+    python -m benchmarks.compare CONFIG --policies full,packed,online:1.33,window --prompts FILE --out FOLDER
 
 CONFIG is a YAML file of inference.py, and key=value may follow. The first policy is what the others are measured
 against. comparison.mp4 shows the videos of all policies side by side, prompt after prompt; comparison.json holds the
@@ -26,7 +26,7 @@ from torch import Tensor
 from benchmarks.machine import facts
 from benchmarks.tables import compare as table
 from benchmarks.video_measures import Measures, measure, require_libraries
-from dummy.config import DummyForcingConfig
+from dummy.config import ONLINE, DummyForcingConfig
 from dummy.policies.registry import POLICIES as REGISTERED
 from dummy.policies.registry import SELECTIVE
 from dummy.presets import PRESETS
@@ -40,7 +40,7 @@ from utils.errors import InputError
 from utils.files import ensure_writable_folder, write_atomic
 from utils.video import VideoWriter
 
-POLICIES = "full,packed,calibrated:1.33,window"
+POLICIES = "full,packed,online:1.33,window"
 COLUMNS = 4  # videos in a row
 FIRST_BLOCKS = 3  # whose history is still short, and in which things are captured
 _DEFAULTS = {field.name: field.default for field in fields(DummyForcingConfig)}
@@ -70,10 +70,11 @@ def overrides_of(policy: str, config: InferenceConfig, calibration: str | None) 
             raise InputError("--policies: window: the configuration has none; write its latent frames, as window:12")
         return ["dummy_forcing.enabled=false", f"model_kwargs.local_attn_size={amount or window}"]
     kind = "packed" if name in PRESETS else name
+    kind = "calibrated" if name == ONLINE else kind
     if kind not in REGISTERED or bool(amount) != (kind == "calibrated"):
         raise InputError(
-            f"--policies: {policy[:40]!r} is none; write full, window or window:FRAMES, calibrated:FRAMES (a head), or "
-            f"one of {', '.join([*(one for one in REGISTERED if one != 'calibrated'), *PRESETS])}"
+            f"--policies: {policy[:40]!r} is none; write full, window or window:FRAMES, calibrated:FRAMES (a head), "
+            f"online:FRAMES, or one of {', '.join([*(one for one in REGISTERED if one != 'calibrated'), *PRESETS])}"
         )
     given: dict[str, object] = {"enabled": True, "policy": kind}
     given |= {key: _DEFAULTS[key] for key in SELECTIVE if key not in REGISTERED[kind].uses}
@@ -82,7 +83,8 @@ def overrides_of(policy: str, config: InferenceConfig, calibration: str | None) 
     elif kind == "prune":
         given["preset"] = "paper"
     elif kind == "calibrated":
-        given |= {"frames_per_head": amount} | ({} if calibration is None else {"calibration": calibration})
+        file = ONLINE if name == ONLINE else calibration
+        given |= {"frames_per_head": amount} | ({} if file is None else {"calibration": file})
     written = {key: {None: "null", True: "true", False: "false"}.get(value, value) for key, value in given.items()}
     return [
         f"model_kwargs.local_attn_size={window}",

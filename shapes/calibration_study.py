@@ -15,12 +15,26 @@ import json
 import logging
 import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 from dummy.calibration.candidates import CANDIDATES, named
+from dummy.config import ONLINE
 from shapes import evaluate
-from shapes.calibration_trials import BLOCKS, FRAMES, RELATIVE, USUAL, Settings, Study, Trial, evenly, powered, weighted
+from shapes.calibration_trials import (
+    BLOCKS,
+    FRAMES,
+    RELATIVE,
+    USUAL,
+    Settings,
+    Study,
+    Trial,
+    after_full_history,
+    evenly,
+    powered,
+    weighted,
+)
 from shapes.report import Doubles, interval
 from utils import command
 from utils.files import ensure_writable_folder, write_atomic
@@ -41,11 +55,14 @@ def questions(study: Study) -> dict[str, Callable[[], list[Trial]]]:
 
     def relative() -> list[Trial]:
         trial = Trial("usual, relative", usual, RELATIVE, RELATIVE)
-        return [trial, known([*packed, *RELATIVE], "paper, relative", RELATIVE)]
+        online = Trial("online, relative", Path(ONLINE), RELATIVE, RELATIVE, alone=True)
+        return [trial, online, known([*packed, *RELATIVE], "paper, relative", RELATIVE)]
 
     def switch() -> list[Trial]:
         others = [known(packed, "paper, switched", switched=True), known(window, "window 7, switched", switched=True)]
-        return [Trial("usual, switched", usual, switched=True), *others]
+        online = Trial("online, switched", Path(ONLINE), switched=True, alone=True)
+        again = replace(online, name="online, observed again", settings=["dummy_forcing.reclassify_on_switch=true"])
+        return [Trial("usual, switched", usual, switched=True), online, again, *others]
 
     return {
         "others": lambda: [known(packed, "paper"), known(window, "window 7")],
@@ -81,8 +98,11 @@ def questions(study: Study) -> dict[str, Callable[[], list[Trial]]]:
             for frames in FRAMES
         ],
         "online": lambda: [
-            Trial("own video, block 2", study.own("own_2", [2])),
+            *(Trial(f"own video, block {block}", study.own(f"own_{block}", [block])) for block in (1, 2, 3)),
+            Trial("own video, block 3, third step", study.own("own_step", [3], 2)),
             Trial("own video, all blocks", study.own("own_all", BLOCKS)),
+            Trial("usual, after four blocks of full history", usual, change=after_full_history),
+            Trial("online", Path(ONLINE), alone=True),
         ],
         "switch": switch,
         "relative": relative,

@@ -15,8 +15,10 @@ from torch import Tensor
 
 from dummy.calibration.candidates import CANDIDATES
 from dummy.calibration.measured import Calibration
+from dummy.calibration.online import OnlineCalibration
 from dummy.calibration.recorder import QUERIES, HeadErrors
-from dummy.policies.calibrated import policy_of_table
+from dummy.observed import Outcome
+from dummy.policies.calibrated import Calibrated, online_policy, policy_of_table
 from dummy.retentions import RetentionTable
 from pipeline.calibrate import command as calibrate
 from pipeline.calibrate.recording import chosen_passes, recorded_grams
@@ -48,7 +50,8 @@ Measured = Path | Callable[[int], Path]  # one file for all captions, or each on
 
 @dataclass(frozen=True)
 class Trial:
-    """`settings` follow those of the calibrated policy; without a calibration they are the policy."""
+    """`settings` follow those of the calibrated policy; without a calibration they are the policy. `change`: of the
+    loop's settings. `alone`: every video is made by itself, not in a batch."""
 
     name: str
     calibration: Measured | None = None
@@ -56,6 +59,8 @@ class Trial:
     reference: Settings = ()  # beyond full history
     switched: bool = False
     frames: tuple[float, ...] = field(default=FRAMES)
+    change: Callable[[GeneratorSettings], GeneratorSettings] | None = None
+    alone: bool = False
 
 
 class Study:
@@ -96,27 +101,28 @@ class Study:
             return torch.cat([block.latents for block in rollout.blocks()], 1)
 
     @torch.inference_mode()
-    def held_out(self, given: Settings, places: Sequence[int], switched: bool = False) -> Tensor:
+    def held_out(self, settings: GeneratorSettings, places: Sequence[int], switched: bool = False) -> Tensor:
         """The videos of captions that nothing else uses."""
         starts = (0, SWITCH) if switched else (0,)
         clips = [make_clip(SEED, place, starts[1:], frames=1, held=True) for place in places]
         segments = [self._prompt([clip.captions[i] for clip in clips], start) for i, start in enumerate(starts)]
-        return self.latents(self.settings(given), segments, [video_seed(SEED, place, 0) for place in places])
+        return self.latents(settings, segments, [video_seed(SEED, place, 0) for place in places])
 
     def signal_to_error(self, trial: Trial, frames: float | None) -> Doubles:
         """In dB, by caption."""
-        alone = callable(trial.calibration)
-        size = 1 if alone else self._batch
+        size = 1 if trial.alone or callable(trial.calibration) else self._batch
         found: list[float] = []
         for start in range(0, self._captions, size):
             places = range(start, min(start + size, self._captions))
             key = (tuple(places), tuple(trial.reference), trial.switched)
             if key not in self._references:
                 full = [*evaluate.POLICIES["full"], *trial.reference]
-                self._references[key] = self.held_out(full, places, trial.switched).double()
+                self._references[key] = self.held_out(self.settings(full), places, trial.switched).double()
             first = SWITCH if trial.switched else BLOCK
             whole = self._references[key][:, first:]
-            made = self.held_out(_policy(trial, frames, start), places, trial.switched).double()[:, first:]
+            settings = self.settings(_policy(trial, frames, start))
+            settings = settings if trial.change is None else trial.change(settings)
+            made = self.held_out(settings, places, trial.switched).double()[:, first:]
             error, signal = ((part).square().mean((1, 2, 3, 4)) for part in (made - whole, whole))
             found += (10 * (signal / error.clamp_min(1e-12)).log10()).tolist()
         return np.array(found)
@@ -163,16 +169,16 @@ class Study:
             replace(self.usual, errors=errors, outputs=outputs).save(path)
         return path
 
-    def own(self, name: str, blocks: Sequence[int]) -> Callable[[int], Path]:
-        """Every caption's own calibration, by these blocks of its video over full history."""
+    def own(self, name: str, blocks: Sequence[int], step: int | None = None) -> Callable[[int], Path]:
+        """Every caption's own calibration, by these blocks of its video over full history, or one step of them."""
 
         def path(place: int) -> Path:
             file = self._folder / f"{name}_{place}.safetensors"
             if not file.exists():
                 with torch.inference_mode():
                     segments = [self._prompt(make_clip(SEED, place, frames=1, held=True).captions)]
-                video = self.held_out(evaluate.POLICIES["full"], [place])
-                errors, outputs = self._errors(segments, [video_seed(SEED, place, 0)], video, blocks)
+                video = self.held_out(self.settings(evaluate.POLICIES["full"]), [place])
+                errors, outputs = self._errors(segments, [video_seed(SEED, place, 0)], video, blocks, step)
                 made = replace(self.usual, errors=errors[None], outputs=outputs[None], blocks=tuple(blocks))
                 replace(made, videos=(f"caption {place}",)).save(file)
             return file
@@ -181,17 +187,22 @@ class Study:
 
     @torch.inference_mode()
     def _errors(
-        self, segments: Sequence[Segment], seeds: Sequence[int], video: Tensor, blocks: Sequence[int] = BLOCKS
+        self,
+        segments: Sequence[Segment],
+        seeds: Sequence[int],
+        video: Tensor,
+        blocks: Sequence[int] = BLOCKS,
+        step: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Errors [blocks, layers, heads, C] and outputs [blocks, layers, heads] of the blocks that follow on the
-        beginning of `video` [1, F, C, h, w] over full history."""
+        beginning of `video` [1, F, C, h, w] over full history, by all denoising steps or by one of them."""
         full, model = self.settings(evaluate.POLICIES["full"]), self._parts.model
         chosen = chosen_passes(load_config(evaluate.CONFIG, evaluate.POLICIES["full"]), None, None)
         grams = recorded_grams(BlockGenerator(model, full), chosen)
         found = []
         for block in blocks:
             watch = HeadErrors(self._geometry.tokens_per_frame, CANDIDATES, grams, QUERIES)
-            self.latents(full, segments, seeds, _With(block * BLOCK, watch), video[:, : block * BLOCK])
+            self.latents(full, segments, seeds, _With(block * BLOCK, watch, step), video[:, : block * BLOCK])
             found.append((watch.errors(), watch.outputs()))
         errors, outputs = (torch.stack(part) for part in zip(*found, strict=True))
         return errors, outputs
@@ -215,13 +226,18 @@ class Study:
 
 @dataclass(frozen=True)
 class _With:
-    """An observer of the passes that see so many earlier frames alone."""
+    """An observer of the passes that see so many earlier frames, or of one of them."""
 
     frames: int
     errors: HeadErrors
+    step: int | None = None
+    seen: list[int] = field(default_factory=list)
 
     def __call__(self, layer: int, q: Tensor, keys: Tensor, context: Sequence[int], values: Tensor) -> None:
-        if len(context) == self.frames:
+        if len(context) != self.frames:
+            return
+        self.seen.append(layer)
+        if self.step is None or self.seen.count(0) - 1 == self.step:
             self.errors(layer, q, keys, context, values)
 
 
@@ -231,6 +247,23 @@ def _policy(trial: Trial, frames: float | None, place: int) -> list[str]:
     file = trial.calibration(place) if callable(trial.calibration) else trial.calibration
     assert frames is not None
     return [*evaluate.calibrated(frames, file), *trial.settings]
+
+
+@dataclass(frozen=True)
+class _Known(OnlineCalibration):
+    """What the dial's own errors say, whatever the video shows."""
+
+    def outcome(self, seen: Observer, all_heads: Callable[[Tensor], Tensor]) -> Outcome:
+        return Outcome(self.dial.choose(self.frames).table.layout())
+
+
+def after_full_history(settings: GeneratorSettings) -> GeneratorSettings:
+    """The same retentions, but as late as those that a video decides itself."""
+    dial, allocation = settings.policy.dial, settings.policy.allocation
+    assert dial is not None and allocation is not None
+    block = Calibrated().observed_block(BLOCK, None)
+    late = online_policy(dial, allocation.frames, block)
+    return replace(settings, policy=replace(late, online=_Known(dial, allocation.frames, block)))
 
 
 def weighted(weights: Tensor) -> Callable[[Calibration], Calibration]:

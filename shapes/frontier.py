@@ -108,8 +108,8 @@ def sweep(
     Batch by batch all points take turns, so that whatever else the machine does meets them all; what there is by then
     comes after every batch.
     """
+    _check(load_config(config_path, [*next(iter(chosen.values())), *args.set]))
     configs = {name: load_config(config_path, [*settings, *args.set]) for name, settings in chosen.items()}
-    _check(next(iter(configs.values())))
     parts = evaluate.Parts.load(next(iter(configs.values())))
     clips = [make_clip(evaluate.CAPTION_SEED, index, held=True) for index in range(args.captions)] * args.seeds
     streams = {name: evaluate.generate(parts, config, clips, args.batch) for name, config in configs.items()}

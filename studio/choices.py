@@ -30,7 +30,9 @@ _LABELS = {
     "anchored": "packed and anchored",
     "prune": "prune",
     "calibrated": "calibrated, head by head",
+    "online": "calibrated by the video itself",
 }
+_DIALLED = ("calibrated", "online")
 DIAL_STEP = 0.5  # frames a head, so that the number of different policies in memory is bounded
 
 
@@ -75,7 +77,7 @@ class Choices:
     def _possible(self, calibration: str | None) -> Iterator[Policy]:
         for policy in _policies(self._config, calibration):
             try:
-                if policy.name == "calibrated":
+                if policy.name in _DIALLED:
                     yield self._with_dial(policy)
                 else:
                     self._pipeline.endless_policy(policy.overrides)
@@ -144,7 +146,8 @@ def _policies(config: InferenceConfig, calibration: str | None) -> Iterator[Poli
         yield Policy(preset, (*packed, f"dummy_forcing.preset={preset}"))
     prune = ("dummy_forcing.enabled=true", "dummy_forcing.policy=prune", *_NO_CALIBRATION)
     yield Policy("prune", (*prune, *_NO_ROLES))
-    file = calibration or config.dummy_forcing.calibration
+    own = ("dummy_forcing.enabled=true", "dummy_forcing.policy=calibrated", *_NO_ROLES)
+    file = calibration or (None if config.dummy_forcing.online else config.dummy_forcing.calibration)
     if file is not None:
-        own = ("dummy_forcing.enabled=true", "dummy_forcing.policy=calibrated", *_NO_ROLES)
         yield Policy("calibrated", (*own, f"dummy_forcing.calibration={file}"))
+    yield Policy("online", (*own, "dummy_forcing.calibration=online"))

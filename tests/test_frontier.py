@@ -25,7 +25,7 @@ def test_every_point_is_a_configuration(name: str) -> None:
     config = load_config(ROOT / CONFIG, frontier.points()[name])
     forcing = config.dummy_forcing
     assert forcing.enabled == (name != "full" and not name.startswith("window"))
-    assert name.split()[0] in (*PRESETS, "full", "window", "prune", "calibrated")
+    assert name.split()[0] in (*PRESETS, "full", "window", "prune", "calibrated", "online")
     if name.split()[0] in PRESETS:
         assert forcing.preset == name.split()[0]
 

@@ -66,7 +66,9 @@ def test_policies_on_the_small_model(tmp_path: Path, capsys: pytest.CaptureFixtu
     assert tables.compare({"policies": rows}) + "\n" == text
 
 
-@pytest.mark.parametrize("policy", ["full", "window:6", "packed", "prune", "anchor", "calibrated:2", "calibrated:full"])
+@pytest.mark.parametrize(
+    "policy", ["full", "window:6", "packed", "prune", "anchor", "calibrated:2", "calibrated:full", "online:2"]
+)
 @pytest.mark.parametrize("name", ["shapes_demo", "self_forcing_calibrated", "longlive_long_context"])
 def test_a_policy_can_be_had_from_any_configuration(policy: str, name: str) -> None:
     config = load_config(ROOT / "configs" / f"{name}.yaml")
@@ -74,7 +76,8 @@ def test_a_policy_can_be_had_from_any_configuration(policy: str, name: str) -> N
     forcing, kind = made.dummy_forcing, policy.partition(":")[0]
     assert forcing.enabled == (kind not in ("full", "window"))
     if forcing.enabled:
-        assert forcing.policy == {"anchor": "packed"}.get(kind, kind)
+        assert forcing.policy == {"anchor": "packed", "online": "calibrated"}.get(kind, kind)
+        assert forcing.online == (kind == "online")
         assert made.model_kwargs == config.model_kwargs
     assert made.data_path == config.data_path and made.resolution == config.resolution
 
