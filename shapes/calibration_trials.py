@@ -39,7 +39,7 @@ SEED = 35  # of captions, unlike those of training and of shapes.evaluate
 PROMPTS = Path("prompts/shapes_training.txt")
 VIDEOS = 8  # of the usual calibration
 FRAMES = (1.33, 2, 4)  # a head
-SWITCH = 9  # latent frame of the switch, where there is one
+SWITCH = 12  # latent frame of the switch, where there is one: after heads have parted by the video itself
 RELATIVE = ["rope=relative", "model_kwargs.local_attn_size=10", "model_kwargs.sink_size=1"]
 BLOCKS = (1, 2, 3, 4, 5, 6)  # that are recorded
 USUAL = "usual"

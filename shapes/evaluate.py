@@ -26,6 +26,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from dummy.config import ONLINE
 from pipeline.config.config import InferenceConfig, load_config
 from pipeline.runtime.generator import BlockGenerator
 from pipeline.runtime.loading import generator_settings, load_transformer, load_vae, model_sizes
@@ -79,6 +80,7 @@ POLICIES = {
 }
 # Frames a head: the cost of packed (32 for 24 heads), half of the window's, and the window's.
 POLICIES |= {f"calibrated:{frames:g}": calibrated(frames) for frames in (1.33, 2, 4)}
+POLICIES |= {f"{ONLINE}:{frames:g}": calibrated(frames, ONLINE) for frames in (1.33, 2, 4)}
 # What a policy needs for videos without end: no distance beyond what was trained, and a window for what a switch
 # re-encodes. A full history has neither.
 STREAMING = ["rope=relative", "model_kwargs.local_attn_size=10", "model_kwargs.sink_size=1"]

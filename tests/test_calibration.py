@@ -423,13 +423,13 @@ def test_the_plan_shows_lengths_error_memory_and_operations(
 def test_configurations_with_calibrated_memory(
     name: str, program: Program, stored: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    given = ["--dry_run", "num_output_frames=12", "adapter=null"]
+    given = ["--dry_run", "num_output_frames=15", "adapter=null"]
     assert program(*given, f"dummy_forcing.calibration={stored}", config=name) == 0
     assert re.search(r"calibrated +[0-9]+ heads: first", capsys.readouterr().out)
-    assert program(*given, config=name) == 2
-    assert capsys.readouterr().err.startswith(
-        f"error: dummy_forcing.calibration: checkpoints/{name[:-2]}ion.safetensors: there is no"
-    )
+    assert program(*given, config=name) == 0
+    assert "which head keeps how much: by the errors in block 3" in capsys.readouterr().out
+    assert program(*given, "dummy_forcing.calibration=none.safetensors", config=name) == 2
+    assert capsys.readouterr().err.startswith("error: dummy_forcing.calibration: none.safetensors: there is no")
 
 
 @pytest.mark.parametrize(
