@@ -97,6 +97,10 @@ def questions(study: Study) -> dict[str, Callable[[], list[Trial]]]:
             Trial(f"on-policy at {frames}", study.on_policy(f"policy_{frames}", frames), frames=(frames,))
             for frames in FRAMES
         ],
+        "layers": lambda: [
+            Trial(f"layer by layer at {frames}", study.layer_by_layer(f"layers_{frames}", frames), frames=(frames,))
+            for frames in FRAMES
+        ],
         "online": lambda: [
             *(Trial(f"own video, block {block}", study.own(f"own_{block}", [block])) for block in (1, 2, 3)),
             Trial("own video, block 3, third step", study.own("own_step", [3], 2)),

@@ -5,7 +5,8 @@ By its latents alone, on captions that no evaluation and no training has. shapes
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from torch import Tensor
 
 from dummy.calibration.candidates import CANDIDATES
+from dummy.calibration.dial import Dial
 from dummy.calibration.measured import Calibration
 from dummy.calibration.online import OnlineCalibration
 from dummy.calibration.recorder import QUERIES, HeadErrors
@@ -31,8 +33,8 @@ from shapes.data import BLOCK, make_clip
 from shapes.report import Doubles
 from utils.prompts import read_prompts
 from utils.seed import NoiseStream, video_seed
-from wan.attention.cache import Observer
-from wan.attention.head_group import FULL_HISTORY, Retention
+from wan.attention.cache import KVCache
+from wan.attention.head_group import FULL_HISTORY, Observer, Retention
 from wan.geometry import LatentGeometry
 
 SEED = 35  # of captions, unlike those of training and of shapes.evaluate
@@ -89,15 +91,17 @@ class Study:
         seeds: Sequence[int],
         observer: Observer | None = None,
         prefix: Tensor | None = None,
+        layer: int | None = None,
     ) -> Tensor:
-        """[B, F, C, h, w] by the product's own loop; after a `prefix` one block more and no other."""
+        """[B, F, C, h, w] by the product's own loop; after a `prefix` one block more and no other. `observer`: of all
+        layers, or of one, which then may stand among others whose heads do not all keep the same."""
         count = self._geometry.num_frames if prefix is None else prefix.shape[1] + BLOCK
         generator = BlockGenerator(self._parts.model, settings)
         geometry = replace(self._geometry, num_frames=count)
         rollout = generator.start(geometry, segments, NoiseStream(seeds), len(seeds), prefix_latents=prefix)
         if observer is None:
             return torch.cat([block.latents for block in rollout.blocks()], 1)
-        with rollout.cache.observed(observer):
+        with rollout.cache.observed(observer) if layer is None else _one_observed(rollout.cache, layer, observer):
             return torch.cat([block.latents for block in rollout.blocks()], 1)
 
     @torch.inference_mode()
@@ -169,6 +173,28 @@ class Study:
             replace(self.usual, errors=errors, outputs=outputs).save(path)
         return path
 
+    def layer_by_layer(self, name: str, frames: float) -> Path:
+        """Errors of every layer over what the layers below it keep by then, at this budget."""
+        path = self._folder / f"{name}.safetensors"
+        if path.exists():
+            return path
+        found, past = self.usual, self._geometry.num_frames - BLOCK
+        captions, full = read_prompts(PROMPTS, "prompts")[:VIDEOS], self.settings(evaluate.POLICIES["full"])
+        for layer in range(1, self.usual.subject.num_layers):
+            rows = Dial(found, past).choose(frames).table.rows[:layer]
+            whole = [(FULL_HISTORY,) * self.usual.subject.num_heads] * (self.usual.subject.num_layers - layer)
+            limited = replace(full, policy=policy_of_table(RetentionTable.of([*rows, *whole])))
+            errors = found.errors.clone()
+            for place, caption in enumerate(captions):
+                with torch.inference_mode():
+                    segments, seeds = [self._prompt([caption])], [video_seed(1, place, 0)]
+                    video = self.latents(full, segments, seeds)
+                measured, _ = self._errors(segments, seeds, video, settings=limited, layer=layer)
+                errors[place, :, layer] = measured[:, 0]
+            found = replace(found, errors=errors)
+        found.save(path)
+        return path
+
     def own(self, name: str, blocks: Sequence[int], step: int | None = None) -> Callable[[int], Path]:
         """Every caption's own calibration, by these blocks of its video over full history, or one step of them."""
 
@@ -193,16 +219,19 @@ class Study:
         video: Tensor,
         blocks: Sequence[int] = BLOCKS,
         step: int | None = None,
+        settings: GeneratorSettings | None = None,
+        layer: int | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Errors [blocks, layers, heads, C] and outputs [blocks, layers, heads] of the blocks that follow on the
-        beginning of `video` [1, F, C, h, w] over full history, by all denoising steps or by one of them."""
-        full, model = self.settings(evaluate.POLICIES["full"]), self._parts.model
+        beginning of `video` [1, F, C, h, w] over full history, by all denoising steps or by one of them; or of one
+        layer over what the `settings` keep."""
+        full, model = settings or self.settings(evaluate.POLICIES["full"]), self._parts.model
         chosen = chosen_passes(load_config(evaluate.CONFIG, evaluate.POLICIES["full"]), None, None)
         grams = recorded_grams(BlockGenerator(model, full), chosen)
-        found = []
+        grams, found = grams if layer is None else [grams[layer]], []
         for block in blocks:
             watch = HeadErrors(self._geometry.tokens_per_frame, CANDIDATES, grams, QUERIES)
-            self.latents(full, segments, seeds, _With(block * BLOCK, watch, step), video[:, : block * BLOCK])
+            self.latents(full, segments, seeds, _With(block * BLOCK, watch, step), video[:, : block * BLOCK], layer)
             found.append((watch.errors(), watch.outputs()))
         errors, outputs = (torch.stack(part) for part in zip(*found, strict=True))
         return errors, outputs
@@ -222,6 +251,14 @@ class Study:
             predicted = self.usual.mean_errors()[layer, :, place].square().sum()
             found.append(float((made - whole).square().mean() / predicted))
         return torch.tensor(found) / max(found)
+
+
+@contextmanager
+def _one_observed(cache: KVCache, layer: int, observer: Observer) -> Iterator[None]:
+    watched = cache.layers[layer]
+    watched.observer = lambda index, *given: observer(0, *given)  # which counts passes by their first layer
+    yield
+    watched.observer = None
 
 
 @dataclass(frozen=True)

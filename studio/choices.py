@@ -150,4 +150,4 @@ def _policies(config: InferenceConfig, calibration: str | None) -> Iterator[Poli
     file = calibration or (None if config.dummy_forcing.online else config.dummy_forcing.calibration)
     if file is not None:
         yield Policy("calibrated", (*own, f"dummy_forcing.calibration={file}"))
-    yield Policy("online", (*own, "dummy_forcing.calibration=online"))
+    yield Policy("online", (*own, "dummy_forcing.calibration=online", "dummy_forcing.reclassify_on_switch=true"))

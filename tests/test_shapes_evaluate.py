@@ -120,7 +120,14 @@ def test_the_checkpoint_is_small_and_complete() -> None:
 def test_the_evaluation_in_short_keeps_the_gate(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """The trained model, the loop and the policies are as good as they were: bounds with room for another machine."""
     arguments = ["--config", str(ROOT / evaluate.CONFIG), "--set", f"model_root={ROOT / 'checkpoints'}"]
-    chosen = {"policies": "full,prune,packed,calibrated:1.33", "captions": 8, "storyboards": 1, "ten": 0, "long": 0, "batch": 8}
+    chosen = {
+        "policies": "full,prune,packed,calibrated:1.33",
+        "captions": 8,
+        "storyboards": 1,
+        "ten": 0,
+        "long": 0,
+        "batch": 8,
+    }
     arguments += [f"--{name}={value}" for name, value in chosen.items()]
     gate = ["--gate", str(ROOT / "shapes" / "gate.json")]
     assert evaluate.main([*arguments, *gate, "--threads", "1", "--out", str(tmp_path)]) == 0
