@@ -179,7 +179,7 @@ def test_a_comparison_is_called_rightly(command: str, clone: Path, monkeypatch: 
     """The run itself is tests/test_policy_comparison.py's; here its policies are understood."""
     monkeypatch.chdir(clone)
     configs, _ = comparison.configured(comparison._arguments(shlex.split(command)[3:]))
-    assert list(configs) == ["full", "packed", "calibrated:1.33", "window"]
+    assert list(configs) == ["full", "packed", "online:1.33", "window"]
 
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if "-m dummy." in c])
