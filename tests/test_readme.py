@@ -90,14 +90,15 @@ def test_a_script_runs(
     shutil.rmtree("videos", ignore_errors=True)
     shutil.rmtree("interactive_videos", ignore_errors=True)
     shutil.rmtree("demo", ignore_errors=True)
-    if "_calibrated.yaml" in command:
+    if "calibration.safetensors" in command:
         small_calibration(Path("checkpoints/self_forcing_calibration.safetensors"))
     _, script, *arguments = shlex.split(command)
     small = SMALL + (SMALL_STORYBOARD if script == "interactive_inference.py" else [])
     if command in PAGES["checkpoints.md"]:
         small = [*small, *UNPLANNED]
-    if "rolling_forcing" in command:
-        small = [*small, "num_output_frames=15"]  # as many blocks as it has steps
+    longer = "rolling_forcing" in command or "_calibrated.yaml" in command
+    if longer:  # as many blocks as it has steps, or as show what heads need
+        small = [*small, "num_output_frames=15"]
     assert SCRIPTS[script]([*arguments, *small]) == 0, capsys.readouterr().err
     if "--dry_run" in arguments:
         assert "Memory, as tensors" in capsys.readouterr().out
@@ -105,7 +106,7 @@ def test_a_script_runs(
     folder = "interactive_videos" if script == "interactive_inference.py" else "videos"
     folder = "demo/shapes" if "shapes" in command else folder
     (made,) = Path(folder).glob("*.mp4")
-    frames = 81 if script == "interactive_inference.py" else 57 if "rolling_forcing" in command else 45
+    frames = 81 if script == "interactive_inference.py" else 57 if longer else 45
     assert (probe(made).frames, probe(made).width, probe(made).height) == (frames, 48, 32)
 
 
