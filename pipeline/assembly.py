@@ -22,7 +22,7 @@ from pipeline.planning.plan import choose_strategy
 from pipeline.runtime.decoding import BlockDecoder, DecodeStrategy, start_decoder
 from pipeline.runtime.engine import choose_engine, start_engine, use_compile_cache
 from pipeline.runtime.generator import BlockGenerator
-from pipeline.runtime.inputs import GeneratorSettings
+from pipeline.runtime.inputs import GeneratorSettings, require_bounded
 from pipeline.runtime.loading import (
     check_before_loading,
     choose_device,
@@ -38,7 +38,9 @@ from pipeline.runtime.loading import (
 from pipeline.runtime.prefix import load_prefix
 from pipeline.runtime.prompts import PromptEncoder
 from pipeline.runtime.speed import at_speed
-from pipeline.session import Opening, Session, Turn
+from pipeline.runtime.together import checked_by_all
+from pipeline.runtime.turns import Opening, Turns
+from pipeline.session import Session
 from utils.errors import InputError
 from utils.profiler import Profiler
 from utils.seed import NoiseStream, video_seed
@@ -82,11 +84,12 @@ def assemble(
 
     Raises InputError, before anything large is read, if a file is missing or does not fit.
     """
-    require_files(config)
-    use_compile_cache(None if config.compile_cache is None else Path(config.compile_cache))
-    sizes, settings = check_before_loading(config, device)
-    if exchange is not None:
-        require_heads(config, sizes, exchange.ranks)
+    with checked_by_all(exchange):
+        require_files(config)
+        use_compile_cache(None if config.compile_cache is None else Path(config.compile_cache))
+        sizes, settings = check_before_loading(config, device)
+        if exchange is not None:
+            require_heads(config, sizes, exchange.ranks)
     if config.preview_path is not None:
         logger.warning(
             "decoder: %s is for previews: these videos are of less quality than with decoder=wan. How much is lost, "
@@ -146,6 +149,7 @@ class Pipeline:
         self.geometry = geometry_of(config, self.generator.model.config.in_dim)
         self._others: dict[tuple[str, ...], BlockGenerator] = {}  # by the overrides of sessions
         self._numbers = itertools.count()
+        self._turns = Turns(self.generator.model.exchange)
         self._lock = threading.RLock()
 
     @classmethod
@@ -199,8 +203,9 @@ class Pipeline:
         prefix = None if start_from is None else self.prefix_latents(Path(start_from))
         opening = Opening(next(self._numbers), seeds, frames, prefix, tuple(overrides), live, keep_buffers)
         with self._lock:
-            self._tell(opening)
-            return self._open(opening)
+            self._geometry_for(frames, self._generator_for(opening.overrides).settings)  # what is wrong is told to none
+            with self._turns.taken(opening):
+                return self._open(opening)
 
     def _open(self, one: Opening) -> Session:
         generator, seeds = self._generator_for(one.overrides), list(one.seeds)
@@ -217,14 +222,9 @@ class Pipeline:
             lock=self._lock,
             live=one.live,
             keep_buffers=one.keep_buffers,
-            announce=lambda due, ended: self._tell(Turn(one.number, due, ended)),
+            turns=self._turns,
+            number=one.number,
         )
-
-    def _tell(self, turn: Opening | Turn | None) -> None:
-        """Let the processes that follow know what comes next; None: nothing more."""
-        exchange = self.generator.model.exchange
-        if exchange is not None and exchange.rank == 0:
-            exchange.from_first(turn)
 
     def follow(self) -> None:
         """Take part in the sessions of the first process, for those that make videos together with it, until it closes
@@ -244,6 +244,12 @@ class Pipeline:
         """Whether this process makes videos together with others, of which another one is the first."""
         exchange = self.generator.model.exchange
         return exchange is not None and exchange.rank > 0
+
+    @property
+    def fault(self) -> BaseException | None:
+        """Why nothing more can be made, if that is so: a process is lost, or has failed where others have not."""
+        exchange = self.generator.model.exchange
+        return None if exchange is None else exchange.fault
 
     def _decoder(self, profiler: Profiler, videos: int) -> BlockDecoder:
         return BlockDecoder(self.vae, self.config.pixel_size, profiler, self.strategy, videos)
@@ -319,7 +325,7 @@ class Pipeline:
     def close(self) -> None:
         """Free what sessions have left and the text encoder; open sessions go on."""
         with self._lock:
-            self._tell(None)
+            self._turns.end(None)
             for generator in (self.generator, *self._others.values()):
                 generator.drop_spare_cache()
             self.vae.forget()
@@ -333,18 +339,3 @@ class Pipeline:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.close()
-
-
-def require_bounded(settings: GeneratorSettings) -> None:
-    """Raises InputError if a video without end would need memory without end."""
-    encodes_all = settings.window is None and not settings.kv_flush and settings.rolling is None
-    if encodes_all or not settings.policy.bounded:
-        raise InputError(
-            f"frames: a session without end needs memory of a bounded length, but the policy {settings.policy.name} "
-            "keeps (or a prompt switch encodes anew) all earlier frames; set model_kwargs.local_attn_size (published: "
-            "12), or give the session a number of frames"
-        )
-    if not settings.relative_rope and settings.rolling is None:
-        logger.warning(
-            "rope: absolute positions leave the trained range in a session without end; rope=relative stays in it"
-        )

@@ -20,7 +20,6 @@ from collections.abc import Callable, Collection, Iterator, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
-from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,6 +29,7 @@ from pipeline.runtime.decoding import BlockDecoder, HostFrames
 from pipeline.runtime.generator import BlockGenerator, Rollout
 from pipeline.runtime.inputs import NoiseSource
 from pipeline.runtime.outputs import CleanBlock
+from pipeline.runtime.turns import Due, Prompt, Turn, Turns
 from utils.errors import InputError
 from utils.profiler import Profiler
 from utils.transfer import to_device
@@ -39,9 +39,6 @@ from wan.text import pad
 from wan.transformer.model import TextContext
 
 logger = logging.getLogger(__name__)
-
-Prompt = str | tuple[str, ...]
-"""One for all videos of a session, or one for each."""
 
 TIMED_BLOCKS = 256  # the last ones, of which a session without end keeps the times
 
@@ -87,34 +84,6 @@ class SessionBlock:
         return self.seconds_to_host
 
 
-class Due(NamedTuple):
-    """A prompt that takes effect with a block; `embeds` [length, text_dim] of every video, on the CPU."""
-
-    prompt: Prompt
-    embeds: Sequence[Tensor]
-    cut: bool
-
-
-class Opening(NamedTuple):
-    """A session, as the processes that follow must know it."""
-
-    number: int
-    seeds: Sequence[int]
-    frames: int | None
-    prefix_latents: Tensor | None
-    overrides: tuple[str, ...]
-    live: bool
-    keep_buffers: bool
-
-
-class Turn(NamedTuple):
-    """A session's next block, with the prompt that takes effect with it, or its end."""
-
-    number: int
-    due: Due | None
-    ended: bool
-
-
 class Session:
     """A video, or a batch of videos with common head roles, in the making. Iterate over it for its blocks.
 
@@ -136,7 +105,8 @@ class Session:
         lock: AbstractContextManager[object] | None = None,
         live: bool = True,
         keep_buffers: bool = False,
-        announce: Callable[[Due | None, bool], None] | None = None,
+        turns: Turns | None = None,
+        number: int = 0,
     ) -> None:
         """`embed` gives a prompt's embedding [length, text_dim]; without a `decoder` blocks have latents alone.
         `filled_up`: so many videos more are made, which nobody gets, since the engine is ready for such a batch.
@@ -144,8 +114,8 @@ class Session:
         `prefix_latents` [1 or B, F, C, h, w] are whole blocks that the videos begin with. While the `lock` is held, by
         this session or by others of the same model, a block is made. Sessions that are not `live` take no prompts
         beyond those that are planned before the first block. `keep_buffers` leaves the cache and what was captured over
-        it to the next session of the same sizes. `announce` hears of every block before it is made, with the prompt
-        that takes effect with it, and of the end (True).
+        it to the next session of the same sizes. Every block, and the end, is one of the `turns`, in which the session
+        has a `number`.
         """
         self._generator = generator
         self._geometry = geometry
@@ -155,7 +125,8 @@ class Session:
         self._lock = nullcontext() if lock is None else lock
         self._live = live
         self._keep_buffers = keep_buffers
-        self._announce = announce or (lambda due, ended: None)
+        self._turns = turns or Turns(None)
+        self._number = number
         self.prefix_blocks = 0 if prefix_latents is None else prefix_latents.shape[1] // geometry.frames_per_block
         self._typed: Due | None = None
         self._typing = threading.Lock()
@@ -240,8 +211,8 @@ class Session:
             due = self._due()
             if due is None and not self._scenes:
                 raise InputError("prompt: the session has none yet; call session.prompt(text) before the first block")
-            self._announce(due, False)
-            block = self._advance(due)
+            with self._turns.taken(Turn(self._number, due)):
+                block = self._advance(due)
             if block is None:
                 raise StopIteration
             host = None if self._decoder is None else self._decoder.decode(block.latents)
@@ -305,7 +276,7 @@ class Session:
         if already:
             return
         with self._lock:
-            self._announce(None, True)
+            self._turns.end(Turn(self._number, ended=True))
             self._blocks.close()
             if self._decoder is not None:
                 self._decoder.close()

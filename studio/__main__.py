@@ -12,14 +12,22 @@ if __name__ == "__main__":
     interrupts.answer_at_once()
 
 import argparse
+import json
+import logging
+import signal
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import fields
 from typing import TYPE_CHECKING
 
 from utils import command
+from utils.distributed import World, stop_with_launcher
+from utils.errors import ToldElsewhere
 
 if TYPE_CHECKING:
+    from pipeline.config.config import InferenceConfig
+    from studio.serving import Place
     from studio.settings import StudioSettings
 
 
@@ -55,20 +63,77 @@ def settings_from(arguments: argparse.Namespace) -> StudioSettings:
     return settings
 
 
-def run(arguments: argparse.Namespace) -> int:
-    """Serve until a signal comes. Raises InputError for what the user must mend."""
+@contextmanager
+def prepared(arguments: argparse.Namespace, world: World) -> Iterator[Place]:
+    """The server's settings and its place. Raises InputError for what the user must mend."""
     from pipeline.config.config import load_config
     from pipeline.runtime.loading import require_files
-    from studio.serving import serve
+    from pipeline.runtime.together import rank_device, require_world
+    from studio.serving import taken
 
     settings = settings_from(arguments)
     config = load_config(arguments.config_path, arguments.overrides)
+    require_world(config, world)
+    rank_device(config, world)
     require_files(config)
-    return serve(config, settings, arguments.open)
+    with taken(config, settings) as place:
+        yield place
+
+
+def run(arguments: argparse.Namespace) -> int:
+    """Serve until a signal comes; processes that make blocks together with the first one follow it. Raises InputError
+    for what the user must mend."""
+    from pipeline.config.config import as_dict, load_config
+    from pipeline.runtime.together import require_equal
+
+    world, place = World.from_environment(), None
+    with ExitStack() as stack:
+
+        def decide() -> str:
+            nonlocal place
+            place = stack.enter_context(prepared(arguments, world))
+            return json.dumps(as_dict(place.config))
+
+        told = json.loads(world.agree(decide))
+        if place is not None:
+            return lead(place, world, arguments.open)
+        config = load_config(arguments.config_path, arguments.overrides)
+        require_equal(config, told, world)
+        return follow(config, world)
+
+
+def lead(place: Place, world: World, show: bool) -> int:
+    from pipeline import Pipeline
+    from pipeline.runtime.together import joined, rank_device
+    from studio.serving import serve
+
+    device = rank_device(place.config, world)
+    with joined(world, device) as exchange:
+        return serve(place, lambda: Pipeline.from_config(place.config, device=device, exchange=exchange), show)
+
+
+def follow(config: InferenceConfig, world: World) -> int:
+    """Make blocks together with the first process until that ends: it alone talks, and answers to signals, which all
+    processes get, so that sessions come to their end."""
+    from pipeline import Pipeline
+    from pipeline.runtime.together import joined, rank_device
+
+    logging.disable(logging.WARNING)
+    device = rank_device(config, world)
+    try:
+        with joined(world, device) as exchange:
+            pipeline = Pipeline.from_config(config, device=device, exchange=exchange)
+            for number in (signal.SIGINT, signal.SIGTERM):
+                signal.signal(number, signal.SIG_IGN)
+            pipeline.follow()
+    except KeyboardInterrupt as error:
+        raise ToldElsewhere("interrupted") from error
+    return 0
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status, see utils/command.py."""
+    stop_with_launcher()
     arguments = parse_arguments(argv)
     return command.run(lambda: run(arguments), ["studio.serving"])
 

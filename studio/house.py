@@ -76,7 +76,7 @@ class House:
         return self._parts
 
     def open(self, on_failure: Callable[[], None]) -> None:
-        """Begin to load; `on_failure` is called if that fails, and `failure` says why."""
+        """Begin to load; `on_failure` is called if that fails, or nothing more can be made, and `failure` says why."""
         self._tasks.append(asyncio.create_task(self._load(on_failure)))
 
     async def _load(self, on_failure: Callable[[], None]) -> None:
@@ -92,7 +92,7 @@ class House:
         self._parts = Parts(workshop, keeper, Lobby(workshop, keeper, self.examples[0]), Jobs(workshop))
         logger.info("ready: policies %s", ", ".join(choices.policies))
         self.loaded.set()
-        for work in (self.parts.jobs.run(), self._tick(), keeper.recover()):
+        for work in (self.parts.jobs.run(), self._tick(on_failure), keeper.recover()):
             self._tasks.append(asyncio.create_task(work))
 
     def _ready_pipeline(self) -> Pipeline:
@@ -103,20 +103,27 @@ class House:
             _ = next(session).frames
         return pipeline
 
-    async def _tick(self) -> None:
-        while True:
+    async def _tick(self, on_failure: Callable[[], None]) -> None:
+        pipeline = self.parts.workshop.pipeline
+        while pipeline.fault is None:
             await asyncio.sleep(_TICK_S)
             self.parts.lobby.tick()
+        on_failure()
 
     async def close(self) -> None:
-        """End the sessions, save them, and free everything."""
+        """End the sessions, save them, and free everything. Where processes that make blocks together are out of step,
+        the next start saves them, as if this one had been killed."""
         for task in self._tasks:
             task.cancel()
         await asyncio.gather(*self._tasks, return_exceptions=True)
-        if self._parts is not None:
-            await self.parts.lobby.close()
+        if self._parts is None:
+            return
+        pipeline = self.parts.workshop.pipeline
+        await self.parts.lobby.close()
+        if pipeline.fault is None:
             await self.parts.keeper.finish()
-            await asyncio.to_thread(self.parts.workshop.close)
+        await asyncio.to_thread(self.parts.workshop.close)
+        self.failure = self.failure or pipeline.fault
 
 
 class Parts:

@@ -13,6 +13,7 @@ import threading
 import webbrowser
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import NamedTuple
 
 import uvicorn
 
@@ -48,8 +49,18 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
-def serve(config: InferenceConfig, settings: StudioSettings, show: bool = False) -> int:
-    """Serve until a signal comes; returns the exit status. `show`: in a browser. Raises InputError."""
+class Place(NamedTuple):
+    """What a server needs before there is a model: nobody else has its folder and its socket."""
+
+    config: InferenceConfig
+    settings: StudioSettings
+    examples: list[str]
+    listener: socket.socket
+
+
+@contextmanager
+def taken(config: InferenceConfig, settings: StudioSettings) -> Iterator[Place]:
+    """The place of a server, free again when the context is left. Raises InputError if it cannot be had."""
     examples = examples_of(config)
     folder = user_path(config.output_folder, "output_folder")
     ensure_writable_folder(folder, "output_folder")
@@ -59,7 +70,15 @@ def serve(config: InferenceConfig, settings: StudioSettings, show: bool = False)
     with RunLock(folder / ".studio.lock", busy) as lock:
         lock.begin(f"process {os.getpid()} on {platform.node()}")
         with listening(settings) as listener:
-            return asyncio.run(_serve(config, settings, examples, listener, show))
+            yield Place(config, settings, examples, listener)
+
+
+def serve(place: Place, load: Callable[[], Pipeline], show: bool = False) -> int:
+    """Serve until a signal comes; returns the exit status. `load` makes the pipeline; `show`: in a browser.
+
+    Raises InputError, and what has brought processes that make blocks together out of step.
+    """
+    return asyncio.run(_serve(place, load, show))
 
 
 @contextmanager
@@ -83,27 +102,25 @@ def listening(settings: StudioSettings) -> Iterator[socket.socket]:
         yield listener
 
 
-async def _serve(
-    config: InferenceConfig, settings: StudioSettings, examples: list[str], listener: socket.socket, show: bool
-) -> int:
-    house = House(config, settings, examples, lambda: Pipeline.from_config(config))
+async def _serve(place: Place, load: Callable[[], Pipeline], show: bool) -> int:
+    house = House(place.config, place.settings, place.examples, load)
 
     def end() -> None:
         server.should_exit = True
 
     server = server_of(house, end)
-    address = address_of(settings, listener)
+    address = address_of(place.settings, place.listener)
     print(f"The studio is at {address}", flush=True)
     if show:
         webbrowser.open(address)
-    await server.serve(sockets=[listener])
+    await server.serve(sockets=[place.listener])
     if house.failure is not None:
         raise house.failure
     return 0
 
 
 def server_of(house: House, on_failure: Callable[[], None]) -> Server:
-    """`on_failure` is called if the model cannot be loaded."""
+    """`on_failure` is called if the model cannot be loaded, or nothing more can be made with it."""
     options = uvicorn.Config(
         create_app(house, on_failure),
         log_config=None,

@@ -19,10 +19,10 @@ import sample_vbench
 from benchmarks import compare as comparison
 from benchmarks import tables
 from dummy import compare
-from pipeline.assembly import require_bounded
 from pipeline.atlas import command as atlas
 from pipeline.calibrate import command as calibrate
 from pipeline.config.config import load_config
+from pipeline.runtime.inputs import require_bounded
 from pipeline.runtime.loading import generator_settings
 from shapes import frontier
 from studio import client

@@ -34,6 +34,9 @@ class ThreadExchange(HeadExchange):
         (first, *_), *_ = self._post([value])
         return copy.deepcopy(first)
 
+    def from_all(self, value: V) -> list[V]:
+        return [copy.deepcopy(values[0]) for values in self._post([value])]
+
     def _sum(self, full: Tensor) -> None:
         full.copy_(torch.stack([tensors[0] for tensors in self._post([full.clone()])]).sum(0))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Protocol
@@ -11,8 +12,11 @@ from torch import Tensor
 from dummy.policy import ContextPolicy
 from pipeline.config.cache_rules import SwitchRules
 from pipeline.runtime.schedule import DenoisingSchedule
+from utils.errors import InputError
 from wan.attention.cache import KVCache
 from wan.transformer.model import TeaCacheResidual, TextContext, TimeContext
+
+logger = logging.getLogger(__name__)
 
 
 class NoiseSource(Protocol):
@@ -88,3 +92,18 @@ class Passes(Protocol):
     def commit(
         self, latents: Tensor, time: TimeContext, text: TextContext, cache: KVCache, start_frame: int
     ) -> None: ...
+
+
+def require_bounded(settings: GeneratorSettings) -> None:
+    """Raises InputError if a video without end would need memory without end."""
+    encodes_all = settings.window is None and not settings.kv_flush and settings.rolling is None
+    if encodes_all or not settings.policy.bounded:
+        raise InputError(
+            f"frames: a session without end needs memory of a bounded length, but the policy {settings.policy.name} "
+            "keeps (or a prompt switch encodes anew) all earlier frames; set model_kwargs.local_attn_size (published: "
+            "12), or give the session a number of frames"
+        )
+    if not settings.relative_rope and settings.rolling is None:
+        logger.warning(
+            "rope: absolute positions leave the trained range in a session without end; rope=relative stays in it"
+        )

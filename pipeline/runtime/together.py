@@ -6,6 +6,7 @@ are the same on all of them; prompts are encoded by the first alone.
 
 from __future__ import annotations
 
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from datetime import timedelta
@@ -14,13 +15,14 @@ import torch
 import torch.distributed as dist
 
 from pipeline.config.config import InferenceConfig, as_dict
+from pipeline.runtime.company import Company, Leaving, LostProcess
 from pipeline.runtime.loading import choose_device
-from utils.distributed import World
-from utils.errors import InputError
+from utils.distributed import TELL_S, World
+from utils.errors import InputError, ToldElsewhere
 from wan.attention.exchange import HeadExchange
 
-# Of a collective, since a session waits for its user; that a process is lost is noticed at once.
-_PATIENCE = timedelta(days=7)
+_PATIENCE = timedelta(days=7)  # of a collective; that a process is lost is noticed at once (company)
+_WITHOUT_END = timedelta(days=3650)  # a session waits for its user, and the others for the session
 _GONE = ("closed", "reset", "gloo", "nccl", "timed out", "peer")  # words of errors about a lost process
 
 
@@ -72,11 +74,33 @@ def rank_device(config: InferenceConfig, world: World) -> torch.device:
 
 
 @contextmanager
+def checked_by_all(exchange: HeadExchange | None) -> Iterator[None]:
+    """Within the context processes see to what each of them has; if one raises InputError, all do, and one tells."""
+    refusal: InputError | None = None
+    try:
+        yield
+    except InputError as error:
+        if exchange is None:
+            raise
+        refusal = error
+    if exchange is None:
+        return
+    said = exchange.from_all(None if refusal is None else str(refusal))
+    wrong = [(rank, text) for rank, text in enumerate(said) if text is not None]
+    if wrong and exchange.rank:
+        time.sleep(TELL_S)
+        raise ToldElsewhere(wrong[0][1]) from refusal
+    if wrong:
+        rank, text = wrong[0]
+        raise refusal or InputError(f"process {rank}: {text}")
+
+
+@contextmanager
 def joined(world: World, device: torch.device, ranks: int | None = None) -> Iterator[HeadExchange | None]:
     """Within the context this process is one of `ranks` neighbouring ones (all, by default) that make a video; None if
     it is alone.
 
-    Raises InputError if another one is lost.
+    Raises InputError if another one is lost, ToldElsewhere if another one has told of it.
     """
     ranks = world.size if ranks is None else ranks
     if ranks == 1:
@@ -85,18 +109,46 @@ def joined(world: World, device: torch.device, ranks: int | None = None) -> Iter
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
-    dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=_PATIENCE)
+    company, how = None, Leaving.TOLD
     try:
-        teams = [dist.new_group(range(first, first + ranks)) for first in range(0, world.size, ranks)]
-        yield HeadExchange(world.rank % ranks, ranks, teams[world.rank // ranks])
-    except (RuntimeError, dist.DistError) as error:
-        reason = str(error).splitlines()[0]
-        if not any(word in reason.lower() for word in _GONE):
+        dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=_PATIENCE)
+        team, waiting, listening = (_team(world, ranks, own) for own in (None, "gloo", "gloo"))
+        exchange = HeadExchange(world.rank % ranks, ranks, team, waiting)
+        company = Company(exchange, listening, world.rank - exchange.rank)
+        yield exchange
+        how = Leaving.DONE
+    # A launcher that sees a process die interrupts the others.
+    except (RuntimeError, dist.DistError, KeyboardInterrupt) as error:
+        refusal = _refusal(error, company)
+        if refusal is None:
             raise
-        raise InputError(
-            f"parallel: process {world.rank} has lost another one ({reason}), so that the video at work cannot be "
-            "finished. What that one has said, if anything, tells why; finished videos are kept, and a new start makes "
-            "the rest."
-        ) from error
+        how = Leaving.BEREFT
+        raise refusal from error
     finally:
-        dist.destroy_process_group()
+        # Work of a GPU that waits for a process which is gone would be waited for.
+        close = dist.destroy_process_group if how is Leaving.DONE or device.type != "cuda" else lambda: None
+        if company is not None:
+            company.leave(how, close)
+
+
+def _team(world: World, ranks: int, backend: str | None) -> dist.ProcessGroup:
+    """The process group of this process's team; every process knows those of all."""
+    patience = _PATIENCE if backend is None else _WITHOUT_END
+    teams: list[dist.ProcessGroup] = [
+        dist.new_group(range(first, first + ranks), timeout=patience, backend=backend)
+        for first in range(0, world.size, ranks)
+    ]
+    return teams[world.rank // ranks]
+
+
+def _refusal(error: BaseException, company: Company | None) -> InputError | None:
+    """What to say of an error if it comes of a process that is lost."""
+    loss = error if isinstance(error, LostProcess) else None if company is None else company.loss()
+    if loss is not None:
+        return InputError(str(loss)) if loss.tells else ToldElsewhere(str(loss))
+    if isinstance(error, KeyboardInterrupt):
+        return None
+    reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+    if isinstance(error, dist.DistError) or any(word in reason.lower() for word in _GONE):
+        return InputError(f"parallel: the processes that are to make videos together lost each other ({reason})")
+    return None

@@ -96,18 +96,35 @@ def _longest_first(costs: Sequence[float], ranks: int) -> list[int]:
 class HeadExchange:
     """The ranks that make a video together, and what travels between them."""
 
-    def __init__(self, rank: int, ranks: int, group: dist.ProcessGroup | None = None) -> None:
-        """Of a process group that has been started, torch.distributed's default one if none is given."""
+    def __init__(
+        self,
+        rank: int,
+        ranks: int,
+        group: dist.ProcessGroup | None = None,
+        waiting: dist.ProcessGroup | None = None,
+    ) -> None:
+        """Of a process group that has been started, torch.distributed's default one if none is given; `waiting`: one of
+        the same ranks, with gloo and patience without end, on which they wait for what comes next, `group` if none is
+        given."""
         self._group = group
+        self._waiting = group if waiting is None else waiting
         self.rank = rank
         self.ranks = ranks
         self.sent = 0  # bytes, since the start
+        self.fault: BaseException | None = None
+        """What has brought the ranks out of step, if anything has; nothing more can be done together then."""
 
     def from_first(self, value: T) -> T:
         """The first rank's `value`, on every rank; anything that can be pickled, tensors on the CPU."""
         values = [value]
-        dist.broadcast_object_list(values, group=self._group, group_src=0, device=torch.device("cpu"))
+        dist.broadcast_object_list(values, group=self._waiting, group_src=0, device=torch.device("cpu"))
         return values[0]
+
+    def from_all(self, value: T) -> list[T]:
+        """Every rank's `value`, on every rank; as `from_first`."""
+        values = [value] * self.ranks
+        dist.all_gather_object(values, value, group=self._waiting)
+        return values
 
     def own_tokens(self, tokens: int) -> slice:
         """This rank's part of a pass's tokens."""
