@@ -14,6 +14,7 @@ if __name__ == "__main__":
 import argparse
 import json
 import logging
+import os
 import signal
 import sys
 from collections.abc import Iterator, Sequence
@@ -135,7 +136,17 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status, see utils/command.py."""
     stop_with_launcher()
     arguments = parse_arguments(argv)
-    return command.run(lambda: run(arguments), ["studio.serving"])
+
+    def program() -> int:
+        from studio.serving import StillLoading
+
+        try:
+            return run(arguments)
+        except StillLoading:
+            sys.stdout.flush()
+            os._exit(0)  # an orderly exit would wait for that thread, or break it off where it must not be
+
+    return command.run(program, ["studio.serving"])
 
 
 if __name__ == "__main__":

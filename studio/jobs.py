@@ -123,8 +123,8 @@ class Jobs:
         return self._path(job, "mp4")
 
     async def run(self) -> None:
-        """Make one job after the other, for ever."""
-        while True:
+        """Make one job after the other, as long as anything can be made."""
+        while self._workshop.pipeline.fault is None:
             self._changed.clear()
             job = next((job for job in self._jobs.values() if job.status == "queued"), None)
             if job is None:
@@ -139,11 +139,14 @@ class Jobs:
         except _Removed:
             self._path(job, "mp4").unlink(missing_ok=True)
             return
-        except InputError as error:
-            done = replace(job, status="failed", message=str(error))
-        except Exception:
-            logger.exception("job %s has failed", job.id)
-            done = replace(job, status="failed", message="this job has failed; the server's log says how")
+        except Exception as error:
+            if self._workshop.pipeline.fault is not None:
+                return  # the next start makes it
+            message = str(error)
+            if not isinstance(error, InputError):
+                logger.exception("job %s has failed", job.id)
+                message = "this job has failed; the server's log says how"
+            done = replace(job, status="failed", message=message)
         self._workshop.metrics.jobs.labels(done.status).inc()
         if job.id in self._jobs:
             self._keep(replace(done, completed_at=int(time.time())))

@@ -74,7 +74,7 @@ class Keeper:
 
     def put_away(self, showing: Showing, reason: str | None) -> None:
         """A take is over, and with it the session if there is a `reason`."""
-        if reason != STOPPING:
+        if reason != STOPPING and self._workshop.pipeline.fault is None:  # else it is saved with the server's end
             self._begin(self._drop(showing, reason not in (None, ENDED)))
 
     async def _drop(self, showing: Showing, note: bool) -> None:

@@ -142,11 +142,14 @@ class Room:
         """What goes wrong ends this session, and no other."""
         try:
             await work
-        except InputError as error:
-            self.close(str(error))
-        except Exception:
-            logger.exception("a session has failed")
-            self.close("this session has failed; the server's log says how")
+        except Exception as error:
+            if self._workshop.pipeline.fault is not None:
+                self.close("the server has failed and stops; what was made is saved when it starts again")
+            elif isinstance(error, InputError):
+                self.close(str(error))
+            else:
+                logger.exception("a session has failed")
+                self.close("this session has failed; the server's log says how")
 
     async def _make_takes(self) -> None:
         while self.closing is None:

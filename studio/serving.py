@@ -49,6 +49,10 @@ class Server(uvicorn.Server):
                 signal.signal(number, handler)
 
 
+class StillLoading(Exception):
+    """The server has ended in the middle of loading, from which no thread can be called back."""
+
+
 class Place(NamedTuple):
     """What a server needs before there is a model: nobody else has its folder and its socket."""
 
@@ -76,7 +80,7 @@ def taken(config: InferenceConfig, settings: StudioSettings) -> Iterator[Place]:
 def serve(place: Place, load: Callable[[], Pipeline], show: bool = False) -> int:
     """Serve until a signal comes; returns the exit status. `load` makes the pipeline; `show`: in a browser.
 
-    Raises InputError, and what has brought processes that make blocks together out of step.
+    Raises InputError, what has brought processes that make blocks together out of step, and StillLoading.
     """
     return asyncio.run(_serve(place, load, show))
 
@@ -116,6 +120,8 @@ async def _serve(place: Place, load: Callable[[], Pipeline], show: bool) -> int:
     await server.serve(sockets=[place.listener])
     if house.failure is not None:
         raise house.failure
+    if not house.loaded.is_set():
+        raise StillLoading
     return 0
 
 

@@ -105,12 +105,11 @@ class Company:
         self._heard.wait(_LAST_WORDS_S)
         return self._loss
 
-    def leave(self, how: Leaving, close: Callable[[], None]) -> None:
-        """Say goodbye to all, and `close` what was shared with them."""
+    def leave(self, how: Leaving) -> None:
+        """Say goodbye to all."""
         ends = time.monotonic() + _LAST_WORDS_S
         for thread in [*(_begin(self._say, other, how) for other in self._others), *self._listeners]:
             thread.join(max(0.0, ends - time.monotonic()))
-        close()
         self._end.cancel()
 
 

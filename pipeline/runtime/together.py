@@ -125,10 +125,10 @@ def joined(world: World, device: torch.device, ranks: int | None = None) -> Iter
         how = Leaving.BEREFT
         raise refusal from error
     finally:
-        # Work of a GPU that waits for a process which is gone would be waited for.
-        close = dist.destroy_process_group if how is Leaving.DONE or device.type != "cuda" else lambda: None
         if company is not None:
-            company.leave(how, close)
+            company.leave(how)
+        if how is Leaving.DONE:  # else work may be under way that waits for a process which is gone
+            dist.destroy_process_group()
 
 
 def _team(world: World, ranks: int, backend: str | None) -> dist.ProcessGroup:
