@@ -246,6 +246,12 @@ class Pipeline:
         return exchange is not None and exchange.rank > 0
 
     @property
+    def processes(self) -> int:
+        """How many make videos together."""
+        exchange = self.generator.model.exchange
+        return 1 if exchange is None else exchange.ranks
+
+    @property
     def fault(self) -> BaseException | None:
         """Why nothing more can be made, if that is so: a process is lost, or has failed where others have not."""
         exchange = self.generator.model.exchange

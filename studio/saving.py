@@ -1,7 +1,7 @@
 """What Save leaves: the video as it was seen, and the storyboard and settings that make it again.
 
 `NAME.mp4`, `NAME.jsonl` and `NAME.yaml`, the mp4 last. `python interactive_inference.py --config_path NAME.yaml` makes
-the same video again; byte for byte on the same machine.
+the same video again; byte for byte on the same machine, by as many processes.
 """
 
 from __future__ import annotations
@@ -57,8 +57,14 @@ def write_settings(pipeline: Pipeline, recorded: Recorded, folder: Path) -> Path
         **{"inference_iter": -1, "num_samples": 1, "switch_frame_indices": [], "start_from": None},
     }
     content = yaml.safe_dump({**as_dict(config), **of_the_run}, sort_keys=False, allow_unicode=True)
-    write_atomic(settings, f"# python interactive_inference.py --config_path {settings}\n{content}")
+    write_atomic(settings, f"# {_command(pipeline, settings)}\n{content}")
     return settings
+
+
+def _command(pipeline: Pipeline, settings: Path) -> str:
+    many = pipeline.processes > 1
+    launcher = f"torchrun --nproc_per_node={pipeline.processes}" if many else "python"
+    return f"{launcher} interactive_inference.py --config_path {settings}"
 
 
 def _config(pipeline: Pipeline, recorded: Recorded) -> InferenceConfig:
@@ -87,8 +93,7 @@ def write_save(pipeline: Pipeline, recorded: Recorded, folder: Path, progress: C
     the disk is full."""
     settings = write_settings(pipeline, recorded, folder)
     write_video(pipeline, recorded, folder, progress)
-    command = f"python interactive_inference.py --config_path {settings}"
-    return Saved(recorded.name, recorded.frames, recorded.latent_frames, command)
+    return Saved(recorded.name, recorded.frames, recorded.latent_frames, _command(pipeline, settings))
 
 
 def write_video(pipeline: Pipeline, recorded: Recorded, folder: Path, progress: Callable[[int], None]) -> None:

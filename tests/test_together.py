@@ -38,6 +38,7 @@ from utils.prompts import read_prompts
 from utils.seed import NoiseStream
 from wan.attention.exchange import HeadShares, share
 from wan.attention.head_group import UNBOUNDED, HeadLayout, Retention
+from wan.attention.held import HeldFrames, held_by_head
 from wan.geometry import LatentGeometry
 from wan.transformer.model import CausalWanModel
 
@@ -68,14 +69,15 @@ def test_a_vector_by_three(path: Path) -> None:
 
 def made(
     settings: GeneratorSettings, exchange: ThreadExchange | None, batch: int = 1, starts: Sequence[int] = (0, 6)
-) -> tuple[torch.Tensor, list[int]]:
-    """Latents, and the bytes of the cache and what was sent by the end."""
+) -> tuple[torch.Tensor, list[int], list[list[HeldFrames]]]:
+    """Latents, the bytes of the cache and what was sent by the end, and what heads hold then."""
     model = tiny_model()
     model.exchange = exchange
     generator = BlockGenerator(model, settings)
     rollout = generator.start(GEOMETRY, segments(model, starts, batch), NoiseStream([0, 1][:batch]), batch)
     latents = torch.cat([block.latents for block in rollout.blocks()], 1)
-    return latents, [rollout.cache.bytes().total, 0 if exchange is None else exchange.sent, rollout.forwards]
+    numbers = [rollout.cache.bytes().total, 0 if exchange is None else exchange.sent, rollout.forwards]
+    return latents, numbers, held_by_head(rollout.cache)
 
 
 KEPT = st.builds(Retention, st.integers(0, 3), st.integers(0, 7) | st.just(UNBOUNDED))
@@ -90,14 +92,15 @@ KEPT = st.builds(Retention, st.integers(0, 3), st.integers(0, 7) | st.just(UNBOU
 )
 def test_any_table_by_any_number(rows: list[list[Retention]], ranks: int, batch: int, relative: bool) -> None:
     settings = GeneratorSettings(SCHEDULE, policy_of_table(RetentionTable.of(rows)), window=9, relative_rope=relative)
-    alone, (whole, _, forwards) = made(settings, None, batch)
+    alone, (whole, _, forwards), held = made(settings, None, batch)
     results = together(ranks, lambda exchange: made(settings, exchange, batch))
-    for latents, _ in results:
+    for latents, _, known in results:
         torch.testing.assert_close(latents, alone, atol=1e-4, rtol=1e-4)
         assert torch.equal(latents, results[0][0])  # all go on from the same numbers
-    assert sum(numbers[0] for _, numbers in results) == whole  # every head is somewhere, and none twice
+        assert known == held  # by all, of the others' heads too
+    assert sum(numbers[0] for _, numbers, _ in results) == whole  # every head is somewhere, and none twice
     if ranks in (2, 3, 4) and 72 % ranks == 0:
-        sent = sum(numbers[1] for _, numbers in results)
+        sent = sum(numbers[1] for _, numbers, _ in results)
         assert sent == expected_bytes(ranks, batch, forwards)
 
 
@@ -118,9 +121,10 @@ def expected_bytes(ranks: int, batch: int, forwards: int) -> int:
 @pytest.mark.parametrize("kind", ["packed", "prune"])
 def test_observed_roles_move_heads_to_where_they_cost_least(kind: str) -> None:
     settings = GeneratorSettings(SCHEDULE, policy(kind, num_dummy=6))
-    alone, _ = made(settings, None)
-    for latents, _ in together(2, lambda exchange: made(settings, exchange)):
+    alone, _, held = made(settings, None)
+    for latents, _, known in together(2, lambda exchange: made(settings, exchange)):
         torch.testing.assert_close(latents, alone, atol=1e-4, rtol=1e-4)
+        assert known == held
 
 
 @given(st.lists(KEPT, min_size=1, max_size=16), st.integers(1, 16))
@@ -232,7 +236,7 @@ def test_what_travels_is_what_the_formula_says() -> None:
     rows = [[Retention(0, 3), Retention(1, 0), Retention(0, 0), Retention(0, 9)]] * 3
     settings = GeneratorSettings(SCHEDULE, policy_of_table(RetentionTable.of(rows)))
     shares = HeadShares.balanced(RetentionTable.of(rows).layout(), 3, lambda kept: 3 + min(kept.total, 12))
-    sent = [numbers[1] for _, numbers in together(3, lambda exchange: made(settings, exchange, starts=(0,)))]
+    sent = [numbers[1] for _, numbers, _ in together(3, lambda exchange: made(settings, exchange, starts=(0,)))]
     block = block_bytes(shares, CONFIG, GEOMETRY, len(SCHEDULE), 4)
     last = block_bytes(shares, CONFIG, GEOMETRY, len(SCHEDULE), 4, clean=False)
     assert sent == [4 * one + end for one, end in zip(block, last, strict=True)]

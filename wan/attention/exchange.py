@@ -13,6 +13,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from typing import NamedTuple, TypeVar
 
 import torch
@@ -62,13 +63,17 @@ class HeadShares:
         return slice(first, first + self.counts[layer][rank])
 
     def segments(self, layer: int, rank: int) -> list[tuple[int, Retention]]:
-        """What a rank's heads keep: (number of heads, retention), neighbours that keep the same together."""
+        """What a rank's heads keep: (number of heads, retention), neighbours that keep the same together; after them,
+        in the first layer, with no heads what none of the rank's heads in any layer keeps but others' do."""
         found: list[tuple[int, Retention]] = []
         for one in self.kept[layer][self.heads(layer, rank)]:
             if found and found[-1][1] == one:
                 found[-1] = found[-1][0] + 1, one
             else:
                 found.append((1, one))
+        if layer == 0:
+            own = {one for index, kept in enumerate(self.kept) for one in kept[self.heads(index, rank)]}
+            found += [(0, one) for one in dict.fromkeys(chain.from_iterable(self.kept)) if one not in own]
         return found
 
     def owner(self, layer: int) -> dict[int, int]:

@@ -16,11 +16,11 @@ class HeldFrames(NamedTuple):
 
 
 def held_by_head(cache: KVCache) -> list[list[HeldFrames]]:
-    """Of every head of every layer, in the order of the weights. Where other processes hold heads, as they do here what
-    keeps as much does."""
-    held = {group.retention: tuple(sorted(group.frames)) for layer in cache.layers for group in layer.groups}
+    """Of every head of every layer, in the order of the weights, those of other processes too: what keeps as much holds
+    the same."""
+    held = {group.retention: tuple(sorted(group.frames)) for layer in cache.layers for group in layer.kinds}
     table = []
     for order, kept in zip(cache.shares.orders, cache.shares.kept, strict=True):
-        by_head = {head: HeldFrames(one, held.get(one, ())) for head, one in zip(order, kept, strict=True)}
+        by_head = {head: HeldFrames(one, held[one]) for head, one in zip(order, kept, strict=True)}
         table.append([by_head[head] for head in range(len(order))])
     return table

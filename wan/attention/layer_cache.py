@@ -42,15 +42,16 @@ class LayerCache:
         self.head_order: HeadOrder | None = None
         self.head_counts: Sequence[int] = ()  # of every rank, where heads are dealt to several
         self._buffers: list[tuple[Tensor, list[HeadGroup]]] = []
+        self._headless: list[HeadGroup] = []
         self._calls: list[AttentionCall] = []
         self.observer: Observer | None = None
         self.back: Rotation | None = None  # what turns the pass's own keys to where they belong
         self.context: Collection[int] | None = None  # the frames, of those that are kept, that the pass may see
 
     def allocate(self, head_segments: Sequence[tuple[int, Retention]], most: int) -> bool:
-        """Start empty with `head_segments`: (number of heads, what they keep) in head order; no head is asked to keep
-        more than `most` frames. True if the buffers are new ones; those at hand serve again if they were made for the
-        same."""
+        """Start empty with `head_segments`: (number of heads, what they keep) in head order, where no heads stand for
+        those of another rank, of which it is known what they hold; no head is asked to keep more than `most` frames.
+        True if the buffers are new ones; those at hand serve again if they were made for the same."""
         if (list(head_segments), most) == self._segments:
             self.forget(0)
             if self._ragged_kv is not None:
@@ -62,7 +63,7 @@ class LayerCache:
     @torch.inference_mode(False)  # so that they can be written in any mode, whichever they were made in
     def _build(self, head_segments: Sequence[tuple[int, Retention]], most: int) -> None:
         self._segments = list(head_segments), most
-        self._buffers, self._calls, self._ragged_kv = [], [], None
+        self._buffers, self._headless, self._calls, self._ragged_kv = [], [], [], None
         shape = replace(self._shape, max_past=most)
         first = 0
         alike = groupby((part for part in head_segments if part[0]), key=lambda part: shape.slots(part[1]))
@@ -80,6 +81,10 @@ class LayerCache:
                 groups.append(make(place, retention, part, shape, self._relative, self._shifts))
             self._buffers.append((buffer, groups))
             first += width
+        for _, retention in (part for part in head_segments if not part[0]):
+            tokens_of = (shape.frames_per_block + shape.slots(retention)) * shape.tokens_per_frame
+            nothing = self._like.new_empty(2, shape.batch, tokens_of, 0, shape.head_dim)
+            self._headless.append(HeadGroup(slice(0, 0), retention, nothing, shape, False, self._shifts))
         self._refresh()
 
     def _allocate(self, tokens: Sequence[int], widths: Sequence[int]) -> list[Tensor]:
@@ -96,6 +101,11 @@ class LayerCache:
     @property
     def groups(self) -> list[HeadGroup]:
         return [group for _, groups in self._buffers for group in groups]
+
+    @property
+    def kinds(self) -> list[HeadGroup]:
+        """The groups, and those of other ranks' heads, which have frames alone."""
+        return [*self.groups, *self._headless]
 
     def split(self, order: HeadOrder, head_segments: Sequence[tuple[int, Retention]], current: range) -> None:
         """Go over from one group, its heads in the order of the weights, to `head_segments` of heads in `order`. The
@@ -121,7 +131,9 @@ class LayerCache:
         (group,) = self.groups
         if current:
             self._move_back()
-        frames = {kept: list(kept.keep([*sorted(group.frames), *current])) for kept in set(after.kept[self.index])}
+        segments = after.segments(self.index, exchange.rank)
+        kinds = {*after.kept[self.index], *(kept for _, kept in segments)}
+        frames = {kept: list(kept.keep([*sorted(group.frames), *current])) for kept in kinds}
         one = 2 * self._shape.batch * self._shape.tokens_per_frame * self._shape.head_dim  # numbers a head and frame
 
         def excerpt(head: int, kept: Retention) -> Tensor:
@@ -131,9 +143,11 @@ class LayerCache:
         by_head = [flat.view(2, self._shape.batch, -1, 1, self._shape.head_dim) for flat in moved]
         del group  # of the old buffers no more than the excerpts is there beside the new ones
         self.head_order = order
-        self._build(after.segments(self.index, exchange.rank), self._shape.max_past)
+        self._build(segments, self._shape.max_past)
         for group in self.groups:
             group.fill(frames[group.retention], torch.cat(by_head[group.heads], dim=3))
+        for group in self._headless:
+            group.frames = frames[group.retention]
         self._refresh()
 
     def attend(self, q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -189,14 +203,14 @@ class LayerCache:
     def commit(self, k: Tensor, v: Tensor, frames: range) -> None:
         """Keep what the retentions keep of `frames`; k, v [B, len(frames) * T, H, D]."""
         k = k if self.back is None else rotate(k, self.back)
-        for group in self.groups:
+        for group in self.kinds:
             group.commit(k[:, :, group.heads], v[:, :, group.heads], frames)
         self._refresh()
 
     def append_current_block(self, frames: range) -> None:
         """As `commit`, of the block whose keys and values the last pass has left in the own slots."""
         self._move_back()
-        for group in self.groups:
+        for group in self.kinds:
             group.append_current_block(frames)
         self._refresh()
 
@@ -209,7 +223,7 @@ class LayerCache:
             own.copy_(rotate(own, self.back))
 
     def forget(self, keep_sinks_before: int) -> None:
-        for group in self.groups:
+        for group in self.kinds:
             group.forget(keep_sinks_before)
         self._refresh()
 
