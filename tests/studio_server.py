@@ -164,7 +164,11 @@ def running(pipeline: Pipeline, folder: Path, **settings: Any) -> Iterator[Studi
 
     async def serve() -> None:
         house = House(config, options, examples_of(config), lambda: pipeline)
-        server = server_of(house, lambda: None)
+
+        def end() -> None:
+            server.should_exit = True
+
+        server = server_of(house, end)
         made.append(Studio(house, listener.getsockname()[1], asyncio.get_running_loop()))
         serving = asyncio.create_task(server.serve(sockets=[listener]))
         stop = asyncio.create_task(asyncio.to_thread(stopped.wait))

@@ -97,6 +97,7 @@ def test_two_studios_cannot_have_one_folder(tmp_path: Path, capsys: pytest.Captu
         (["--port", "99999"], "port: must be 65535 or less"),
         (["--host", "no.such.host.invalid"], "host: no.such.host.invalid is no address"),
         (["--token", "short"], "token: must be 8 to 200"),
+        (["parallel=heads:2"], "parallel: heads:2 is for 2 processes, and there is 1; use torchrun"),
         (["seed=x"], "seed: expected an integer"),
         (["data_path=nowhere.txt"], "data_path: nowhere.txt: there is no such"),
         (["model_name=nowhere"], "model_name"),

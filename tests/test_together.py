@@ -24,7 +24,8 @@ from pipeline.config.config import as_dict, load_config
 from pipeline.planning.scale import block_bytes
 from pipeline.runtime.generator import BlockGenerator
 from pipeline.runtime.inputs import GeneratorSettings, Passes
-from pipeline.runtime.together import require_equal, require_world
+from pipeline.runtime.together import checked_by_all, require_equal, require_world
+from pipeline.runtime.turns import Turn, Turns
 from pipeline.vbench.sampling import team_size
 from tests import conformance
 from tests.test_conformance import ROLLOUTS
@@ -32,7 +33,7 @@ from tests.test_generator import SCHEDULE, policy
 from tests.thread_exchange import ThreadExchange, together
 from tests.tiny import CONFIG, segments, tiny_model
 from utils.distributed import World
-from utils.errors import InputError
+from utils.errors import InputError, ToldElsewhere
 from utils.media import open_media
 from utils.prompts import read_prompts
 from utils.seed import NoiseStream
@@ -43,7 +44,13 @@ from wan.geometry import LatentGeometry
 from wan.transformer.model import CausalWanModel
 
 ROOT = Path(__file__).parents[1]
-LIVE = ["model_kwargs.local_attn_size=6", "rope=relative", "num_output_frames=9", "dummy_forcing=off"]
+LIVE = [
+    "resolution=[32,48]",
+    "model_kwargs.local_attn_size=6",
+    "rope=relative",
+    "num_output_frames=9",
+    "dummy_forcing=off",
+]
 GEOMETRY = LatentGeometry(8, 12, 15, 3)
 
 
@@ -242,6 +249,40 @@ def test_what_travels_is_what_the_formula_says() -> None:
     assert sent == [4 * one + end for one, end in zip(block, last, strict=True)]
 
 
+def test_what_one_process_lacks_one_tells(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("pipeline.runtime.together.TELL_S", 0)
+
+    def check(exchange: ThreadExchange) -> InputError | None:
+        try:
+            with checked_by_all(exchange):
+                if exchange.rank == 1:
+                    raise InputError("model_name: it is not here")
+        except InputError as error:
+            return error
+        return None
+
+    first, *others = together(3, check)
+    assert str(first) == "process 1: model_name: it is not here" and not isinstance(first, ToldElsewhere)
+    assert all(isinstance(other, ToldElsewhere) for other in others)
+
+
+def test_after_a_turn_that_fails_there_is_none() -> None:
+    """Whatever has failed, the others are somewhere else now; what has to end does so alone."""
+
+    def take(exchange: ThreadExchange) -> str:
+        turns = Turns(exchange)
+        if exchange.rank:
+            return "" if exchange.from_first(None) == Turn(0) else "another"
+        with pytest.raises(MemoryError), turns.taken(Turn(0)):
+            raise MemoryError("it is full")
+        with pytest.raises(InputError, match="parallel: nothing more can be made together \\(it is full"):
+            turns.taken(Turn(1)).__enter__()
+        turns.end(None)
+        return str(exchange.fault)
+
+    assert together(2, take) == ["it is full", ""]
+
+
 def test_a_session_is_driven_by_the_first_process() -> None:
     """Prompts that are typed on the way, two sessions in turns, an image to go on from: as by one process."""
 
@@ -250,6 +291,8 @@ def test_a_session_is_driven_by_the_first_process() -> None:
         if pipeline.follows:
             pipeline.follow()
             return []
+        with pytest.raises(InputError, match="frames: 4 is no positive multiple"):
+            pipeline.session(frames=4)  # of which nobody hears
         with pipeline.session(seed=3, frames=9) as one, pipeline.session(seed=4) as other:
             one.prompt("A red ball moves to the right.")
             other.prompt("A green square stands still.")

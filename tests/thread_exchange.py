@@ -15,7 +15,7 @@ from wan.attention.exchange import HeadExchange
 
 T = TypeVar("T")
 V = TypeVar("V")
-PATIENCE_S = 60.0
+PATIENCE_S = 60.0  # of a collective; sessions may wait longer for their user
 
 
 class ThreadExchange(HeadExchange):
@@ -29,6 +29,10 @@ class ThreadExchange(HeadExchange):
         everything = list(self._board)
         self._barrier.wait(PATIENCE_S)
         return everything
+
+    def part(self) -> None:
+        """Let no rank hear of another any more."""
+        self._barrier.abort()
 
     def from_first(self, value: V) -> V:
         (first, *_), *_ = self._post([value])
