@@ -127,11 +127,15 @@ def test_vbench_sampling_runs(
 
 @pytest.mark.parametrize("command", [c for c in COMMANDS if c.startswith("torchrun")])
 def test_torchrun_is_called_rightly(command: str) -> None:
-    """The runs themselves are those of test_sampling.py and test_together.py; here their arguments are understood."""
+    """The runs themselves are those of test_sampling.py, test_together.py and test_studio_together.py; here their
+    arguments are understood."""
     _, processes, script, *arguments = shlex.split(command)
     assert re.fullmatch(r"--nproc_per_node=\d", processes)
     if script == "sample_vbench.py":
         parsed = sample_vbench.parse_arguments(arguments)
+    elif script == "-m":
+        assert arguments.pop(0) == "studio"
+        parsed = parse_arguments(arguments)
     else:
         assert script == "inference.py"
         parsed = inference.parse_arguments(arguments, None)
@@ -211,7 +215,7 @@ def test_the_runner_is_called_rightly(command: str, monkeypatch: pytest.MonkeyPa
     assert conformance.main(shlex.split(command)[3:]) == 0
 
 
-@pytest.mark.parametrize("command", [c for c in COMMANDS if "-m studio" in c])
+@pytest.mark.parametrize("command", [c for c in COMMANDS if "python -m studio" in c])
 def test_the_studio_is_called_rightly(command: str, clone: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """It and its client run in tests/test_studio_*.py; here their arguments are understood."""
     monkeypatch.chdir(clone)
