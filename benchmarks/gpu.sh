@@ -105,6 +105,12 @@ else
     part vae_1080 60 "$PYTHON" -m benchmarks.vae --resolution 720,1080 --engine graphed --frames 9 --repeat 3 \
         --json "$FOLDER/vae_1080.json"
     part merged 40 "$PYTHON" -m benchmarks.merged --device "$DEVICE" --json "$FOLDER/merged.json"
+    if "$PYTHON" -c 'import sys, torch; sys.exit(torch.cuda.device_count() < 2)'; then
+        TOGETHER=("$PYTHON" -m torch.distributed.run --standalone --nproc_per_node=2 -m tests.conformance)
+        part two_gpus_vectors 60 "${TOGETHER[@]}" "${ALL[@]}" --device cuda --engine eager --precision fp32
+        part two_gpus_compiled 90 "${TOGETHER[@]}" "${FEW[@]}" --device cuda --engine compiled --precision bf16
+        part two_gpus_scale 90 "$PYTHON" -m benchmarks.scale --ranks 1,2 --layers 30 --json "$FOLDER/scale.json"
+    fi
     part vae_search 60 "$PYTHON" -m benchmarks.vae --resolution 480 --engine graphed --repeat 3 --search \
         --json "$FOLDER/vae_search.json"
 fi

@@ -316,9 +316,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     arguments = parser.parse_args(argv)
     dtype = torch.float32 if arguments.precision == "fp32" else torch.bfloat16
     world = World.from_environment()
-    machine = Machine(
-        torch.device(arguments.device), dtype, arguments.engine, arguments.attention, world.rank, world.size
-    )
+    device = torch.device(arguments.device)
+    if device.type == "cuda" and world.size > 1:
+        device = torch.device("cuda", world.local_rank)
+    machine = Machine(device, dtype, arguments.engine, arguments.attention, world.rank, world.size)
     with joined(world, machine.device):
         return run(arguments, machine)
 

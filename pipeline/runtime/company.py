@@ -57,6 +57,7 @@ class Company:
         self._lock = threading.Lock()
         self._said: set[int] = set()
         self._loss: LostProcess | None = None
+        self._over = False  # the first has left, in order; whoever follows it has nothing more to do
         self._heard = threading.Event()
         self._end = threading.Timer(GRACE_S, self._end_at_once)
         self._end.daemon = True
@@ -71,6 +72,7 @@ class Company:
             self._lose(LostProcess(self._first + other, tells=self._exchange.rank == (1 if other == 0 else 0)))
             return
         self._say(other, Leaving.DONE)  # for which it waits
+        self._over = other == 0
         if word == Leaving.TOLD:
             self._lose(LostProcess(self._first + other, tells=False))
         elif word == Leaving.BEREFT and not self._heard.wait(_LAST_WORDS_S):  # of whom it has lost
@@ -103,7 +105,7 @@ class Company:
     def loss(self) -> LostProcess | None:
         """The process that is lost, if one is; also of what has just happened."""
         self._heard.wait(_LAST_WORDS_S)
-        return self._loss
+        return self._loss or (LostProcess(self._first, tells=False) if self._over else None)
 
     def leave(self, how: Leaving) -> None:
         """Say goodbye to all."""
