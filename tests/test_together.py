@@ -275,7 +275,7 @@ def test_after_a_turn_that_fails_there_is_none() -> None:
             return "" if exchange.from_first(None) == Turn(0) else "another"
         with pytest.raises(MemoryError), turns.taken(Turn(0)):
             raise MemoryError("it is full")
-        with pytest.raises(InputError, match="parallel: nothing more can be made together \\(it is full"):
+        with pytest.raises(MemoryError, match="it is full"):
             turns.taken(Turn(1)).__enter__()
         turns.end(None)
         return str(exchange.fault)

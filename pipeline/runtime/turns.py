@@ -13,7 +13,6 @@ from typing import NamedTuple
 
 from torch import Tensor
 
-from utils.errors import InputError
 from wan.attention.exchange import HeadExchange
 
 Prompt = str | tuple[str, ...]
@@ -56,13 +55,14 @@ class Turns:
 
     @contextmanager
     def taken(self, turn: Opening | Turn) -> Iterator[None]:
-        """Let the others do what this process does within the context. Raises InputError if they do not any more."""
+        """Let the others do what this process does within the context. Raises what has brought them out of step, if
+        anything has."""
         exchange = self._exchange
         if exchange is None:
             yield
             return
         if exchange.fault is not None:
-            raise InputError(f"parallel: nothing more can be made together ({exchange.fault})")
+            raise exchange.fault
         try:
             exchange.from_first(turn)
             yield
