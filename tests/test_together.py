@@ -9,10 +9,12 @@ import sys
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from datetime import timedelta
 from pathlib import Path
 
 import pytest
 import torch
+import torch.distributed as dist
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
@@ -22,12 +24,14 @@ from dummy.roles import HeadRoles, Role
 from pipeline import Pipeline
 from pipeline.config.config import as_dict, load_config
 from pipeline.planning.scale import block_bytes
+from pipeline.runtime.company import Company, Leaving, LostProcess
 from pipeline.runtime.generator import BlockGenerator
 from pipeline.runtime.inputs import GeneratorSettings, Passes
-from pipeline.runtime.together import checked_by_all, require_equal, require_world
+from pipeline.runtime.together import _refusal, checked_by_all, require_equal, require_world
 from pipeline.runtime.turns import Turn, Turns
 from pipeline.vbench.sampling import team_size
 from tests import conformance
+from tests.studio_server import until
 from tests.test_conformance import ROLLOUTS
 from tests.test_generator import SCHEDULE, policy
 from tests.thread_exchange import ThreadExchange, together
@@ -37,7 +41,7 @@ from utils.errors import InputError, ToldElsewhere
 from utils.media import open_media
 from utils.prompts import read_prompts
 from utils.seed import NoiseStream
-from wan.attention.exchange import HeadShares, share
+from wan.attention.exchange import HeadExchange, HeadShares, share
 from wan.attention.head_group import UNBOUNDED, HeadLayout, Retention
 from wan.attention.held import HeldFrames, held_by_head
 from wan.geometry import LatentGeometry
@@ -247,6 +251,42 @@ def test_what_travels_is_what_the_formula_says() -> None:
     block = block_bytes(shares, CONFIG, GEOMETRY, len(SCHEDULE), 4)
     last = block_bytes(shares, CONFIG, GEOMETRY, len(SCHEDULE), 4, clean=False)
     assert sent == [4 * one + end for one, end in zip(block, last, strict=True)]
+
+
+@pytest.mark.parametrize(
+    ("leaver", "how", "tellers"),
+    [
+        (1, Leaving.DONE, []),
+        (1, Leaving.TOLD, []),
+        (1, Leaving.BEREFT, [0]),  # whom it has lost does not tell
+        (0, Leaving.DONE, []),
+        (0, Leaving.TOLD, []),
+        (0, Leaving.BEREFT, []),
+    ],
+)
+def test_how_a_process_leaves_the_others_hear(
+    leaver: int, how: Leaving, tellers: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of those that are left at most one tells the user."""
+    monkeypatch.setattr("pipeline.runtime.company._LAST_WORDS_S", 0.2)
+    store = dist.HashStore()
+
+    def one(there: ThreadExchange) -> LostProcess | None:
+        exchange = HeadExchange(there.rank, there.ranks)
+        company = Company(exchange, dist.ProcessGroupGloo(store, there.rank, there.ranks, timedelta(seconds=30)))
+        if there.rank == leaver:
+            company.leave(how)
+            return None
+        if how is not Leaving.DONE:
+            until(lambda: exchange.fault is not None, "word of it")
+        loss = company.loss()
+        company.leave(Leaving.DONE if loss is None else Leaving.BEREFT)
+        return loss
+
+    found = together(3, one)
+    assert [rank for rank, loss in enumerate(found) if loss is not None and loss.tells] == tellers
+    refusals = [_refusal(loss, None) for loss in found if loss is not None]
+    assert [type(refusal) for refusal in refusals].count(InputError) == len(tellers)
 
 
 def test_what_one_process_lacks_one_tells(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -66,7 +66,7 @@ class Company:
     def _listen(self, other: int) -> None:
         word = torch.empty(1, dtype=torch.uint8)
         try:
-            dist.recv(word, group=self._group, group_src=other)
+            self._group.recv([word], other, 0).wait()
         except RuntimeError:
             # The first one tells; of its own death the next.
             self._lose(LostProcess(self._first + other, tells=self._exchange.rank == (1 if other == 0 else 0)))
@@ -75,15 +75,15 @@ class Company:
         self._over = other == 0
         if word == Leaving.TOLD:
             self._lose(LostProcess(self._first + other, tells=False))
-        elif word == Leaving.BEREFT and not self._heard.wait(_LAST_WORDS_S):  # of whom it has lost
+        elif word == Leaving.BEREFT and not self._heard.wait(_LAST_WORDS_S / 2):  # of whom it has lost
             self._lose(LostProcess(None, tells=self._exchange.rank == 0))
 
     def _lose(self, lost: LostProcess) -> None:
         with self._lock:
             if self._loss is not None:
                 return
+            self._exchange.fault = self._exchange.fault or lost
             self._loss = lost
-        self._exchange.fault = self._exchange.fault or lost
         self._heard.set()
         self._end.start()
 
@@ -100,7 +100,7 @@ class Company:
                 return
             self._said.add(other)
         with suppress(RuntimeError):  # it is gone already
-            dist.send(torch.tensor([how], dtype=torch.uint8), group=self._group, group_dst=other)
+            self._group.send([torch.tensor([how], dtype=torch.uint8)], other, 0).wait()
 
     def loss(self) -> LostProcess | None:
         """The process that is lost, if one is; also of what has just happened."""
