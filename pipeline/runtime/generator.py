@@ -11,7 +11,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Generator, Iterator, Sequence
-from functools import cached_property, partial
+from functools import cached_property
 
 import torch
 from torch import Tensor
@@ -26,6 +26,7 @@ from pipeline.runtime.windows import Round, Window, one_by_one, rolling, rolling
 from utils.profiler import Profiler
 from utils.transfer import to_device
 from wan.attention.cache import KVCache
+from wan.attention.exchange import share
 from wan.attention.head_group import HeadLayout
 from wan.geometry import LatentGeometry
 from wan.transformer.model import CausalWanModel, TeaCacheResidual, TextContext, TimeContext
@@ -96,8 +97,12 @@ class BlockGenerator:
 
     @cached_property
     def output_grams(self) -> list[Tensor]:
-        """See pipeline.runtime.output_weights, with the gates of the usual steps."""
-        return output_grams(self.model, gates_of(self.usual.steps))
+        """See pipeline.runtime.output_weights, with the gates of the usual steps; of the heads that this process has
+        until they part."""
+        exchange = self.model.exchange
+        own = share(self.model.config.num_heads, *((1, 0) if exchange is None else (exchange.ranks, exchange.rank)))
+        grams = output_grams(self.model, gates_of(self.usual.steps))
+        return [gram[own.start : own.stop] for gram in grams]
 
     def drop_spare_cache(self) -> None:
         """Free the cache that waits for the next video, and with it what was captured over it."""
@@ -143,8 +148,10 @@ class Rollout:
         self.skipped = 0
         self._batch = batch
         self.cache = generator.acquire_cache(geometry, batch, settings.policy.fixed_layout())
-        counted, grams = batch if videos is None else videos, partial(_own_grams, generator, self.cache)
-        self.parting = Parting(settings.policy, geometry.tokens_per_frame, counted, self._given, grams)
+        counted = batch if videos is None else videos
+        self.parting = Parting(
+            settings.policy, geometry.tokens_per_frame, counted, self._given, lambda: generator.output_grams
+        )
 
     @property
     def roles(self) -> HeadRoles | None:
@@ -339,9 +346,3 @@ class Rollout:
         self.record.add(flow)
         self.forwards += 1
         self.skipped += not computed
-
-
-def _own_grams(generator: BlockGenerator, cache: KVCache) -> list[Tensor]:
-    """Those of the heads that this process has until they part."""
-    own = cache.shares.heads(0, cache.rank)
-    return [gram[own] for gram in generator.output_grams]
