@@ -102,11 +102,12 @@ def test_videos_decide_for_themselves_and_a_batch_by_those_that_are_meant() -> N
 
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_any_number_of_processes_decides_alike(ranks: int) -> None:
-    alone, (whole, _, _) = made(settings(), None, starts=[0])
+    alone, (whole, _, _), held = made(settings(), None, starts=[0])
     results = together(ranks, lambda exchange: made(settings(), exchange, starts=[0]))
-    for video, _ in results:
+    for video, _, known in results:
         torch.testing.assert_close(video, alone, atol=1e-4, rtol=1e-4)
-    assert sum(numbers[0] for _, numbers in results) == whole
+        assert known == held
+    assert sum(numbers[0] for _, numbers, _ in results) == whole
 
 
 def test_a_given_beginning_is_not_observed_but_the_block_after_it() -> None:
