@@ -140,3 +140,42 @@ def test_tensors_on_the_host_share_pieces_and_nothing_else() -> None:
     large = host.zeros((PIECE + 1,), torch.uint8)
     assert large.untyped_storage().nbytes() == PIECE + 1
     assert host.zeros((1,), torch.uint8).untyped_storage().data_ptr() == small[0].untyped_storage().data_ptr()
+
+
+def test_results_on_meta_are_found_once_and_are_the_same() -> None:
+    """The second round goes by what the first has found: layouts, views, what is written in place, and errors."""
+
+    def round_of_operators() -> list[object]:
+        x, y = torch.empty(2, 6, 4, device="meta").transpose(1, 2), torch.empty(4, 6, device="meta")
+        made = [
+            x + y,
+            x + 1,
+            x + 1.5,
+            x.to(torch.float16),
+            x.double(),
+            x.contiguous(),
+            y.contiguous(),
+            x[0],
+            *x.split(3),
+        ]
+        made += [*x.reshape(2, 4, 6).max(-1), torch.cat([x, x]), x == 1, torch.full((3,), 2, device="meta"), x.mul_(2)]
+        said: list[object] = [(t.shape, t.stride(), t.dtype, t.untyped_storage().nbytes()) for t in made]
+        said += [t.untyped_storage()._cdata in (x.untyped_storage()._cdata, y.untyped_storage()._cdata) for t in made]
+        with pytest.raises(RuntimeError):
+            x @ x
+        x.resize_(4096)
+        return [*said, made[-1] is x, x.shape]
+
+    plain = round_of_operators()
+    for _ in range(2):
+        with torch.inference_mode(), PeakTracker():
+            assert round_of_operators() == plain
+
+
+def test_what_was_found_on_meta_is_for_meta_alone() -> None:
+    for device in ("meta", "cpu", "meta", "cpu"):
+        with PeakTracker() as memory:
+            a = torch.ones(256, device=device)
+            b = a + a
+        assert memory.current == 2 * KIB and b.device.type == device
+        assert device == "meta" or b.tolist() == [2.0] * 256

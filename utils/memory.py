@@ -12,9 +12,9 @@ import weakref
 from collections.abc import Callable, Sequence
 
 import torch
-from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+from utils.meta_results import result_of, tensors_in
 
 _MIB = 1024**2
 _GIB = 1024**3
@@ -41,11 +41,7 @@ def memory_of(device: torch.device) -> int:
 
 def _storages(values: object) -> list[torch.UntypedStorage]:
     """The storages of all dense tensors in a nest of lists, tuples and dicts; anything else in it is skipped."""
-    return [
-        leaf.untyped_storage()
-        for leaf in tree_leaves(values)
-        if isinstance(leaf, Tensor) and leaf.layout is torch.strided
-    ]
+    return [tensor.untyped_storage() for tensor in tensors_in(values) if tensor.layout is torch.strided]
 
 
 class PeakTracker(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ignore]
@@ -65,8 +61,8 @@ class PeakTracker(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ign
         self.current = 0  # bytes alive now
         self.peak = 0  # most bytes alive at once so far
         # By the address of the storage: an entry goes when its storage dies, before the address can be used again.
-        self._counted: dict[int, int] = {}
-        self._outside: set[int] = set()
+        self._known: dict[int, weakref.ref[torch.UntypedStorage]] = {}
+        self._counted: dict[int, int] = {}  # of those that did not come from outside
 
     def reset_peak(self) -> None:
         """Start a new peak from what is alive now."""
@@ -85,7 +81,7 @@ class PeakTracker(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ign
         if func is not torch.ops.aten.lift_fresh.default:
             for storage in given:
                 self._note_outside(storage)
-        result = func(*args, **kwargs)
+        result = result_of(func, args, kwargs)
         # What it was given, too: an operator may enlarge that (resize_, out=).
         for storage in (*_storages(result), *given):
             self._count(storage)
@@ -93,20 +89,23 @@ class PeakTracker(TorchDispatchMode):  # type: ignore[no-untyped-call,unused-ign
         return result
 
     def _note_outside(self, storage: torch.UntypedStorage) -> None:
-        key = storage._cdata
-        if key not in self._counted and key not in self._outside:
-            self._outside.add(key)
-            weakref.finalize(storage, self._outside.discard, key).atexit = False
+        if storage._cdata not in self._known:
+            self._watch(storage)
 
     def _count(self, storage: torch.UntypedStorage) -> None:
         key, size = storage._cdata, storage.nbytes()
-        if key in self._outside:
-            return
-        if key not in self._counted:
+        if key not in self._known:
+            self._watch(storage)
             self._counted[key] = 0
-            weakref.finalize(storage, self._release, key).atexit = False
-        self.current += size - self._counted[key]
-        self._counted[key] = size
+        if key in self._counted:
+            self.current += size - self._counted[key]
+            self._counted[key] = size
 
-    def _release(self, key: int) -> None:
-        self.current -= self._counted.pop(key)
+    def _watch(self, storage: torch.UntypedStorage) -> None:
+        key = storage._cdata
+
+        def gone(_: object) -> None:
+            del self._known[key]
+            self.current -= self._counted.pop(key, 0)
+
+        self._known[key] = weakref.ref(storage, gone)
