@@ -20,6 +20,7 @@ from pipeline.runtime.generator import BlockGenerator, Rollout
 from pipeline.runtime.inputs import GeneratorSettings
 from pipeline.runtime.schedule import DenoisingSchedule
 from tests.tiny import random_embeds, segments, tiny_model
+from utils.meta_results import result_of
 from utils.seed import NoiseStream
 from wan.config import ModelKwargs
 from wan.geometry import LatentGeometry
@@ -248,7 +249,7 @@ def test_what_fills_a_batch_up_has_no_part_in_the_videos() -> None:
 class _NoBlockingCopies(TorchDispatchMode):
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
         kwargs = kwargs or {}
-        result = func(*args, **kwargs)
+        result = result_of(func, args, kwargs)
         name = func.overloadpacket.__name__
         if name in ("to", "_to_copy", "copy_"):  # in inference mode `to` is not taken apart
             names = (argument.name for argument in func._schema.arguments)
