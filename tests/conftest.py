@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import os
+import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,6 +19,8 @@ from tests.studio_server import Studio, running, shapes_config, small_calibratio
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ("A red fox runs.", "A blue bird sings.", "A green fish swims.")
+MANY_MODULES = 200  # as a library brings; collecting their objects once takes as long as once without
+_set_aside_at = [0]  # how many modules there were
 
 
 @dataclass(frozen=True)
@@ -85,18 +88,18 @@ def _one_thread() -> None:
     )
 
 
-@pytest.fixture(scope="session")
+@pytest.fixture(autouse=True)
 def _set_aside() -> None:
-    """Every run of a program collects garbage once its text encoder is gone: in a fifth of a second with all modules
-    that there are by then, in no time without them."""
-    from transformers import UMT5EncoderModel  # noqa: F401  # the largest of them, which others wait for until then
-
-    gc.collect()
-    gc.freeze()
+    """Every run of a program collects garbage once its text encoder is gone: in a fifth of a second and more with all
+    modules that there are by then, in no time where those are set aside."""
+    if len(sys.modules) > _set_aside_at[-1] + MANY_MODULES:
+        gc.collect()
+        gc.freeze()
+        _set_aside_at.append(len(sys.modules))
 
 
 @pytest.fixture(scope="session")
-def checkpoints(tmp_path_factory: pytest.TempPathFactory, _set_aside: None) -> SmallCheckpoints:
+def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> SmallCheckpoints:
     """Not to be written to."""
     return write_small_checkpoints(tmp_path_factory.mktemp("checkpoints"))
 

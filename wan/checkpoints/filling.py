@@ -31,8 +31,10 @@ def load_into(
     not backed by a file (a merged LoRA, a legacy pickle) never stands beside a whole second copy. Raises InputError for
     weights that are no numbers, too.
     """
-    scales = {name: state[scale] for name, scale in scale_names(state).items()}
-    weights = [name for name in state if name not in set(scale_names(state).values())]
+    scale_of = scale_names(state)
+    scales = {name: state[scale] for name, scale in scale_of.items()}
+    no_weights = set(scale_of.values())
+    weights = [name for name in state if name not in no_weights]
     _compare(module, {name: state[name] for name in weights}, scales, source)
     device = torch.device(device)
     converted: dict[str, Tensor] = {}
@@ -62,7 +64,8 @@ def loading_bytes(state: Mapping[str, Tensor], dtype: torch.dtype) -> int:
     """The most that a device holds while `load_into` gives a module these tensors, all of them in `dtype`, and what one
     that has a scale is made of; found on the meta device."""
     scale_of = scale_names(state)
-    tensors = {id(state[name]): name for name in state if name not in set(scale_of.values())}  # each once
+    no_weights = set(scale_of.values())
+    tensors = {id(state[name]): name for name in state if name not in no_weights}  # each once
     with PeakTracker() as tracker:
         loaded = []
         for name in tensors.values():
