@@ -147,18 +147,13 @@ def test_results_on_meta_are_found_once_and_are_the_same() -> None:
 
     def round_of_operators() -> list[object]:
         x, y = torch.empty(2, 6, 4, device="meta").transpose(1, 2), torch.empty(4, 6, device="meta")
-        made = [
-            x + y,
-            x + 1,
-            x + 1.5,
-            x.to(torch.float16),
-            x.double(),
-            x.contiguous(),
-            y.contiguous(),
-            x[0],
-            *x.split(3),
-        ]
-        made += [*x.reshape(2, 4, 6).max(-1), torch.cat([x, x]), x == 1, torch.full((3,), 2, device="meta"), x.mul_(2)]
+        made = [x + y, x + 1, x + 1.5, x.to(torch.float16), x.double(), x.contiguous(), y.contiguous(), x[0]]
+        made += [*x.reshape(2, 4, 6).max(-1), torch.cat([x, x]), x == 1, torch.full((3,), 2, device="meta")]
+        made += x.split(3)
+        whole = torch.ones(3, dtype=torch.int64, device="meta")
+        made += [whole + 1, whole + 1.0, whole + True, whole == 1]  # equal numbers of other types
+        made += [z.sigmoid() for z in (x, x.contiguous(), x.half())]  # equal shapes that lie in memory otherwise
+        made.append(x.mul_(2))
         said: list[object] = [(t.shape, t.stride(), t.dtype, t.untyped_storage().nbytes()) for t in made]
         said += [t.untyped_storage()._cdata in (x.untyped_storage()._cdata, y.untyped_storage()._cdata) for t in made]
         with pytest.raises(RuntimeError):
