@@ -19,7 +19,7 @@ from tests.studio_server import Studio, running, shapes_config, small_calibratio
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ("A red fox runs.", "A blue bird sings.", "A green fish swims.")
-MANY_MODULES = 200  # as a library brings; collecting their objects once takes as long as once without
+MANY_MODULES = 200  # as a large library brings
 _set_aside_at = [0]  # how many modules there were
 
 
