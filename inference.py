@@ -107,7 +107,8 @@ def begin(arguments: argparse.Namespace, world: World) -> Work:
 
 def dry_run(config: InferenceConfig, jobs: Sequence[VideoJob], world: World, batch: int = 1) -> int:
     """Print what a run would do and take, with `batch` videos at a time; 0 if every file is there, 2 if not."""
-    from pipeline.planning.plan import plan_lines, planner_for
+    from pipeline.planning.plan import planner_for
+    from pipeline.planning.report import plan_lines
     from pipeline.runtime.finished import is_kept
     from pipeline.runtime.loading import check_before_loading, generator_settings, needed_files, require_files
     from pipeline.runtime.prefix import check_start_files
@@ -116,7 +117,8 @@ def dry_run(config: InferenceConfig, jobs: Sequence[VideoJob], world: World, bat
 
     device = rank_device(config, world)
     planner = planner_for(config, device)
-    print("\n".join(plan_lines(config, generator_settings(config, planner.sizes), planner, device, batch)))
+    settings = generator_settings(config, planner.sizes)
+    print("\n".join(plan_lines(config, settings, planner, device, batch, world.size)))
     print("Files:")
     for path, setting in needed_files(config).items():
         print(f"  {'ok     ' if exists(path, setting) else 'MISSING'} {path}")
@@ -146,7 +148,7 @@ def make_videos(work: Work, world: World) -> None:
     config, jobs = work
     device = rank_device(config, world)
     prompts = [prompt for job in jobs for prompt in job.prompts]
-    with memory_explained(config, device), joined(world, device) as exchange:
+    with memory_explained(config, device, ranks=world.size), joined(world, device) as exchange:
         pipeline = Pipeline.from_config(config, prompts=prompts, device=device, exchange=exchange)
         if pipeline.follows:
             pipeline.follow()

@@ -19,6 +19,7 @@ from dummy.policy import ContextPolicy
 from pipeline.config.config import InferenceConfig, as_dict, check_against_model, geometry_of, load_config
 from pipeline.planning.memory_advice import is_out_of_memory, out_of_memory
 from pipeline.planning.plan import choose_strategy
+from pipeline.planning.together import choose_together
 from pipeline.runtime.decoding import BlockDecoder, DecodeStrategy, start_decoder
 from pipeline.runtime.engine import choose_engine, start_engine, use_compile_cache
 from pipeline.runtime.generator import BlockGenerator
@@ -61,10 +62,11 @@ SESSION_SETTINGS = frozenset(
 
 
 class Parts(NamedTuple):
-    """What a pipeline is made of. `encoder` encodes what videos start from, `strategy` says how they are decoded."""
+    """What a pipeline is made of. `encoder` encodes what videos start from, `strategy` says how they are decoded; a
+    process that follows another one has nothing to decode with."""
 
     generator: BlockGenerator
-    vae: LatentDecoder
+    vae: LatentDecoder | None
     encoder: VAE | None
     strategy: DecodeStrategy
     prompts: Callable[[str], Tensor]  # to embeddings [length, text_dim]; a PromptEncoder, or what stands for one
@@ -108,13 +110,20 @@ def assemble(
     geometry = geometry_of(config, sizes.in_dim)
     engine_runs = start_engine(generator, config.engine, geometry, batch)
     _measure_speed(generator, config, geometry)
-    strategy = choose_strategy(config, generator.settings, device, batch)  # the settings now say what heads keep
+    # By now the settings say what heads keep.
+    if exchange is None:
+        strategy = choose_strategy(config, generator.settings, device, batch)
+    else:
+        strategy = choose_together(config, generator.settings, device, exchange, batch).strategy
+    runs_for = batch if engine_runs else 1
+    if exchange is not None and exchange.rank > 0:
+        return Parts(generator, None, None, strategy, texts, runs_for)
     vae = load_decoder(config, choose_vae_device(config, device), dtype)
     if strategy.steady:
         latents = torch.zeros(batch, *geometry.block_shape, device=device)
         engine = choose_engine(config.engine, vae.device)
         start_decoder(vae, engine, config.engine != "auto", latents, strategy.on_side_stream)
-    return Parts(generator, vae, load_encoder(config, vae), strategy, texts, batch if engine_runs else 1)
+    return Parts(generator, vae, load_encoder(config, vae), strategy, texts, runs_for)
 
 
 def _measure_speed(generator: BlockGenerator, config: InferenceConfig, geometry: LatentGeometry) -> None:
@@ -125,13 +134,14 @@ def _measure_speed(generator: BlockGenerator, config: InferenceConfig, geometry:
 
 
 @contextmanager
-def memory_explained(config: InferenceConfig, device: torch.device, batch: int = 1) -> Iterator[None]:
-    """Within the context, memory that does not suffice becomes an InputError that says what would fit."""
+def memory_explained(config: InferenceConfig, device: torch.device, batch: int = 1, ranks: int = 1) -> Iterator[None]:
+    """Within the context, memory that does not suffice becomes an InputError that says what would fit; of `ranks`
+    processes that make videos together."""
     try:
         yield
     except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
         if is_out_of_memory(error):
-            raise out_of_memory(config, device, batch) from error
+            raise out_of_memory(config, device, batch, ranks) from error
         raise
 
 
@@ -175,7 +185,7 @@ class Pipeline:
         """
         settings = config if isinstance(config, InferenceConfig) else load_config(config, overrides)
         device = choose_device(settings) if device is None else device
-        with memory_explained(settings, device, batch):
+        with memory_explained(settings, device, batch, 1 if exchange is None else exchange.ranks):
             return cls(settings, assemble(settings, prompts, device, batch, exchange))
 
     def session(
@@ -258,6 +268,7 @@ class Pipeline:
         return None if exchange is None else exchange.fault
 
     def _decoder(self, profiler: Profiler, videos: int) -> BlockDecoder:
+        assert self.vae is not None
         return BlockDecoder(self.vae, self.config.pixel_size, profiler, self.strategy, videos)
 
     def generate(
@@ -334,7 +345,8 @@ class Pipeline:
             self._turns.end(None)
             for generator in (self.generator, *self._others.values()):
                 generator.drop_spare_cache()
-            self.vae.forget()
+            if self.vae is not None:
+                self.vae.forget()
         if isinstance(self.prompts, PromptEncoder):
             self.prompts.free()
 

@@ -10,6 +10,7 @@ import torch
 
 from pipeline.config.config import InferenceConfig
 from pipeline.planning.plan import planner_for
+from pipeline.planning.together import Room, TogetherPlanner
 from pipeline.runtime.loading import generator_settings, text_encoder_place
 from utils.errors import InputError
 from utils.memory import format_bytes, memory_of
@@ -66,19 +67,24 @@ def is_out_of_memory(error: BaseException) -> bool:
     )
 
 
-def bytes_needed(config: InferenceConfig, device: torch.device, batch: int = 1) -> int:
-    """The most that a run holds on the device at once, as tensors."""
+def bytes_needed(config: InferenceConfig, device: torch.device, batch: int = 1, ranks: int = 1) -> int:
+    """The most that a run of `ranks` processes together holds on the device of one at once, as tensors."""
     planner = planner_for(config, device)
     settings = generator_settings(config, planner.sizes)
-    _, plan = planner.fitting(config, settings, memory_of(device), batch)
+    if ranks > 1:
+        together = TogetherPlanner(planner, config, settings, ranks, batch).fitting(Room.here(config, device, ranks))
+        plan = together.most
+    else:
+        _, plan = planner.fitting(config, settings, memory_of(device), batch)
     return max(plan.peak, plan.text_encoder if text_encoder_place(config, device) == device else 0)
 
 
-def out_of_memory(config: InferenceConfig, device: torch.device, batch: int = 1) -> InputError:
-    """The error for a run of `batch` videos at a time that needed more memory than the device has; names overrides that
-    need less."""
-    available, needed = memory_of(device), bytes_needed(config, device, batch)
-    sized = ((remedy, bytes_needed(remedy.config, device, remedy.batch)) for remedy in remedies(config, device, batch))
+def out_of_memory(config: InferenceConfig, device: torch.device, batch: int = 1, ranks: int = 1) -> InputError:
+    """The error for a run of `batch` videos at a time, by so many processes together, that needed more memory than the
+    device has; names overrides that need less."""
+    available, needed = memory_of(device), bytes_needed(config, device, batch, ranks)
+    changes = remedies(config, device, batch)
+    sized = ((remedy, bytes_needed(remedy.config, device, remedy.batch, ranks)) for remedy in changes)
     fitting = (f"{remedy} ({format_bytes(size)})" for remedy, size in sized if size < min(available, needed))
     advice = "; ".join(islice(fitting, SHOWN))
     return InputError(

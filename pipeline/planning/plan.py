@@ -14,11 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
-from dummy.roles import Role
 from pipeline.config.config import InferenceConfig, check_against_model, geometry_of
-from pipeline.planning.cost import assumed_roles, cost_lines, possible_roles
 from pipeline.planning.memory_plan import MemoryPlan
-from pipeline.planning.scale import scale_lines, scale_of
 from pipeline.planning.stages import StagePlanner, VideoStages, no_scores
 from pipeline.runtime.decoding import DecodeStrategy, fastest_strategy
 from pipeline.runtime.inputs import GeneratorSettings
@@ -31,17 +28,14 @@ from pipeline.runtime.loading import (
     needs_vae,
     published_sizes,
     read_sized_generator,
-    require_heads,
     require_readable,
 )
-from utils.errors import shown
 from utils.memory import memory_of
 from utils.prompts import is_storyboard_file
 from utils.user_paths import exists, is_folder, look
-from wan.attention.head_group import Retention
+from wan.attention.exchange import PlannedExchange
 from wan.checkpoints.files import TooLarge, container_of
 from wan.config import WAN_1_3B, ModelConfig
-from wan.geometry import pixel_frames
 from wan.text import encoder_bytes
 from wan.transformer.model import CausalWanModel
 from wan.vae.memory import decode_bytes
@@ -54,21 +48,6 @@ TILES = (960, 640, 512, 384)  # pixels; below, the tiles' halos cost more memory
 MOST_TILES = 24  # more of them cost more memory for their halos than their size saves, and time to plan
 RESERVE = 0.1  # of the device's memory, for its libraries and the allocator
 PUBLISHED_TEXT_ENCODER = 11_361_920_418  # bytes of models_t5_umt5-xxl-enc-bf16.pth
-
-
-@dataclass(frozen=True)
-class HeadContext:
-    """What heads of one kind see: `heads` (how many, in words) keep `retention`."""
-
-    name: str
-    heads: str
-    retention: Retention
-
-    def line(self, max_past: int, block: int) -> str:
-        kept = min(self.retention.total, max_past)
-        recent = "all" if self.retention.total > max_past else str(self.retention.recent)
-        seen = f"first {self.retention.sink} + last {recent} = {kept} frames, {block} own"
-        return f"  {self.name:22}{self.heads:>14}: {seen}"
 
 
 @dataclass(frozen=True)
@@ -103,7 +82,7 @@ class Planner:
             self.vae_device, config.num_frame_per_block, config.overlap is not False
         )
         stages = stages or self.stages(config, settings, batch)
-        plan = self._undecoded(config, strategy, stages)
+        plan = self.undecoded(config, strategy, stages)
         geometry, scale = geometry_of(config, self.sizes.in_dim), self.vae.spatial_scale
         decode = decode_bytes(
             self.vae,
@@ -125,7 +104,7 @@ class Planner:
             vae_recordings=decode.activations if recorded else 0,
         )
 
-    def _undecoded(self, config: InferenceConfig, strategy: DecodeStrategy, stages: VideoStages) -> MemoryPlan:
+    def undecoded(self, config: InferenceConfig, strategy: DecodeStrategy, stages: VideoStages) -> MemoryPlan:
         """With the decoder's weights, and nothing of what it takes when it is at work."""
         recorded = _recorded(config, self.device)
         return MemoryPlan(
@@ -139,11 +118,18 @@ class Planner:
             vae_elsewhere=config.vae_device != "auto",
         )
 
-    def stages(self, config: InferenceConfig, settings: GeneratorSettings, batch: int = 1) -> VideoStages:
-        """What caches and passes take."""
+    def stages(
+        self,
+        config: InferenceConfig,
+        settings: GeneratorSettings,
+        batch: int = 1,
+        exchange: PlannedExchange | None = None,
+    ) -> VideoStages:
+        """What caches and passes take, of one rank of several if there is an `exchange`."""
         geometry = geometry_of(config, self.sizes.in_dim)
         storyboards = is_storyboard_file(Path(config.data_path))  # which may have switches of their own, anywhere
         switches = geometry.block_starts() if storyboards else config.switch_frame_indices
+        self.model.exchange = exchange
         return StagePlanner(self.model, geometry, settings, batch).stages(switches)
 
     def strategy(
@@ -160,10 +146,10 @@ class Planner:
         stages = self.stages(config, settings, batch)
         *others, last = self.strategies(config)
         for strategy in others:
-            if _decoding_peak(self._undecoded(config, strategy, stages)) > room:
+            if decoding_peak(self.undecoded(config, strategy, stages)) > room:
                 continue  # even without the decoder's work, which takes longer to find out
             plan = self.memory(config, settings, strategy, batch, stages)
-            if _decoding_peak(plan) <= room:
+            if decoding_peak(plan) <= room:
                 return strategy, plan
         return last, self.memory(config, settings, last, batch, stages)
 
@@ -194,7 +180,7 @@ def strategies(config: InferenceConfig, device: torch.device, tiled: bool) -> It
         yield DecodeStrategy(1, tiles[-1], frame_chunk=2, on_host=True)
 
 
-def _decoding_peak(plan: MemoryPlan) -> int:
+def decoding_peak(plan: MemoryPlan) -> int:
     """On the device that decodes."""
     return plan.vae_peak if plan.vae_elsewhere else plan.peak
 
@@ -259,28 +245,6 @@ def _bytes(tensors: Iterable[Tensor]) -> int:
     return sum(tensor.nelement() * tensor.element_size() for tensor in tensors)
 
 
-def head_contexts(settings: GeneratorSettings, sizes: ModelConfig) -> list[HeadContext]:
-    """What each kind of head sees, before and after a split."""
-    policy = settings.policy
-    if policy.table is not None:
-        return [HeadContext(policy.name, f"{count} heads", kept) for kept, count in policy.table.counts().items()]
-    if policy.online is not None:
-        table = policy.online.assumed(sizes.num_layers, sizes.num_heads)
-        after = [HeadContext("for example", f"{count} heads", kept) for kept, count in table.counts().items()]
-        return [HeadContext(f"blocks 0 to {policy.online.ar_start}", "all heads", policy.initial), *after]
-    if policy.split is None:
-        return [HeadContext(policy.name, "all heads", policy.initial)]
-    split = policy.split
-    by_role = split.retentions(assumed_roles(sizes, split))
-    counts = [roles.counts() for roles in possible_roles(sizes, split)]
-    after = []
-    for role in Role:
-        numbers = dict.fromkeys(str(number) for number in sorted(one[role] for one in counts))
-        after.append(HeadContext(role.name.lower(), f"{' to '.join(numbers)} heads", by_role[role]))
-    before = [] if split.from_start else [HeadContext(f"blocks 0 to {split.ar_start}", "all heads", policy.initial)]
-    return before + after
-
-
 def choose_strategy(
     config: InferenceConfig, settings: GeneratorSettings, device: torch.device, batch: int = 1
 ) -> DecodeStrategy:
@@ -290,35 +254,3 @@ def choose_strategy(
     if not others:
         return fastest  # there is nothing to choose, so nothing to plan
     return planner_for(config, device).strategy(config, settings, memory_of(place), batch)
-
-
-def plan_lines(
-    config: InferenceConfig, settings: GeneratorSettings, planner: Planner, device: torch.device, batch: int = 1
-) -> list[str]:
-    """Geometry, policy and memory of a run as text."""
-    geometry = geometry_of(config, planner.sizes.in_dim)
-    height, width = config.pixel_size
-    max_past = geometry.num_frames - geometry.frames_per_block
-    lines = [
-        f"Video: {width}x{height}, {pixel_frames(geometry.num_frames)} frames at {config.fps} fps "
-        f"({pixel_frames(geometry.num_frames) / config.fps:.2f} s)",
-        f"Latents: {geometry.num_frames} frames of {geometry.height}x{geometry.width} in {geometry.num_blocks} blocks "
-        f"of {geometry.frames_per_block}; {geometry.tokens_per_frame} tokens a frame",
-        f"Model: {planner.sizes.num_layers} layers x {planner.sizes.num_heads} heads, "
-        f"{sum(p.nelement() for p in planner.model.parameters()) / 1e6:.1f} M parameters, {planner.dtype}",
-        *(f"LoRA: {shown(lora.path)} times {lora.strength:g}" for lora in config.lora_files),
-        f"Policy: {settings.policy.name} (latent frames that a head keeps of what came before)",
-        *(context.line(max_past, geometry.frames_per_block) for context in head_contexts(settings, planner.sizes)),
-    ]
-    lines += cost_lines(config, settings.policy, planner.sizes, geometry)
-    if config.ranks is not None:
-        require_heads(config, planner.sizes, config.ranks)
-        steps, itemsize = len(config.denoising_step_list), planner.dtype.itemsize
-        lines += scale_lines(scale_of(settings.policy, planner.sizes, geometry, config.ranks, steps, itemsize))
-    strategy, memory = planner.fitting(config, settings, memory_of(choose_vae_device(config, device)), batch)
-    path = config.preview_path
-    preview = "" if path is None else f"by the preview decoder {path}, of less quality than the VAE; "
-    lines.append(f"Decoding: {preview}{strategy}")
-    together = "" if batch == 1 else f", for {batch} videos at a time"
-    together += "" if config.ranks in (None, 1) else ", if one process did it alone"
-    return [*lines, f"Memory, as tensors{together}:", *memory.lines()]

@@ -39,6 +39,21 @@ def shares_of(policy: ContextPolicy, sizes: ModelConfig, geometry: LatentGeometr
     return HeadShares.balanced(layout, ranks, lambda kept: block + min(kept.total, past))
 
 
+def most_loaded(policy: ContextPolicy, sizes: ModelConfig, geometry: LatentGeometry, ranks: int) -> int:
+    """Of the ranks but the first, the one whose part of the cache is the largest when it is at its largest."""
+    past, block = geometry.num_frames - geometry.frames_per_block, geometry.frames_per_block
+    deals = [(shares_of(policy, sizes, geometry, ranks), past)]
+    if policy.fixed_layout() is None and policy.observed is not None:
+        before = HeadShares.even(sizes.num_layers, sizes.num_heads, ranks, policy.initial)
+        deals.append((before, min(policy.observed.ar_start * block, past)))
+
+    def frames(shares: HeadShares, rank: int, room: int) -> int:
+        kept = (one for layer, row in enumerate(shares.kept) for one in row[shares.heads(layer, rank)])
+        return sum(block + min(one.total, room) for one in kept)
+
+    return max(range(1, ranks), key=lambda rank: max(frames(shares, rank, room) for shares, room in deals))
+
+
 def scale_of(
     policy: ContextPolicy, sizes: ModelConfig, geometry: LatentGeometry, ranks: int, steps: int, itemsize: int
 ) -> Scale:

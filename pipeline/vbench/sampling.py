@@ -131,7 +131,8 @@ def sample(
         log = records.log(world.rank)
         about = {"host": platform.node(), "pid": os.getpid(), "world_size": world.size, "device": str(device)}
         log.add("begin", run=plan.run, threads=threads, batches=len(mine), **about)
-        with memory_explained(config, device, config.samples_per_batch), joined(world, device, ranks) as exchange:
+        explained = memory_explained(config, device, config.samples_per_batch, ranks)
+        with explained, joined(world, device, ranks) as exchange:
             if mine:
                 prompts = [batch[0].prompts[0] for batch in mine]
                 size = config.samples_per_batch

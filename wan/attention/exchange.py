@@ -50,7 +50,7 @@ class HeadShares:
         dealt = cls([], [], [])
         for order, segments in zip(layout.orders, layout.segments, strict=True):
             kept = [retention for count, retention in segments for _ in range(count)]
-            ranks_of = _longest_first([cost(one) for one in kept], ranks)
+            ranks_of = longest_first([cost(one) for one in kept], ranks)
             by_rank = [[place for place, owner in enumerate(ranks_of) if owner == rank] for rank in range(ranks)]
             dealt.orders.append([order[place] for places in by_rank for place in places])
             dealt.counts.append([len(places) for places in by_rank])
@@ -87,7 +87,7 @@ def share(count: int, ranks: int, rank: int) -> range:
     return range(rank * count // ranks, (rank + 1) * count // ranks)
 
 
-def _longest_first(costs: Sequence[float], ranks: int) -> list[int]:
+def longest_first(costs: Sequence[float], ranks: int) -> list[int]:
     """The rank of every item: longest processing time first."""
     load = [0.0] * ranks
     owners = [0] * len(costs)
@@ -195,6 +195,12 @@ class HeadExchange:
         self._sum(full)
         return full
 
+    def trade(self, sent: Sequence[Sequence[Tensor]], sizes: Sequence[int], like: Tensor) -> list[Tensor]:
+        """Give every rank its tensors of `sent`, which may be none; from each come so many numbers, flat, of the dtype
+        of `like`."""
+        nothing = like.new_empty(0)
+        return self._all_to_all([[nothing, *parts] for parts in sent], sizes)
+
     def _sum(self, full: Tensor) -> None:
         """Let every rank have the sum of all."""
         dist.all_reduce(full, group=self._group)
@@ -218,6 +224,22 @@ class HeadExchange:
     def _swap(self, received: Tensor, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]) -> None:
         """Give every rank its part of `sent`, and take each one's into `received`."""
         dist.all_to_all_single(received, sent, received_sizes, sent_sizes, group=self._group)
+
+
+class PlannedExchange(HeadExchange):
+    """One rank by itself, to find out on the meta device what it takes: nothing is there that could travel."""
+
+    def from_first(self, value: T) -> T:
+        return value
+
+    def from_all(self, value: T) -> list[T]:
+        return [value] * self.ranks
+
+    def _sum(self, full: Tensor) -> None:
+        """Sums are as large as what is summed."""
+
+    def _swap(self, received: Tensor, sent: Tensor, received_sizes: list[int], sent_sizes: list[int]) -> None:
+        """Both are there, and nothing is in them."""
 
 
 class TokenPart(NamedTuple):
