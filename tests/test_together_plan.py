@@ -84,4 +84,4 @@ def test_passes_of_a_rank_take_what_is_planned() -> None:
 
     for rank, taken in enumerate(together(2, peak)):
         stages = planned(wide, limits, PlannedExchange(rank, 2))
-        assert stages.text + max(stage.total for stage in stages) == pytest.approx(taken, rel=0.05)
+        assert stages.text + max(stage.total for stage in stages) == pytest.approx(taken, rel=0.1)

@@ -50,6 +50,7 @@ class ThreadExchange(HeadExchange):
         self._barrier.wait(PATIENCE_S)
         for target, parts in zip(torch.split(received, received_sizes), self._board, strict=True):
             target.copy_(parts[self.rank])
+        del parts  # what is another rank's is gone when that one lets go of it
         self._barrier.wait(PATIENCE_S)
         self._board[self.rank] = []
 
