@@ -116,9 +116,10 @@ def assemble(
     else:
         strategy = choose_together(config, generator.settings, device, exchange, batch).strategy
     runs_for = batch if engine_runs else 1
-    if exchange is not None and exchange.rank > 0:
+    if exchange is not None and exchange.rank > 0 and not strategy.dealt:
         return Parts(generator, None, None, strategy, texts, runs_for)
     vae = load_decoder(config, choose_vae_device(config, device), dtype)
+    vae.exchange = exchange if strategy.dealt else None
     if strategy.steady:
         latents = torch.zeros(batch, *geometry.block_shape, device=device)
         engine = choose_engine(config.engine, vae.device)
@@ -225,7 +226,7 @@ class Pipeline:
             self._geometry_for(one.frames, generator.settings),
             NoiseStream([*seeds, *seeds[-1:] * filled_up]),
             self.prompts,
-            None if self.follows else lambda profiler: self._decoder(profiler, len(seeds)),
+            None if self.vae is None else lambda profiler: self._decoder(profiler, len(seeds)),
             batch=len(seeds),
             filled_up=filled_up,
             prefix_latents=one.prefix_latents,

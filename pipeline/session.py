@@ -219,9 +219,11 @@ class Session:
         return self._finished(block, host, began)
 
     def follow(self, due: Due | None) -> None:
-        """Make the next block, whose latents another process takes."""
+        """Make the next block, whose latents another process takes; where tiles are dealt, decode one's own."""
         self.rollout.keep_past = True
-        self._advance(due)
+        block = self._advance(due)
+        if block is not None and self._decoder is not None:
+            self._decoder.assist(block.latents)
 
     def _advance(self, due: Due | None) -> CleanBlock | None:
         """The next block, with the prompt that takes effect with it; None after the last one."""

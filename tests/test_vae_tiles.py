@@ -8,6 +8,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 from torch import Tensor
+from torch.utils.flop_counter import FlopCounterMode
 
 from utils.errors import InputError
 from utils.memory import PeakTracker
@@ -112,6 +113,20 @@ def test_bfloat16(weights: dict[str, Tensor]) -> None:
     latents = _latents(64, 96)
     difference = (half.decoder(tile=32).decode(latents) - half.decoder().decode(latents)).float().abs()
     assert difference.mean() < 1e-3
+
+
+def test_operations_of_dealt_tiles_are_those_of_the_kernels(vae: VAE) -> None:
+    """Of all ranks together, but for what all of them do to the whole frame."""
+    latents = _latents(48, 80, frames=4)
+    decoder = vae.decoder(tile=32)
+    decoder.decode(latents[:, :3])
+    with FlopCounterMode(display=False) as counter:
+        decoder.decode(latents[:, 3:])
+    counted = sum(number for name, number in counter.get_flop_counts()["Global"].items() if "convolution" in str(name))
+    (alone,) = vae.operations(48, 80, 32, 1)
+    assert alone == pytest.approx(counted, rel=0.01)
+    shared = vae.operations(48, 80, 32, 3)
+    assert alone / 3 < max(shared) < alone
 
 
 def test_the_halos(stages: tuple[Stage, ...]) -> None:

@@ -76,8 +76,10 @@ class Planner:
         strategy: DecodeStrategy | None = None,
         batch: int = 1,
         stages: VideoStages | None = None,
+        share: tuple[int, int] | None = None,
     ) -> MemoryPlan:
-        """The plan for `batch` videos at a time, decoded in this way, or the fastest; `stages`: as `stages` finds."""
+        """The plan for `batch` videos at a time, decoded in this way, or the fastest; `stages`: as `stages` finds;
+        `share`: (rank, ranks) of a process, where tiles are dealt."""
         strategy = strategy or fastest_strategy(
             self.vae_device, config.num_frame_per_block, config.overlap is not False
         )
@@ -94,6 +96,7 @@ class Planner:
             batch,
             frame_chunk=strategy.frame_chunk,
             on_host=strategy.on_host,
+            share=share,
         )
         recorded = _recorded(config, self.vae_device) and strategy.steady
         return replace(

@@ -93,5 +93,7 @@ def plan_lines(
     require_heads(config, planner.sizes, ranks)
     steps, itemsize = len(config.denoising_step_list), planner.dtype.itemsize
     scale = scale_of(settings.policy, planner.sizes, geometry, ranks, steps, itemsize)
-    plan = TogetherPlanner(planner, config, settings, ranks, batch).fitting(Room.here(config, device, ranks))
-    return [*lines, *scale_lines(scale), f"Decoding: {preview}{plan.strategy}", *plan.lines(about)]
+    together = TogetherPlanner(planner, config, settings, ranks, batch)
+    plan = together.fitting(Room.here(config, device, ranks))
+    lines += [*scale_lines(scale), f"Decoding: {preview}{plan.strategy}", *together.advice(plan)]
+    return [*lines, *plan.lines(about)]

@@ -23,6 +23,8 @@ from pipeline.runtime.loading import choose_vae_device
 from utils.memory import memory_of
 from wan.attention.exchange import HeadExchange, PlannedExchange
 
+SHARED_TILES = (512, 384, 256, 192, 128)  # pixels, of which one suits a number of processes
+
 
 @dataclass(frozen=True)
 class Room:
@@ -54,6 +56,7 @@ class TogetherPlan:
     first: MemoryPlan
     number: int
     other: MemoryPlan
+    part: float | None = None  # of dealt tiles what the most loaded process computes, of what one alone would
 
     @property
     def most(self) -> MemoryPlan:
@@ -62,7 +65,7 @@ class TogetherPlan:
 
     def lines(self, about: str) -> list[str]:
         return [
-            f"Memory of process 0, which decodes, as tensors{about}:",
+            f"Memory of process 0, the first, as tensors{about}:",
             *self.first.lines(),
             f"Memory of process {self.number}, the most loaded of the others, as tensors{about}:",
             *self.other.lines(),
@@ -97,26 +100,58 @@ class TogetherPlanner:
         """The first way, from the fastest on, with which all processes have room; or the last."""
         *others, last = self._ways()
         for strategy in others:
-            if all(map(room.holds, (self._undecoded(strategy), self._other(strategy)))):
-                plan = self._plan(strategy)
-                if room.holds(plan.first):
+            if room.holds(_uncaptured(self.planner.undecoded(self.config, strategy, self.first))):
+                plan = self._plan(strategy)  # which takes long to find out
+                if room.holds(plan.first) and room.holds(plan.other):
                     return plan
         return self._plan(last)
 
     def _ways(self) -> Iterator[DecodeStrategy]:
-        return self.planner.strategies(self.config)
+        """Tiles are dealt to all processes where that is faster than that the first one decodes them all."""
+        for strategy in self.planner.strategies(self.config):
+            dealt = self.config.vae_device == "auto" and strategy.tile is not None and self.part(strategy.tile) < 1
+            yield replace(strategy, dealt=True, on_side_stream=False) if dealt else strategy
+
+    def part(self, tile: int) -> float:
+        """What the most loaded process computes of dealt tiles, of what one process would."""
+        height, width = self._pixels()
+        (alone,) = self.planner.vae.operations(height, width, tile, 1)
+        return max(self.planner.vae.operations(height, width, tile, self.ranks)) / alone
+
+    def _pixels(self) -> tuple[int, int]:
+        """Rows and columns that are decoded."""
+        geometry, scale = geometry_of(self.config, self.planner.sizes.in_dim), self.planner.vae.spatial_scale
+        return geometry.height * scale, geometry.width * scale
 
     def _plan(self, strategy: DecodeStrategy) -> TogetherPlan:
-        first = self.planner.memory(self.config, self.settings, strategy, self.batch, self.first)
-        return TogetherPlan(strategy, _uncaptured(first), self.number, self._other(strategy))
-
-    def _undecoded(self, strategy: DecodeStrategy) -> MemoryPlan:
-        """Of the first process, without what the decoder takes when it is at work, which takes long to find out."""
-        return _uncaptured(self.planner.undecoded(self.config, strategy, self.first))
+        share = (0, self.ranks) if strategy.dealt else None
+        first = self.planner.memory(self.config, self.settings, strategy, self.batch, self.first, share)
+        part = self.part(strategy.tile) if strategy.dealt and strategy.tile is not None else None
+        return TogetherPlan(strategy, _uncaptured(first), self.number, self._other(strategy), part)
 
     def _other(self, strategy: DecodeStrategy) -> MemoryPlan:
-        plan = _uncaptured(self.planner.undecoded(self.config, strategy, self.other))
-        return replace(plan, vae=0, text_encoder=0, vae_elsewhere=False)
+        """Of the most loaded of the others: by its cache, and, where tiles are dealt, by the most of these."""
+        if not strategy.dealt or strategy.tile is None:
+            plan = self.planner.undecoded(self.config, strategy, self.other)
+            return replace(_uncaptured(plan), vae=0, text_encoder=0, vae_elsewhere=False)
+        work = self.planner.vae.operations(*self._pixels(), strategy.tile, self.ranks)
+        share = max(range(1, self.ranks), key=work.__getitem__), self.ranks
+        plan = self.planner.memory(self.config, self.settings, strategy, self.batch, self.other, share)
+        return replace(_uncaptured(plan), text_encoder=0)
+
+    def advice(self, plan: TogetherPlan) -> list[str]:
+        """How decoding is shared, as calculated, or could be."""
+        if plan.part is not None:
+            return [f"  the most loaded process computes {100 * plan.part:.0f} % of what one would alone, calculated"]
+        if plan.strategy.tile is not None or not self.planner.vae.tiles or self.config.vae_device != "auto":
+            return []
+        tile = min(SHARED_TILES, key=lambda tile: max(self.planner.vae.operations(*self._pixels(), tile, self.ranks)))
+        (alone,) = self.planner.vae.operations(*self._pixels(), max(self._pixels()) // 16 * 16 + 16, 1)
+        part = max(self.planner.vae.operations(*self._pixels(), tile, self.ranks)) / alone
+        return [
+            f"  by process 0, for which the others wait; with vae_tile={tile} all would decode, the most loaded "
+            f"{100 * part:.0f} % of that, calculated"
+        ] * (part < 1)
 
 
 def _uncaptured(plan: MemoryPlan) -> MemoryPlan:

@@ -19,19 +19,22 @@ from utils.video import to_uint8
 from wan.cuda_graphs import CudaRecorder
 from wan.vae.layers import run
 from wan.vae.streaming import LatentDecoder
+from wan.vae.tiles import gather_tiles
 from wan.vae.untiled import compiled_run
 
 
 @dataclass(frozen=True)
 class DecodeStrategy:
     """How videos are decoded: `tile`, `frames` (a call), `piece` and `on_host` as in LatentDecoder.decoder, and whether
-    a block is decoded beside the denoising of the next, which takes the memory of both at once."""
+    a block is decoded beside the denoising of the next, which takes the memory of both at once. `dealt`: tiles are
+    dealt to the processes that make a video together, else the first one decodes all."""
 
     frames: int = 1
     tile: int | None = None
     frame_chunk: int | None = None
     on_side_stream: bool = False
     on_host: bool = False
+    dealt: bool = False
 
     @property
     def steady(self) -> bool:
@@ -41,7 +44,8 @@ class DecodeStrategy:
     def __str__(self) -> str:
         frames = "whole frames" if self.tile is None else f"in tiles of at most {self.tile} pixels a side"
         cache = ", the cache in the host's memory" if self.on_host else ""
-        return frames + cache + (", beside the next block's denoising" if self.on_side_stream else "")
+        dealt = ", which are dealt to all processes" if self.dealt else ""
+        return frames + dealt + cache + (", beside the next block's denoising" if self.on_side_stream else "")
 
 
 @dataclass(frozen=True)
@@ -73,6 +77,7 @@ class BlockDecoder:
         self._videos = videos
         self._height, self._width = pixel_size
         self._profiler = profiler
+        self._tile = strategy.tile
         self._decoder = vae.decoder(strategy.frames, strategy.tile, strategy.frame_chunk, strategy.on_host)
         aside = strategy.on_side_stream and has_streams(vae.device)
         self._stream: SideStream | None = vae.side_stream() if aside else None
@@ -80,11 +85,24 @@ class BlockDecoder:
     def decode(self, latents: Tensor) -> HostFrames:
         """The next latents [B, F, C, h, w], of any device."""
         with nullcontext() if self._stream is None else self._stream.after(latents):
-            with self._profiler.span("decode", self._vae.device):
-                video = self._decoder.decode(latents)[..., : self._height, : self._width]
-                frames = torch.stack([to_uint8(one) for one in video[: self._videos]])
+            frames = self._decoded(latents)
             with self._profiler.span("copy", self._vae.device):
                 return self._to_host(frames)
+
+    def assist(self, latents: Tensor) -> None:
+        """Decode this process's tiles of the next latents, for the first one, which gathers them."""
+        self._decoded(latents)
+
+    def _decoded(self, latents: Tensor) -> Tensor:
+        """uint8 [B, frames, H, W, 3] on the device; where tiles are dealt, all of them on the first process."""
+        with self._profiler.span("decode", self._vae.device):
+            video = self._decoder.decode(latents)
+            height, width = video.shape[-2:]
+            video = video[: self._videos, ..., : self._height, : self._width]
+            frames = torch.stack([to_uint8(one) for one in video])
+            if self._vae.exchange is not None and self._tile is not None:
+                gather_tiles(self._vae.exchange, frames, height, width, self._tile)
+            return frames
 
     def _to_host(self, frames: Tensor) -> HostFrames:
         if not has_streams(frames.device):

@@ -16,6 +16,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from torch.overrides import TorchFunctionMode
 
 from utils.memory import PeakTracker
+from wan.attention.exchange import PlannedExchange
 from wan.vae.streaming import LatentDecoder
 
 REMEMBERED = 256  # predictions, of a few numbers each
@@ -69,14 +70,16 @@ def decode_bytes(
     batch: int = 1,
     frame_chunk: int | None = None,
     on_host: bool = False,
+    share: tuple[int, int] | None = None,
 ) -> DecodeBytes:
     """What `vae`, on the meta device, takes to decode blocks of `block` latent frames of height x width pixels,
     `batch` videos at once.
 
     `tile`, `frames_per_call`, `frame_chunk` and `on_host` as in LatentDecoder.decoder. The block's video counts, as the
-    activations do; weights do not.
+    activations do; weights do not. `share`: (rank, ranks) of a process, where tiles are dealt to several.
     """
     assert vae.device.type == "meta", "memory is predicted with `published`, or with weights that are loaded to meta"
+    vae.exchange = None if share is None else PlannedExchange(*share)
     decoder = vae.decoder(frames_per_call, tile, frame_chunk, on_host)
     shape = (batch, block, vae.z_dim, height // vae.spatial_scale, width // vae.spatial_scale)
     latents = torch.empty(shape, device="meta")

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from utils.errors import InputError
 from utils.pinned_buffers import PinnedBuffers
 from utils.transfer import SideStream, has_streams
+from wan.attention.exchange import HeadExchange
 from wan.vae.untiled import FrameDecoder, Run, Steady
 
 if TYPE_CHECKING:
@@ -43,6 +44,8 @@ class LatentDecoder(ABC):
         self.z_dim = z_dim
         self.spatial_scale = spatial_scale
         self.temporal_scale = temporal_scale
+        self.exchange: HeadExchange | None = None
+        """The other processes to which tiles are dealt, if they are."""
         self._steady: Steady | None = None
         self._spare: tuple[tuple[int, ...], FrameDecoder] | None = None
         self._stream: SideStream | None = None
@@ -59,6 +62,10 @@ class LatentDecoder(ABC):
     @abstractmethod
     def lay_out(self, conv3d_as_conv2d: bool) -> None:
         """Put the weights in memory as they are used best; `conv3d_as_conv2d`: by a CPU."""
+
+    def operations(self, height: int, width: int, tile: int, ranks: int) -> list[float]:
+        """What each of so many processes computes of a latent frame, if tiles are dealt to them."""
+        raise NotImplementedError("this decoder has no tiles")
 
     @property
     def dtype(self) -> torch.dtype:

@@ -7,6 +7,8 @@ each tile with the margin (halo) of input that its pixels depend on. So tiles an
 alone. The halo is computed from the layers; at the frame's border there is none, and the convolutions pad as they
 always do. For Wan 2.1 it is 7 pixels of the first stage's input and 10 of the second's: 28 and 20 pixels of the video.
 What the tiles save is activations: together their caches are as large as the whole frame's, and the halos on top.
+Several processes can share out the tiles (`deal`): each runs both stages of its own, and between the stages they send
+each other what their halos reach of the others'; every tile is computed from the same numbers as by one process.
 Caches can lie in the host's memory (`FeatureCache`): then small tiles that work on several frames at once take least,
 for every piece of frames brings the cache there and back. This file does not know normalised latents, nor how frames
 follow each other in a video.
@@ -18,15 +20,19 @@ import math
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import product
+from types import EllipsisType
 
 import torch
 from torch import Tensor, nn
 
 from utils.errors import InputError
 from utils.pinned_buffers import PinnedBuffers
+from wan.attention.exchange import HeadExchange, longest_first
 from wan.vae.feature_cache import FeatureCache
 from wan.vae.layers import Upsample, run
 from wan.vae.modules import Decoder
+
+Place = tuple[EllipsisType, slice, slice]  # rows and columns
 
 TILE_MULTIPLE = 16  # output pixels: a tile's border must fall between the pixels of every level
 
@@ -57,14 +63,22 @@ class TiledFrames:
     of 16.
     """
 
-    def __init__(self, decoder: Decoder, tile: int, frame_chunk: int = 1, host: PinnedBuffers | None = None) -> None:
+    def __init__(
+        self,
+        decoder: Decoder,
+        tile: int,
+        frame_chunk: int = 1,
+        host: PinnedBuffers | None = None,
+        exchange: HeadExchange | None = None,
+    ) -> None:
         """`frame_chunk`: pixel frames that the last stage works on at once, the one before on half as many. `host`: as
-        in History."""
+        in FeatureCache. With an `exchange` the tiles are dealt out, and of a video only this rank's are written."""
         check_tile(tile)
         self._tile = tile
         self._frame_chunk = frame_chunk
         self._whole, self._stages = split(decoder)
         self._host = host
+        self._exchange = exchange
         self._history = FeatureCache(host)
         self._histories: dict[tuple[int, Tile], FeatureCache] = {}
         self._alike: dict[Tile, int] = {}  # on the meta device: for how many tiles one stands
@@ -80,9 +94,10 @@ class TiledFrames:
             done += x.shape[2]
 
     def _tiles(self, video: Tensor) -> list[Tile]:
-        """All tiles; on the meta device, where only sizes count, the first of those of the same size."""
-        height, width = sides = video.shape[-2:]
-        tiles = list(tiling(height, width, self._tile))
+        """This rank's tiles, all of them if there is no other; on the meta device, where only sizes count, the first of
+        those of the same size."""
+        sides = video.shape[-2:]
+        tiles = self._dealt(sides)[0 if self._exchange is None else self._exchange.rank]
         if not video.is_meta:
             return tiles
         first_of: dict[tuple[int, ...], Tile] = {}
@@ -92,6 +107,10 @@ class TiledFrames:
             first = first_of.setdefault(tuple(part.stop - part.start for part in inputs), tile)
             self._alike[first] = self._alike.get(first, 0) + 1
         return list(self._alike)
+
+    def _dealt(self, sides: Sequence[int]) -> list[list[Tile]]:
+        """The tiles of every rank."""
+        return deal(sides[0], sides[1], self._tile, 1 if self._exchange is None else self._exchange.ranks)
 
     def _finish(self, x: Tensor, tiles: Sequence[Tile], video: Tensor) -> None:
         """The last stage, [B, C, F, h, w] into `video` [B, F, 3, H, W]."""
@@ -104,7 +123,8 @@ class TiledFrames:
                 )
 
     def _assemble(self, x: Tensor, tiles: Sequence[Tile], sides: Sequence[int]) -> Tensor:
-        """The stage before the last of the whole frame, [B, C, F, h, w] to [B, C', F', h', w']."""
+        """The stage before the last of the whole frame, [B, C, F, h, w] to [B, C', F', h', w']; of several ranks, what
+        this one's tiles are made of."""
         scale, per_pixel = (stage.scale for stage in self._stages)  # `per_pixel` that comes out, pixels of the video
         whole = None
         for tile in tiles:
@@ -113,8 +133,33 @@ class TiledFrames:
                 whole = frame_chunk.new_empty(*frame_chunk.shape[:3], x.shape[-2] * scale, x.shape[-1] * scale)
             rows, columns = (slice(a // per_pixel, b // per_pixel) for a, b in _sides(tile))
             whole[..., rows, columns] = frame_chunk
-        assert whole is not None
-        return whole
+        if self._exchange is not None:
+            self._trade(self._exchange, x if whole is None else whole, sides)
+        return x if whole is None else whole
+
+    def _trade(self, exchange: HeadExchange, whole: Tensor, sides: Sequence[int]) -> None:
+        """Bring what the tiles of every rank reach of those of the others into its `whole` [B, C, F, h, w]."""
+        dealt, rank = self._dealt(sides), exchange.rank
+        sent = [[whole[place] for place in self._reached(dealt[rank], other, sides)] for other in dealt]
+        places = [self._reached(other, dealt[rank], sides) for other in dealt]
+        sent[rank], places[rank] = [], []
+        targets = [[whole[place] for place in of_one] for of_one in places]
+        sizes = [sum(target.numel() for target in of_one) for of_one in targets]
+        fill(targets, exchange.trade(sent, sizes, whole))
+
+    def _reached(self, tiles: Sequence[Tile], others: Sequence[Tile], sides: Sequence[int]) -> list[Place]:
+        """Where, in what comes out of the stage before the last, `tiles` are that the last stage of `others` takes."""
+        per_pixel = self._stages[1].scale
+        found = []
+        for tile, other in product(tiles, others):
+            reach = self._reach(1, other, sides)[0]
+            rows, columns = (
+                slice(max(low // per_pixel, part.start), min(high // per_pixel, part.stop))
+                for (low, high), part in zip(_sides(tile), reach, strict=True)
+            )
+            if rows.start < rows.stop and columns.start < columns.stop:
+                found.append((..., rows, columns))
+        return found
 
     def _run_tile(self, index: int, x: Tensor, tile: Tile, sides: Sequence[int]) -> Tensor:
         """The tile's part of what a stage makes of `x`, without the halo; the video has these `sides`."""
@@ -135,6 +180,21 @@ class TiledFrames:
             inputs.append(slice(first, min(high + stage.halo, side // per_pixel)))
             outputs.append(slice((low - first) * stage.scale, (high - first) * stage.scale))
         return inputs, outputs
+
+    def operations(self, height: int, width: int, ranks: int) -> list[float]:
+        """What every rank computes of a latent frame of height x width pixels, if tiles are dealt to so many; attention
+        is not counted."""
+        scale = self._whole.scale * math.prod(stage.scale for stage in self._stages)
+        whole = height // scale * (width // scale) * operations(self._whole.layers)
+        once = [operations(stage.layers) for stage in self._stages]
+        frames = [doublings(self._whole.layers), doublings((*self._whole.layers, *self._stages[0].layers))]
+
+        def of_tile(tile: Tile) -> float:
+            reaches = [self._reach(index, tile, (height, width))[0] for index in (0, 1)]
+            pixels = [math.prod(part.stop - part.start for part in reach) for reach in reaches]
+            return sum(math.prod(factors) for factors in zip(pixels, once, frames, strict=True))
+
+        return [whole + sum(map(of_tile, tiles)) for tiles in deal(height, width, self._tile, ranks)]
 
     def cache_bytes(self) -> int:
         tiles = (self._alike.get(tile, 1) * history.nbytes() for (_, tile), history in self._histories.items())
@@ -159,6 +219,31 @@ def tiling(height: int, width: int, tile: int) -> Iterator[Tile]:
     """Tiles of about equal size, no side above `tile`, that cover height x width output pixels, row by row."""
     for (top, bottom), (left, right) in product(_spans(height, tile), _spans(width, tile)):
         yield Tile(top, bottom, left, right)
+
+
+def deal(height: int, width: int, tile: int, ranks: int) -> list[list[Tile]]:
+    """The tiles of `tiling`, row by row, for every rank: the largest first, each to the rank with the least pixels."""
+    tiles = list(tiling(height, width, tile))
+    owners = longest_first([(one.bottom - one.top) * (one.right - one.left) for one in tiles], ranks)
+    return [[one for one, owner in zip(tiles, owners, strict=True) if owner == rank] for rank in range(ranks)]
+
+
+def gather_tiles(exchange: HeadExchange, frames: Tensor, height: int, width: int, tile: int) -> None:
+    """Bring the tiles of all ranks into the first one's `frames` [B, F, rows, columns, 3], which may be less than the
+    decoded height x width pixels; the others' tiles are in theirs."""
+    dealt = deal(height, width, tile, exchange.ranks)
+    own, nothing = exchange.rank, list[Tensor]()
+    parts = [[frames[:, :, one.top : one.bottom, one.left : one.right] for one in of_one] for of_one in dealt]
+    sent = [parts[own] if rank == 0 and own else nothing for rank in range(exchange.ranks)]
+    targets = [of_one if rank and not own else nothing for rank, of_one in enumerate(parts)]
+    fill(targets, exchange.trade(sent, [sum(part.numel() for part in of_one) for of_one in targets], frames))
+
+
+def fill(targets: Sequence[Sequence[Tensor]], received: Sequence[Tensor]) -> None:
+    """What has come from every rank, flat, to where it belongs."""
+    for of_one, flat in zip(targets, received, strict=True):
+        for target, part in zip(of_one, torch.split(flat, [target.numel() for target in of_one] or [0]), strict=False):
+            target.copy_(part.view(target.shape))
 
 
 def _spans(size: int, tile: int) -> list[tuple[int, int]]:
@@ -191,6 +276,25 @@ def _parts(layers: Sequence[nn.Module]) -> list[nn.Module]:
 def enlargement(layers: Sequence[nn.Module]) -> int:
     """How many output pixels a side become of one input pixel: 2 for each enlargement."""
     return int(2 ** sum(isinstance(part, nn.Upsample) for part in _parts(layers)))
+
+
+def doublings(layers: Sequence[nn.Module]) -> int:
+    """How many frames become of one, but of a video's first."""
+    return int(2 ** sum(isinstance(layer, Upsample) and layer.time_conv is not None for layer in layers))
+
+
+def operations(layers: Sequence[nn.Module]) -> float:
+    """Of the convolutions, for an input pixel and frame (a multiplication and an addition are two)."""
+    total, pixels = 0.0, 1
+    for layer in layers:
+        if isinstance(layer, Upsample):
+            total += 0 if layer.time_conv is None else 2 * pixels * layer.time_conv.weight.numel()
+            pixels *= 4 * doublings([layer])
+            total += sum(2 * pixels * part.weight.numel() for part in layer.resample if isinstance(part, nn.Conv2d))
+        else:
+            convolutions = (part for part in layer.modules() if isinstance(part, (nn.Conv2d, nn.Conv3d)))
+            total += sum(2 * pixels * part.weight.numel() for part in convolutions)
+    return total
 
 
 def halo(layers: Sequence[nn.Module]) -> int:

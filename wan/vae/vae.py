@@ -135,9 +135,12 @@ class VAE(LatentDecoder):
         prepared: Tensor = self.module.post_quant_conv(z)
         return prepared
 
+    def operations(self, height: int, width: int, tile: int, ranks: int) -> list[float]:
+        return TiledFrames(self.module.decoder, tile).operations(height, width, ranks)
+
     def new_frames(self, tile: int | None, frame_chunk: int, host: PinnedBuffers | None) -> FrameDecoder:
         if tile is not None:
-            return TiledFrames(self.module.decoder, tile, frame_chunk, host)
+            return TiledFrames(self.module.decoder, tile, frame_chunk, host, self.exchange)
         layers = self.module.decoder.layers()
         second, third = [i for i, layer in enumerate(layers) if isinstance(layer, Upsample)][-2:]
         # Of the last two parts the first doubles the frames.
