@@ -104,17 +104,16 @@ def assemble(
     if exchange is not None:
         texts.share(exchange)
     dtype = choose_dtype(config, device)
-    model = load_transformer(config, sizes, device, dtype, checked=True)
+    together = None if exchange is None else choose_together(config, settings, device, exchange, batch)
+    mesh = exchange.mesh(device.type) if exchange is not None and together is not None and together.sharded else None
+    model = load_transformer(config, sizes, device, dtype, checked=True, mesh=mesh)
     model.exchange = exchange
     generator = BlockGenerator(model, settings)
     geometry = geometry_of(config, sizes.in_dim)
     engine_runs = start_engine(generator, config.engine, geometry, batch)
     _measure_speed(generator, config, geometry)
     # By now the settings say what heads keep.
-    if exchange is None:
-        strategy = choose_strategy(config, generator.settings, device, batch)
-    else:
-        strategy = choose_together(config, generator.settings, device, exchange, batch).strategy
+    strategy = choose_strategy(config, generator.settings, device, batch) if together is None else together.strategy
     runs_for = batch if engine_runs else 1
     if exchange is not None and exchange.rank > 0 and not strategy.dealt:
         return Parts(generator, None, None, strategy, texts, runs_for)

@@ -385,6 +385,7 @@ def test_dealt_tiles_are_the_bytes_of_one_process(ranks: int, tile: int, size: t
 def test_a_session_with_dealt_tiles() -> None:
     def drive(exchange: ThreadExchange | None) -> torch.Tensor | None:
         words = ["vae_tile=128", "resolution=[128,144]", "num_output_frames=6", "dummy_forcing=off", "low_memory=false"]
+        words += ["denoising_step_list=[1000]"]
         with Pipeline.from_config("configs/shapes_demo.yaml", words, exchange=exchange) as pipeline:
             assert pipeline.strategy.dealt == (exchange is not None)
             if pipeline.follows:

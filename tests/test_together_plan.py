@@ -8,9 +8,13 @@ from typing import Any
 import pytest
 import torch
 
+from pipeline.config.config import load_config
+from pipeline.planning.plan import planner_for
 from pipeline.planning.stages import StagePlanner, VideoStages, no_scores
+from pipeline.planning.together import Room, TogetherPlanner
 from pipeline.runtime.generator import BlockGenerator
 from pipeline.runtime.inputs import GeneratorSettings
+from pipeline.runtime.loading import generator_settings
 from pipeline.session import Session
 from tests.test_generator import SCHEDULE
 from tests.test_plan import made
@@ -85,3 +89,47 @@ def test_passes_of_a_rank_take_what_is_planned() -> None:
     for rank, taken in enumerate(together(2, peak)):
         stages = planned(wide, limits, PlannedExchange(rank, 2))
         assert stages.text + max(stage.total for stage in stages) == pytest.approx(taken, rel=0.1)
+
+
+def planner(*overrides: str, ranks: int = 3) -> TogetherPlanner:
+    config = load_config("configs/shapes_demo.yaml", [f"parallel=heads:{ranks}", *overrides])
+    made = planner_for(config, torch.device("cpu"))
+    return TogetherPlanner(made, config, generator_settings(config, made.sizes), ranks)
+
+
+def test_weights_are_sharded_where_they_do_not_fit_as_a_whole() -> None:
+    plans = planner()
+    wide = plans.fitting(Room(1 << 40, 1 << 40))
+    assert not wide.sharded and wide.first.gathered == 0 and wide.first.vae > 0
+    assert wide.other.vae == wide.other.vae_cache == wide.other.text_encoder == 0
+    assert wide.most is wide.first and wide.first.peak > wide.other.peak
+    small = plans.fitting(Room(1 << 10, 1 << 10))
+    assert small.sharded and small.first.gathered > 0
+    assert wide.first.transformer / 3 < small.first.transformer < wide.first.transformer / 2
+    assert (
+        "does not fit" not in "".join(plans.about_shards(wide)) and "a shard of every" in plans.about_shards(small)[0]
+    )
+    whole = planner("precision=fp8").fitting(Room(1 << 10, 1 << 10))
+    assert not whole.sharded
+
+
+def test_tiles_are_dealt_where_that_is_faster() -> None:
+    wide = Room(1 << 40, 1 << 40)
+    dealt = planner("vae_tile=128", "resolution=[128,384]", "low_memory=false")
+    plan = dealt.fitting(wide)
+    assert plan.strategy.dealt and not plan.strategy.on_side_stream and plan.part is not None
+    assert 1 / 3 < plan.part < 0.6 and f"{100 * plan.part:.0f} %" in dealt.about_tiles(plan)[0]
+    assert 0 < plan.other.vae_cache < 0.6 * planner_cache(dealt)
+    one = planner("vae_tile=128", "resolution=[128,128]", "low_memory=false")
+    assert not one.fitting(wide).strategy.dealt  # a single tile
+    whole = planner("resolution=[128,384]", "low_memory=false")
+    assert not whole.fitting(wide).strategy.dealt
+    assert "with vae_tile=128 all would decode" in whole.about_tiles(whole.fitting(wide))[0]
+    elsewhere = planner("vae_tile=128", "resolution=[128,384]", "low_memory=false", "vae_device=cpu")
+    assert not elsewhere.fitting(wide).strategy.dealt
+
+
+def planner_cache(plans: TogetherPlanner) -> int:
+    """What one process keeps of all tiles."""
+    strategy = next(plans.planner.strategies(plans.config))
+    return plans.planner.memory(plans.config, plans.settings, strategy).vae_cache

@@ -24,6 +24,7 @@ class MemoryPlan:
     recordings: int = 0  # private memory of captured passes, which those that run as they are cannot use
     vae_recordings: int = 0
     on_side_stream: bool = False  # a block is decoded while the next is denoised
+    gathered: int = 0  # a layer's weights while it runs, where each process holds a shard
     vae_elsewhere: bool = False  # on another device than the rest
 
     @property
@@ -43,7 +44,7 @@ class MemoryPlan:
     @property
     def peak(self) -> int:
         """The most that is there at once while videos are made."""
-        standing = self.transformer + self.text + self.recordings
+        standing = self.transformer + self.gathered + self.text + self.recordings
         if self.vae_elsewhere:
             return standing + max(stage.total for stage in self.stages)
         together = sum if self.on_side_stream else max
@@ -58,7 +59,8 @@ class MemoryPlan:
     def lines(self) -> list[str]:
         before, prompt, switch = self.stages.before_split, self.stages.prompt, self.stages.switch
         rows = [
-            ("transformer weights", self.transformer),
+            ("transformer weights" + (", a shard" if self.gathered else ""), self.transformer),
+            ("a layer's weights, gathered", self.gathered),
             ("VAE weights", self.vae),
             ("text keys and values", self.text),
             ("cache, kept frames", self.cache.kept),

@@ -95,5 +95,6 @@ def plan_lines(
     scale = scale_of(settings.policy, planner.sizes, geometry, ranks, steps, itemsize)
     together = TogetherPlanner(planner, config, settings, ranks, batch)
     plan = together.fitting(Room.here(config, device, ranks))
-    lines += [*scale_lines(scale), f"Decoding: {preview}{plan.strategy}", *together.advice(plan)]
+    lines += [*scale_lines(scale), *together.about_shards(plan)]
+    lines += [f"Decoding: {preview}{plan.strategy}", *together.about_tiles(plan)]
     return [*lines, *plan.lines(about)]

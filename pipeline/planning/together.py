@@ -7,21 +7,26 @@ found by the classes that a run uses, one rank at a time.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from dataclasses import dataclass, field, replace
+from itertools import product
 
 import torch
 
 from pipeline.config.config import InferenceConfig, geometry_of
 from pipeline.planning.memory_plan import MemoryPlan
 from pipeline.planning.plan import RESERVE, Planner, planner_for
-from pipeline.planning.scale import most_loaded
+from pipeline.planning.scale import LINKS, most_loaded
 from pipeline.planning.stages import VideoStages
 from pipeline.runtime.decoding import DecodeStrategy
 from pipeline.runtime.inputs import GeneratorSettings
 from pipeline.runtime.loading import choose_vae_device
 from utils.memory import memory_of
 from wan.attention.exchange import HeadExchange, PlannedExchange
+from wan.transformer.sharded import shard_bytes
+
+logger = logging.getLogger(__name__)
 
 SHARED_TILES = (512, 384, 256, 192, 128)  # pixels, of which one suits a number of processes
 
@@ -56,6 +61,7 @@ class TogetherPlan:
     first: MemoryPlan
     number: int
     other: MemoryPlan
+    sharded: bool = False  # the transformer's weights
     part: float | None = None  # of dealt tiles what the most loaded process computes, of what one alone would
 
     @property
@@ -97,20 +103,31 @@ class TogetherPlanner:
         return self.planner.stages(self.config, self.settings, self.batch, PlannedExchange(rank, self.ranks))
 
     def fitting(self, room: Room) -> TogetherPlan:
-        """The first way, from the fastest on, with which all processes have room; or the last."""
-        *others, last = self._ways()
-        for strategy in others:
-            if room.holds(_uncaptured(self.planner.undecoded(self.config, strategy, self.first))):
-                plan = self._plan(strategy)  # which takes long to find out
+        """The first way, from the fastest on, with which all processes have room; or the last. Weights are sharded
+        where they fit as a whole in none."""
+        *others, last = product(self._sharding(), self._strategies())
+        for sharded, strategy in others:
+            if room.holds(self._shared(self.planner.undecoded(self.config, strategy, self.first), sharded)):
+                plan = self._plan(strategy, sharded)  # which takes long to find out
                 if room.holds(plan.first) and room.holds(plan.other):
                     return plan
-        return self._plan(last)
+        return self._plan(last[1], last[0])
 
-    def _ways(self) -> Iterator[DecodeStrategy]:
+    def _sharding(self) -> tuple[bool, ...]:
+        """FP8 weights are no parameters, of which shards are made."""
+        return (False,) if self.config.precision == "fp8" else (False, True)
+
+    def _strategies(self) -> Iterator[DecodeStrategy]:
         """Tiles are dealt to all processes where that is faster than that the first one decodes them all."""
         for strategy in self.planner.strategies(self.config):
             dealt = self.config.vae_device == "auto" and strategy.tile is not None and self.part(strategy.tile) < 1
             yield replace(strategy, dealt=True, on_side_stream=False) if dealt else strategy
+
+    def _shared(self, plan: MemoryPlan, sharded: bool) -> MemoryPlan:
+        """Passes of several processes are not captured."""
+        less, gathered = shard_bytes(self.planner.model.layers(), self.ranks) if sharded else (0, 0)
+        transformer = plan.transformer - less
+        return replace(plan, recordings=0, text=plan.stages.text, transformer=transformer, gathered=gathered)
 
     def part(self, tile: int) -> float:
         """What the most loaded process computes of dealt tiles, of what one process would."""
@@ -123,24 +140,37 @@ class TogetherPlanner:
         geometry, scale = geometry_of(self.config, self.planner.sizes.in_dim), self.planner.vae.spatial_scale
         return geometry.height * scale, geometry.width * scale
 
-    def _plan(self, strategy: DecodeStrategy) -> TogetherPlan:
+    def _plan(self, strategy: DecodeStrategy, sharded: bool) -> TogetherPlan:
         share = (0, self.ranks) if strategy.dealt else None
         first = self.planner.memory(self.config, self.settings, strategy, self.batch, self.first, share)
         part = self.part(strategy.tile) if strategy.dealt and strategy.tile is not None else None
-        return TogetherPlan(strategy, _uncaptured(first), self.number, self._other(strategy), part)
+        other = self._shared(self._other(strategy), sharded)
+        return TogetherPlan(strategy, self._shared(first, sharded), self.number, other, sharded, part)
 
     def _other(self, strategy: DecodeStrategy) -> MemoryPlan:
         """Of the most loaded of the others: by its cache, and, where tiles are dealt, by the most of these."""
         if not strategy.dealt or strategy.tile is None:
             plan = self.planner.undecoded(self.config, strategy, self.other)
-            return replace(_uncaptured(plan), vae=0, text_encoder=0, vae_elsewhere=False)
+            return replace(plan, vae=0, text_encoder=0, vae_elsewhere=False)
         work = self.planner.vae.operations(*self._pixels(), strategy.tile, self.ranks)
         share = max(range(1, self.ranks), key=work.__getitem__), self.ranks
         plan = self.planner.memory(self.config, self.settings, strategy, self.batch, self.other, share)
-        return replace(_uncaptured(plan), text_encoder=0)
+        return replace(plan, text_encoder=0)
 
-    def advice(self, plan: TogetherPlan) -> list[str]:
-        """How decoding is shared, as calculated, or could be."""
+    def about_shards(self, plan: TogetherPlan) -> list[str]:
+        """What sharding brings and takes, if weights are sharded."""
+        if not plan.sharded:
+            return []
+        less, _ = shard_bytes(self.planner.model.layers(), self.ranks)
+        received = less * (len(self.config.denoising_step_list) + 1)  # once a pass
+        links = ", ".join(f"{1000 * received / speed:.0f} ms with {name}" for name, speed in LINKS.items())
+        return [
+            "Weights: they do not fit as a whole, so each process holds a shard of every layer",
+            f"  each receives the rest anew for every pass, {received / 1e9:.1f} GB a block, calculated: {links}",
+        ]
+
+    def about_tiles(self, plan: TogetherPlan) -> list[str]:
+        """What dealing them brings, or could."""
         if plan.part is not None:
             return [f"  the most loaded process computes {100 * plan.part:.0f} % of what one would alone, calculated"]
         if plan.strategy.tile is not None or not self.planner.vae.tiles or self.config.vae_device != "auto":
@@ -154,11 +184,6 @@ class TogetherPlanner:
         ] * (part < 1)
 
 
-def _uncaptured(plan: MemoryPlan) -> MemoryPlan:
-    """Passes of several processes are not captured."""
-    return replace(plan, recordings=0, text=plan.stages.text)
-
-
 def choose_together(
     config: InferenceConfig, settings: GeneratorSettings, device: torch.device, exchange: HeadExchange, batch: int = 1
 ) -> TogetherPlan:
@@ -170,4 +195,6 @@ def choose_together(
         plan = TogetherPlanner(planner_for(config, device), config, settings, exchange.ranks, batch).fitting(room)
     plan = exchange.from_first(plan)
     assert plan is not None
+    if plan.sharded:
+        logger.info("weights: sharded over %d processes, since one has no room for all", exchange.ranks)
     return plan

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import torch
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from dummy.policies.registry import policy_from_config
 from dummy.roles import HeadRoles
@@ -32,6 +33,7 @@ from wan.config import AdapterConfig, ModelConfig
 from wan.text import TextEncoder
 from wan.transformer.fp8 import check_fp8, to_fp8
 from wan.transformer.model import CausalWanModel
+from wan.transformer.sharded import load_sharded
 from wan.vae.preview import SOURCE_HINT, PreviewDecoder
 from wan.vae.streaming import LatentDecoder
 from wan.vae.vae import VAE
@@ -221,10 +223,16 @@ def model_sizes(config: InferenceConfig) -> ModelConfig:
 
 
 def load_transformer(
-    config: InferenceConfig, sizes: ModelConfig, device: torch.device, dtype: torch.dtype, checked: bool = False
+    config: InferenceConfig,
+    sizes: ModelConfig,
+    device: torch.device,
+    dtype: torch.dtype,
+    checked: bool = False,
+    mesh: DeviceMesh | None = None,
 ) -> CausalWanModel:
-    """The causal transformer with its LoRA merged; `checked`: what there is to warn of, `check_before_loading` has."""
-    model = _assemble(config, sizes, device, dtype, logger.debug if checked else logger.warning)
+    """The causal transformer with its LoRA merged; `checked`: what there is to warn of, `check_before_loading` has.
+    With a `mesh` its layers are sharded over it."""
+    model = _assemble(config, sizes, device, dtype, logger.debug if checked else logger.warning, mesh)
     model.use_attention(config.attention)
     if config.precision == "fp8":
         to_fp8(model)
@@ -237,6 +245,7 @@ def _assemble(
     device: torch.device,
     dtype: torch.dtype,
     warn: Callable[[str], None] = logger.warning,
+    mesh: DeviceMesh | None = None,
 ) -> CausalWanModel:
     """On the meta device nothing of the files is read but names and shapes, and those are checked all the same."""
     source = config.generator_path
@@ -250,7 +259,10 @@ def _assemble(
             logger.info("LoRA: %s merged into %d layers, times %g", shown(lora.path), merged, lora.strength)
     with torch.device("meta"):
         model = CausalWanModel(sizes)
-    load_into(model, state, source, dtype, device, consume=True)
+    if mesh is None:
+        load_into(model, state, source, dtype, device, consume=True)
+    else:
+        load_sharded(model, state, source, dtype, device, mesh)
     return model.eval()
 
 

@@ -19,6 +19,7 @@ from typing import NamedTuple, TypeVar
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch.distributed.device_mesh import DeviceMesh
 
 from wan.attention.head_group import HeadLayout, Retention
 
@@ -130,6 +131,11 @@ class HeadExchange:
         values = [value] * self.ranks
         dist.all_gather_object(values, value, group=self._waiting)
         return values
+
+    def mesh(self, kind: str) -> DeviceMesh:
+        """The ranks as torch.distributed shards weights over them, on devices of a kind ("cuda", "cpu")."""
+        assert dist.group.WORLD is not None
+        return DeviceMesh.from_group(self._group or dist.group.WORLD, kind)
 
     def own_tokens(self, tokens: int) -> slice:
         """This rank's part of a pass's tokens."""

@@ -29,6 +29,7 @@ from wan.attention.varlen import RaggedFn, ragged_backend
 from wan.config import ModelConfig
 from wan.geometry import LatentGeometry
 from wan.transformer.layers import OutputHead, TransformerBlock
+from wan.transformer.sharded import gathered
 
 
 @dataclass(frozen=True)
@@ -164,7 +165,7 @@ class CausalWanModel(nn.Module):
     def encode_text(self, embeds: Tensor) -> TextContext:
         """The keys and values of a prompt; `embeds` [B, text_len, text_dim], zero past the prompt."""
         text = self.text_embedding(to_device(embeds, self.device).to(self.dtype))
-        pairs = [block.cross_attn.keys_and_values(text) for block in self.layers()]
+        pairs = [block.cross_attn.keys_and_values(text) for block in gathered(self.layers())]
         return TextContext(tuple(k for k, _ in pairs), tuple(v for _, v in pairs))
 
     def new_cache(
@@ -236,7 +237,7 @@ class CausalWanModel(nn.Module):
         """`forward` with its positions given as tensors; the pass joins the cache as the frames `commit`, if any."""
         y, rotation, part = self._share(self._patchify(latents), rotation, time)
         x = y if residual is not None else None
-        for layer, block in enumerate(self.layers()):
+        for layer, block in enumerate(gathered(self.layers())):
             y = self._run(block, layer, y, time, text, cache, rotation, commit, part)
         if residual is not None and x is not None:
             residual.value = y - x
@@ -255,16 +256,14 @@ class CausalWanModel(nn.Module):
         in the own slots of all layers, for `KVCache.append_current_block`."""
         x, rotation, part = self._share(self._patchify(latents), rotation, time)
         last = self.config.num_layers - 1
-        for layer, block in enumerate(self.layers()):
-            if layer < last or cache.observing:
-                x = self._run(block, layer, x, time, text, cache, rotation, commit, part)
+        for layer, block in enumerate(gathered(self.layers()[: last + cache.observing])):
+            x = self._run(block, layer, x, time, text, cache, rotation, commit, part)
         if cache.observing:
             return
-        order, modulation = (
-            cache.layers[last].head_order,
-            time.layers[last] if part is None else part.modulation(time.layers[last]),
-        )
-        k, v = self.layers()[last].commit_only(x, modulation, rotation, order and order.order)
+        order, modulation = cache.layers[last].head_order, time.layers[last]
+        modulation = modulation if part is None else part.modulation(modulation)
+        for block in gathered(self.layers()[last:]):
+            k, v = block.commit_only(x, modulation, rotation, order and order.order)
         if part is not None:
             k, v = part.to_heads((k, v), cache.layers[last].head_counts)
         if commit is None:
