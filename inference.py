@@ -141,7 +141,8 @@ def make_videos(work: Work, world: World) -> None:
     are any; the first of them writes."""
     from tqdm import tqdm
 
-    from pipeline.assembly import Pipeline, memory_explained
+    from pipeline.assembly import Pipeline
+    from pipeline.planning.memory_advice import memory_explained
     from pipeline.runtime.together import joined, rank_device
     from pipeline.video_files import write_videos
 

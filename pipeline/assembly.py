@@ -5,8 +5,8 @@ from __future__ import annotations
 import itertools
 import logging
 import threading
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager, nullcontext
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -17,7 +17,7 @@ from torch import Tensor
 
 from dummy.policy import ContextPolicy
 from pipeline.config.config import InferenceConfig, as_dict, check_against_model, geometry_of, load_config
-from pipeline.planning.memory_advice import is_out_of_memory, out_of_memory
+from pipeline.planning.memory_advice import memory_explained
 from pipeline.planning.plan import choose_strategy
 from pipeline.planning.together import choose_together
 from pipeline.runtime.decoding import BlockDecoder, DecodeStrategy, start_decoder
@@ -131,18 +131,6 @@ def _measure_speed(generator: BlockGenerator, config: InferenceConfig, geometry:
     forcing = config.dummy_forcing
     if forcing.enabled and forcing.speed is not None:
         generator.settings = at_speed(generator, geometry, forcing.speed, forcing.cost_key)
-
-
-@contextmanager
-def memory_explained(config: InferenceConfig, device: torch.device, batch: int = 1, ranks: int = 1) -> Iterator[None]:
-    """Within the context, memory that does not suffice becomes an InputError that says what would fit; of `ranks`
-    processes that make videos together."""
-    try:
-        yield
-    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
-        if is_out_of_memory(error):
-            raise out_of_memory(config, device, batch, ranks) from error
-        raise
 
 
 class Pipeline:

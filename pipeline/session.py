@@ -213,9 +213,9 @@ class Session:
                 raise InputError("prompt: the session has none yet; call session.prompt(text) before the first block")
             with self._turns.taken(Turn(self._number, due)):
                 block = self._advance(due)
+                host = None if block is None or self._decoder is None else self._decoder.decode(block.latents)
             if block is None:
                 raise StopIteration
-            host = None if self._decoder is None else self._decoder.decode(block.latents)
         return self._finished(block, host, began)
 
     def follow(self, due: Due | None) -> None:

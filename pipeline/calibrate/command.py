@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from dummy.calibration.candidates import CANDIDATES, named, parse_candidates
 from dummy.calibration.recorder import QUERIES
-from pipeline.assembly import memory_explained
 from pipeline.calibrate.cost import cost_lines, memory_lines, products_a_second
 from pipeline.calibrate.curve import show_curve
 from pipeline.calibrate.recording import Recording, chosen_passes, over_full_history, record
 from pipeline.config.config import InferenceConfig, load_config
+from pipeline.planning.memory_advice import memory_explained
 from pipeline.planning.plan import planner_for
 from pipeline.runtime.loading import (
     check_before_loading,

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from itertools import islice
 
@@ -92,3 +93,15 @@ def out_of_memory(config: InferenceConfig, device: torch.device, batch: int = 1,
         f"{device} has {format_bytes(available)}, and programs and libraries hold some of it. "
         + (f"Less is needed with: {advice}" if advice else "No smaller setting would fit.")
     )
+
+
+@contextmanager
+def memory_explained(config: InferenceConfig, device: torch.device, batch: int = 1, ranks: int = 1) -> Iterator[None]:
+    """Within the context, memory that does not suffice becomes an InputError that says what would fit; of `ranks`
+    processes that make videos together."""
+    try:
+        yield
+    except (torch.OutOfMemoryError, MemoryError, RuntimeError) as error:
+        if is_out_of_memory(error):
+            raise out_of_memory(config, device, batch, ranks) from error
+        raise

@@ -105,7 +105,7 @@ class TogetherPlanner:
     def fitting(self, room: Room) -> TogetherPlan:
         """The first way, from the fastest on, with which all processes have room; or the last. Weights are sharded
         where they fit as a whole in none."""
-        *others, last = product(self._sharding(), self._strategies())
+        *others, last = product(self._sharding(), self.strategies())
         for sharded, strategy in others:
             if room.holds(self._shared(self.planner.undecoded(self.config, strategy, self.first), sharded)):
                 plan = self._plan(strategy, sharded)  # which takes long to find out
@@ -117,7 +117,7 @@ class TogetherPlanner:
         """FP8 weights are no parameters, of which shards are made."""
         return (False,) if self.config.precision == "fp8" else (False, True)
 
-    def _strategies(self) -> Iterator[DecodeStrategy]:
+    def strategies(self) -> Iterator[DecodeStrategy]:
         """Tiles are dealt to all processes where that is faster than that the first one decodes them all."""
         for strategy in self.planner.strategies(self.config):
             dealt = self.config.vae_device == "auto" and strategy.tile is not None and self.part(strategy.tile) < 1

@@ -21,9 +21,10 @@ from pathlib import Path
 
 import torch
 
-from pipeline.assembly import Pipeline, memory_explained
+from pipeline.assembly import Pipeline
 from pipeline.config.config import InferenceConfig
 from pipeline.config.jobs import VideoJob
+from pipeline.planning.memory_advice import memory_explained
 from pipeline.runtime.loading import check_before_loading, require_files
 from pipeline.runtime.together import joined, rank_device
 from pipeline.vbench.records import Records, now
