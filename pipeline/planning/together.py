@@ -71,9 +71,9 @@ class TogetherPlan:
 
     def lines(self, about: str) -> list[str]:
         return [
-            f"Memory of process 0, the first, as tensors{about}:",
+            f"Memory, as tensors{about}, of process 0:",
             *self.first.lines(),
-            f"Memory of process {self.number}, the most loaded of the others, as tensors{about}:",
+            f"Memory, as tensors{about}, of process {self.number}, the most loaded of the others:",
             *self.other.lines(),
         ]
 
@@ -195,6 +195,6 @@ def choose_together(
         plan = TogetherPlanner(planner_for(config, device), config, settings, exchange.ranks, batch).fitting(room)
     plan = exchange.from_first(plan)
     assert plan is not None
-    if plan.sharded:
+    if plan.sharded and exchange.rank == 0:
         logger.info("weights: sharded over %d processes, since one has no room for all", exchange.ranks)
     return plan
