@@ -14,7 +14,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
-from torch.distributed.fsdp import FSDPModule, fully_shard
 
 from wan.checkpoints.filling import load_into
 from wan.transformer.layers import SelfAttention, TransformerBlock
@@ -39,6 +38,8 @@ class JoinedSelfAttention(SelfAttention):
 
 def shard(block: TransformerBlock, mesh: DeviceMesh) -> None:
     """Leave each rank of the mesh its shard of the layer's weights, which all of them have whole."""
+    from torch.distributed.fsdp import fully_shard  # takes most of a second, and few need it
+
     block.self_attn = JoinedSelfAttention(block.self_attn)
     fully_shard(block, mesh=mesh, ignored_params={block.modulation})
 
@@ -73,9 +74,12 @@ def gathered(blocks: Sequence[TransformerBlock]) -> Iterator[TransformerBlock]:
     """The layers one after the other, each with its whole weights as long as the caller is at it. All ranks must take
     the same."""
     for block in blocks:
-        if not isinstance(block, FSDPModule):
+        if type(block) is TransformerBlock:  # of which sharding makes another class
             yield block
             continue
+        from torch.distributed.fsdp import FSDPModule
+
+        assert isinstance(block, FSDPModule)
         with torch.inference_mode(False), torch.no_grad():
             block.unshard()
         try:
