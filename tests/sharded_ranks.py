@@ -38,6 +38,7 @@ def main(folder: Path) -> None:
     model.compile_layers(backend="eager")
     made["compiled"] = latents(model)
     held = sum(one.to_local().numel() if hasattr(one, "to_local") else one.numel() for one in model.parameters())
+    made["output"] = model.layers()[1].self_attn.output_weight()
     torch.save({**made, "held": held}, folder / f"{exchange.rank}.pt")
     dist.destroy_process_group()
 

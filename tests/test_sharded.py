@@ -56,4 +56,5 @@ def test_two_processes_with_sharded_weights(tmp_path: Path) -> None:
         made = torch.load(tmp_path / f"{rank}.pt")
         for way in ("eager", "compiled"):
             torch.testing.assert_close(made[way], alone, atol=1e-4, rtol=1e-4)
+        assert torch.equal(made["output"], model.layers()[1].self_attn.output_weight())
         assert made["held"] < 0.75 * whole  # what is not in the layers is a good part of so small a model

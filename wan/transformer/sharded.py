@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from pathlib import Path
+from typing import cast
 
 import torch
 import torch.nn.functional as F
@@ -34,6 +35,12 @@ class JoinedSelfAttention(SelfAttention):
 
     def inputs(self, x: Tensor, first: int = 0) -> Tensor:
         return F.linear(x, self.weight[first:], self.bias[first:])
+
+    def output_weight(self) -> Tensor:
+        """As ever; all ranks ask for it at the same time."""
+        from torch.distributed.tensor import DTensor  # which takes as long
+
+        return cast(DTensor, self.o.weight.detach()).full_tensor()
 
 
 def shard(block: TransformerBlock, mesh: DeviceMesh) -> None:
