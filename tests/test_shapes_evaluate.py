@@ -95,7 +95,7 @@ def test_the_gate(bounds: dict[str, dict[str, dict[str, float]]], status: int, t
 def test_every_policy_is_the_one_that_it_is_called(name: str) -> None:
     config = load_config(ROOT / evaluate.CONFIG, evaluate.POLICIES[name])
     kind, _, frames = name.partition(":")
-    assert config.policy == {"anchored": "packed"}.get(kind, kind)
+    assert config.policy == {"anchored": "packed", "online": "calibrated"}.get(kind, kind)
     assert not frames or config.dummy_forcing.frames_per_head == float(frames)
 
 
