@@ -162,8 +162,12 @@ def test_everything_has_a_key(open_page: Open, stage: Studio) -> None:
     (made,) = stage.house.folders.saved.glob("*.mp4")
     assert Path(download.value.path()).read_bytes() == made.read_bytes()
     assert download.value.suggested_filename == made.name
+    page.select_option("#policy", "paper")
+    page.keyboard.press("Escape")
+    page.focus("body")
     page.keyboard.press("r")
     wait(page, "studio.player.take == 1 && studio.player.shown > 0 && !studio.state.paused")
+    assert look(page, "document.getElementById('policy').value") == "paper"  # any restart is with what was chosen
 
 
 def test_a_reload_and_a_second_tab_and_a_guest(open_page: Open, stage: Studio) -> None:

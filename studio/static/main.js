@@ -139,7 +139,7 @@ function step() {
   connection.say("step");
 }
 
-function restart(fields = {}) {
+function restart(fields) {
   connection.say("restart", fields);
 }
 
@@ -193,7 +193,7 @@ byId("say").addEventListener("submit", (event) => {
 });
 byId("pause").addEventListener("click", pause);
 byId("step").addEventListener("click", step);
-byId("restart").addEventListener("click", () => restart());
+byId("restart").addEventListener("click", () => restart(settings.fields()));
 byId("save").addEventListener("click", () => saves.begin());
 byId("share").addEventListener("click", share);
 byId("alert").querySelector("button").addEventListener("click", () => (byId("alert").hidden = true));
@@ -202,7 +202,7 @@ byId("again").addEventListener("click", () => {
   location.reload();
 });
 
-const SHORTCUTS = { " ": pause, ".": step, r: () => restart(), s: () => saves.begin() };
+const SHORTCUTS = { " ": pause, ".": step, r: () => restart(settings.fields()), s: () => saves.begin() };
 document.addEventListener("keydown", (event) => {
   const inField = event.target.closest("input, select, textarea");
   if (event.key === "Escape" && inField) inField.blur();
