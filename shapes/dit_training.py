@@ -83,7 +83,8 @@ def train_dit(folder: Path, recipe: DiTRecipe, until: int | None = None, start_f
     else:
         server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
         given = (server.port, folder, recipe, until, start_from)
-        spawn(_worker, given, nprocs=PARTS)  # type: ignore[no-untyped-call]
+        # Daemons end with this process, whatever ends it; others would go on, and it would wait for them.
+        spawn(_worker, given, nprocs=PARTS, daemon=True)  # type: ignore[no-untyped-call]
     return cast(Flow, averaged(Stage(folder, "dit", recipe.steps).path, Flow()))
 
 
