@@ -60,9 +60,8 @@ class DummyForcingConfig:
     differ from machine to machine.
 
     Policy `calibrated` knows no roles: every head keeps what a calibration says costs it least, that of a file or, with
-    `calibration: online`, of the video's own beginning, with
-    `frames_per_head` earlier frames as a mean over all heads, or as many as `full`, `window` or a speed (16fps) leave
-    room for, which mean what they do in `equal_cost`.
+    `calibration: online`, of the video's own beginning. `frames_per_head` earlier frames are spent, as a mean over all
+    heads, or as many as `full`, `window` or a speed (16fps) leave room for, which mean what they do in `equal_cost`.
 
     Raises:
         InputError: a value out of range.
