@@ -14,10 +14,11 @@ from torch import Tensor
 
 from dummy.roles import HeadRoles
 from pipeline.runtime.generator import BlockGenerator
-from pipeline.runtime.inputs import Passes
+from pipeline.runtime.inputs import GeneratorSettings, Passes
 from tests import conformance
 from tests.graph_recorder import OperatorRecorder
-from tests.test_generator import GEOMETRY, ROLES, NoHostReads, generator, latents, start
+from tests.test_generator import GEOMETRY, ROLES, SCHEDULE, NoHostReads, generator, latents, start
+from tests.test_online import online
 from tests.tiny import segments, tiny_model
 from utils.seed import NoiseStream
 from wan.transformer.graphs import GraphedPasses, StaticInputs
@@ -85,6 +86,15 @@ def test_videos_are_those_of_the_model(kind: str, roles: HeadRoles | None, setti
             given = torch.ones(1, 6, 16, 4, 6) if seeds == (5,) else None
             videos.append(latents(made.start(geometry, texts, NoiseStream(seeds), len(seeds), prefix_latents=given)))
         same(videos[1], videos[0])
+
+
+@pytest.mark.parametrize("threshold", [None, 80.0])
+def test_videos_that_calibrate_themselves_are_those_of_the_model(threshold: float | None) -> None:
+    """Passes are recorded once heads have parted; steps that TeaCache leaves out are not observed."""
+    eager = BlockGenerator(tiny_model(), GeneratorSettings(SCHEDULE, online(), teacache_threshold=threshold))
+    graphed, passes = recording(eager)
+    same(latents(start(graphed, 1)), latents(start(eager, 1)))
+    assert passes.num_graphs == 2
 
 
 def _stirred(text, seed: int):  # type: ignore[no-untyped-def]
