@@ -57,6 +57,15 @@ def test_a_forward_in_fp8(dtype: torch.dtype) -> None:
     assert torch.equal(flow(model, [[3, 1, 0, 2], [1, 0, 2, 3], [2, 3, 1, 0]]), made)
 
 
+def test_the_output_projection_is_as_it_was_to_rounding() -> None:
+    """What errors of heads are measured by."""
+    model, made = tiny_model(), tiny_model()
+    to_fp8(made)
+    for block, other in zip(model.layers(), made.layers(), strict=True):
+        weight = block.self_attn.output_weight()
+        assert 0 < (other.self_attn.output_weight() - weight).norm() / weight.norm() < 0.05
+
+
 def test_half_of_the_memory() -> None:
     def size(model: CausalWanModel) -> int:
         tensors = [tensor for block in model.blocks for tensor in (*block.parameters(), *block.buffers())]
