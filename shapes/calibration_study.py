@@ -41,31 +41,15 @@ from utils.files import ensure_writable_folder, write_atomic
 
 logger = logging.getLogger(__name__)
 
+PACKED, WINDOW = evaluate.POLICIES["packed"], evaluate.POLICIES["window"]
 MORE = ["2+0", "3+0", "3+1", "3+3", "0+5", "0+7", "2+4", "3+6", "0+8", "3+9", "1+7"]
 
 
 def questions(study: Study) -> dict[str, Callable[[], list[Trial]]]:
     """What is tried for every question; nothing is recorded before its function is called."""
-    usual = Path(evaluate.CALIBRATION)
-    every = slice(None)
-    packed, window = evaluate.POLICIES["packed"], evaluate.POLICIES["window"]
-
-    def known(settings: Settings, name: str, reference: Settings = (), switched: bool = False) -> Trial:
-        return Trial(name, None, settings, reference, switched, frames=())
-
-    def relative() -> list[Trial]:
-        trial = Trial("usual, relative", usual, RELATIVE, RELATIVE)
-        online = Trial("online, relative", Path(ONLINE), RELATIVE, RELATIVE, alone=True)
-        return [trial, online, known([*packed, *RELATIVE], "paper, relative", RELATIVE)]
-
-    def switch() -> list[Trial]:
-        others = [known(packed, "paper, switched", switched=True), known(window, "window 7, switched", switched=True)]
-        online = Trial("online, switched", Path(ONLINE), switched=True, alone=True)
-        again = replace(online, name="online, observed again", settings=["dummy_forcing.reclassify_on_switch=true"])
-        return [Trial("usual, switched", usual, switched=True), online, again, *others]
-
+    usual, every = Path(evaluate.CALIBRATION), slice(None)
     return {
-        "others": lambda: [known(packed, "paper"), known(window, "window 7")],
+        "others": lambda: [_known(PACKED, "paper"), _known(WINDOW, "window 7")],
         "score": lambda: [
             Trial(f"mean square ^ {power}", study.changed(f"power_{power}", powered(power))) for power in (0.35, 0.7, 1)
         ],
@@ -108,9 +92,28 @@ def questions(study: Study) -> dict[str, Callable[[], list[Trial]]]:
             Trial("usual, after four blocks of full history", usual, change=after_full_history),
             Trial("online", Path(ONLINE), alone=True),
         ],
-        "switch": switch,
-        "relative": relative,
+        "switch": _switch,
+        "relative": _relative,
     }
+
+
+def _known(settings: Settings, name: str, reference: Settings = (), switched: bool = False) -> Trial:
+    """A policy without a calibration."""
+    return Trial(name, None, settings, reference, switched, frames=())
+
+
+def _relative() -> list[Trial]:
+    usual = Trial("usual, relative", Path(evaluate.CALIBRATION), RELATIVE, RELATIVE)
+    online = Trial("online, relative", Path(ONLINE), RELATIVE, RELATIVE, alone=True)
+    return [usual, online, _known([*PACKED, *RELATIVE], "paper, relative", RELATIVE)]
+
+
+def _switch() -> list[Trial]:
+    usual = Trial("usual, switched", Path(evaluate.CALIBRATION), switched=True)
+    online = Trial("online, switched", Path(ONLINE), switched=True, alone=True)
+    again = replace(online, name="online, observed again", settings=["dummy_forcing.reclassify_on_switch=true"])
+    others = [_known(PACKED, "paper, switched", switched=True), _known(WINDOW, "window 7, switched", switched=True)]
+    return [usual, online, again, *others]
 
 
 def trials(study: Study, chosen: Sequence[str]) -> Iterator[tuple[str, Trial]]:

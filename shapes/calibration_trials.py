@@ -180,16 +180,16 @@ class Study:
             return path
         found, past = self.usual, self._geometry.num_frames - BLOCK
         captions, full = read_prompts(PROMPTS, "prompts")[:VIDEOS], self.settings(evaluate.POLICIES["full"])
+        with torch.inference_mode():
+            videos = [([self._prompt([caption])], [video_seed(1, at, 0)]) for at, caption in enumerate(captions)]
+            whole_videos = [self.latents(full, *video) for video in videos]
         for layer in range(1, self.usual.subject.num_layers):
             rows = Dial(found, past).choose(frames).table.rows[:layer]
             whole = [(FULL_HISTORY,) * self.usual.subject.num_heads] * (self.usual.subject.num_layers - layer)
             limited = replace(full, policy=policy_of_table(RetentionTable.of([*rows, *whole])))
             errors = found.errors.clone()
-            for place, caption in enumerate(captions):
-                with torch.inference_mode():
-                    segments, seeds = [self._prompt([caption])], [video_seed(1, place, 0)]
-                    video = self.latents(full, segments, seeds)
-                measured, _ = self._errors(segments, seeds, video, settings=limited, layer=layer)
+            for place, (video, latents) in enumerate(zip(videos, whole_videos, strict=True)):
+                measured, _ = self._errors(*video, latents, settings=limited, layer=layer)
                 errors[place, :, layer] = measured[:, 0]
             found = replace(found, errors=errors)
         found.save(path)

@@ -54,10 +54,12 @@ class OnlineCalibration:
 
     def sinks(self) -> int:
         """The most first frames that a head may keep."""
-        every = self.dial.calibration.candidates
-        return max(every[place].sink for place in self.dial.candidates)
+        return max(one.sink for one in self._retentions())
 
     def longest(self) -> int:
         """The most frames that a head may keep."""
+        return max(one.total for one in self._retentions())
+
+    def _retentions(self) -> list[Retention]:
         every = self.dial.calibration.candidates
-        return max(every[place].total for place in self.dial.candidates)
+        return [every[place] for place in self.dial.candidates]

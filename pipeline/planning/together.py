@@ -178,10 +178,12 @@ class TogetherPlanner:
         tile = min(SHARED_TILES, key=lambda tile: max(self.planner.vae.operations(*self._pixels(), tile, self.ranks)))
         (alone,) = self.planner.vae.operations(*self._pixels(), max(self._pixels()) // 16 * 16 + 16, 1)
         part = max(self.planner.vae.operations(*self._pixels(), tile, self.ranks)) / alone
+        if part >= 1:
+            return []
         return [
             f"  by process 0, for which the others wait; with vae_tile={tile} all would decode, the most loaded "
             f"{100 * part:.0f} % of that, calculated"
-        ] * (part < 1)
+        ]
 
 
 def choose_together(
