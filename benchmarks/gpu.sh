@@ -1,42 +1,46 @@
 #!/usr/bin/env bash
-# Everything worth knowing about the transformer on one GPU, in one call of under 9 minutes:
+# Everything worth knowing about the program on one GPU, in one call of under 9 minutes:
 #
-#     benchmarks/gpu.sh FOLDER [--device cpu --small]
+#     benchmarks/gpu.sh FOLDER [--only PATTERN] [--device cpu --small]
 #
-# Correctness first (the stored vectors in fp32 and bf16 with each engine, the tests marked gpu), then the tables. Every
-# part has its own time limit and its own files in FOLDER, so that one that fails costs nothing else; FOLDER/summary.txt
-# has a line for each. --small takes minutes of a CPU instead: fewer cases, tiny models, the same parts.
-# PYTHON is the interpreter, python3 by default.
+# Correctness first, all of it at once (the stored vectors in fp32 and bf16 with each engine, the tests marked gpu, the
+# small model's videos), then the tables, each alone. Every part has its own time limit and its own files in FOLDER, so
+# that one that fails costs nothing else; FOLDER/summary.txt has a line for each. --only runs the parts whose names match
+# a regular expression, --small takes minutes of a CPU instead: fewer cases, tiny models, the same parts.
+# PYTHON is the interpreter, python3 by default, and LIMIT the seconds for everything, 530 by default.
 set -u
 cd "$(dirname "$0")/.." || exit 2
 
 if [ $# -lt 1 ] || [ "${1#--}" != "$1" ]; then
-    sed -n '2,9s/^# \{0,1\}//p' "$0" >&2
+    sed -n '2,11s/^# \{0,1\}//p' "$0" >&2
     exit 2
 fi
 FOLDER=$1
 shift
 DEVICE=cuda
 SMALL=no
+ONLY=.
 while [ $# -gt 0 ]; do
     case $1 in
     --device) DEVICE=$2 && shift 2 ;;
+    --only) ONLY=$2 && shift 2 ;;
     --small) SMALL=yes && shift ;;
     *) echo "gpu.sh: $1 is unknown" >&2 && exit 2 ;;
     esac
 done
 PYTHON=${PYTHON:-python3}
-LIMIT=${LIMIT:-530} # seconds for everything
+LIMIT=${LIMIT:-530}
 mkdir -p "$FOLDER" || exit 2
 FOLDER=$(cd "$FOLDER" && pwd)
 # What one part compiles, the next finds.
-export TORCHINDUCTOR_CACHE_DIR="$FOLDER/compile_cache"
+export TORCHINDUCTOR_CACHE_DIR="${TORCHINDUCTOR_CACHE_DIR:-$FOLDER/compile_cache}"
 : >"$FOLDER/summary.txt"
 
 # part NAME SECONDS COMMAND...: run it for at most so long, output to NAME.txt
 part() {
     local name=$1 limit=$2 left=$((LIMIT - SECONDS)) begin=$SECONDS status
     shift 2
+    [[ $name =~ $ONLY ]] || return
     [ "$left" -lt "$limit" ] && limit=$left
     if [ "$limit" -le 5 ]; then
         status="left out, no time"
@@ -63,11 +67,20 @@ dit() { # NAME SECONDS ARGUMENTS...
     part "$name" "$limit" "$PYTHON" -m benchmarks.dit --device "$DEVICE" --json "$FOLDER/$name.json" "$@"
 }
 
+program() { # NAME SECONDS SCRIPT CONFIG ARGUMENTS...: a video of the small model as its users make it
+    local name=$1 limit=$2 script=$3 config=$4
+    shift 4
+    part "$name" "$limit" "$PYTHON" "$script" --config_path "configs/$config.yaml" device="$DEVICE" \
+        output_folder="$FOLDER/$name" "$@"
+}
+
 DATA=tests/data/vectors
 ALL=()
+OTHERS=()
 for case in "$DATA"/*.safetensors; do
     case $case in
-    *_a.safetensors | */text_encoder.* | */vae.*) ;;
+    *_a.safetensors) ;;
+    */text_encoder.* | */vae.*) OTHERS+=("$case") ;;
     *) ALL+=("$case") ;;
     esac
 done
@@ -86,12 +99,17 @@ if [ "$SMALL" = yes ]; then
     part end_to_end 60 "$PYTHON" -m benchmarks.end_to_end "${TINY[@]}" --dim 64 --layers 1 --engine eager \
         --json "$FOLDER/end_to_end.json"
 else
-    vectors vectors_eager_fp32 eager fp32 40 "${ALL[@]}"
-    vectors vectors_recorded_fp32 recorded fp32 40 "${ALL[@]}"
-    vectors vectors_recorded_bf16 recorded bf16 40 "${ALL[@]}"
-    vectors vectors_graphed_fp32 graphed fp32 60 "${FEW[@]}"
-    vectors vectors_graphed_bf16 graphed bf16 60 "${FEW[@]}"
-    part tests_gpu 60 "$PYTHON" -m pytest -m gpu -q tests/test_gpu.py tests/test_attention.py tests/test_fp8.py
+    vectors vectors_eager_fp32 eager fp32 100 "${ALL[@]}" &
+    vectors vectors_others_fp32 eager fp32 100 "${OTHERS[@]}" &
+    vectors vectors_recorded_fp32 recorded fp32 100 "${ALL[@]}" &
+    vectors vectors_recorded_bf16 recorded bf16 100 "${ALL[@]}" &
+    vectors vectors_graphed_fp32 graphed fp32 100 "${FEW[@]}" &
+    vectors vectors_graphed_bf16 graphed bf16 100 "${FEW[@]}" &
+    part tests_gpu 100 "$PYTHON" -m pytest -m gpu -q tests/test_gpu.py tests/test_attention.py tests/test_fp8.py &
+    program program_demo 100 inference.py shapes_demo inference_iter=2 profile=true &
+    program program_online 100 inference.py shapes_calibrated dummy_forcing.calibration=online &
+    program program_storyboard 100 interactive_inference.py shapes_interactive inference_iter=1 engine=eager &
+    wait
     dit dit_480 150 --resolution 480 --engine graphed,compiled,eager --policy packed,full,window,prune --profile
     part vae 60 "$PYTHON" -m benchmarks.vae --resolution 480 --engine graphed,eager --json "$FOLDER/vae.json"
     part end_to_end 60 "$PYTHON" -m benchmarks.end_to_end --resolution 480 --engine graphed --policy packed --profile \

@@ -146,6 +146,7 @@ def start_decoder(
     def make_ready() -> None:
         vae.prepare(frames, compiled_run() if compiled else run, CudaRecorder(vae.device) if recorded else None)
         warmup_decoder(vae, latents, on_side_stream)
+        torch.cuda.empty_cache()  # what calls took that from now on are replayed, in memory of their own
 
     or_eager("engine of the VAE", engine, required, make_ready, lambda: vae.prepare(frames, run))
 

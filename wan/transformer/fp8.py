@@ -43,8 +43,8 @@ def product(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, bias: Tens
 
 
 def _scaled_product(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, bias: Tensor) -> Tensor:
-    """`product` by tensor cores."""
-    if not hasattr(F, "scaled_mm"):
+    """`product` by tensor cores. The compiler of torch 2.11 knows the older name of it alone."""
+    if torch.torch_version.TorchVersion(torch.__version__) < (2, 13):
         return torch._scaled_mm(a, b.t(), a_scales, b_scales.t(), bias, out_dtype=bias.dtype, use_fast_accum=True)
     each_row = F.ScalingType.RowWise
     scales = a_scales, each_row, b_scales.t(), each_row
