@@ -111,7 +111,7 @@ else
     program program_storyboard 100 interactive_inference.py shapes_interactive inference_iter=1 engine=eager &
     wait
     dit dit_480 150 --resolution 480 --engine graphed,compiled,eager --policy packed,full,window,prune --profile
-    part vae 60 "$PYTHON" -m benchmarks.vae --resolution 480 --engine graphed,eager --json "$FOLDER/vae.json"
+    part vae 90 "$PYTHON" -m benchmarks.vae --resolution 480 --engine graphed,eager --repeat 3 --json "$FOLDER/vae.json"
     part end_to_end 60 "$PYTHON" -m benchmarks.end_to_end --resolution 480 --engine graphed --policy packed --profile \
         --no_file --json "$FOLDER/end_to_end.json"
     dit dit_fp8_480 60 --resolution 480 --engine graphed --policy packed --precision auto,fp8 --repeat 3 --profile

@@ -69,15 +69,19 @@ def random_vae(width: int, device: torch.device, dtype: torch.dtype) -> VAE:
     return VAE(module.to(device, dtype), config)
 
 
-def twin(vae: VAE) -> Any:
-    """Diffusers' AutoencoderKLWan with the same weights, which lie in memory as ours do."""
+def twin(vae: VAE, as_ours: bool = True) -> Any:
+    """Diffusers' AutoencoderKLWan with the same weights; they lie in memory `as_ours`, so that kernels are the same, or
+    as Diffusers has them."""
     from diffusers import AutoencoderKLWan
 
     sizes = {name: list(value) if isinstance(value, tuple) else value for name, value in asdict(vae.config).items()}
     build: Any = AutoencoderKLWan  # untyped
     with torch.device("meta"):
         module = build(**sizes)
-    module.load_state_dict(vae.module.state_dict(), strict=True, assign=True)
+    weights = vae.module.state_dict()
+    if not as_ours:
+        weights = {name: weight.contiguous() for name, weight in weights.items()}
+    module.load_state_dict(weights, strict=True, assign=True)
     return module.eval()
 
 
@@ -180,7 +184,7 @@ def streamed_row(
 
 
 def diffusers_row(vae: VAE, latents: Tensor, exact: Tensor, resolution: str, dtype: str, repeat: int) -> Row:
-    module = twin(vae)
+    module = twin(vae, as_ours=False)
     for parameter in module.parameters():  # as it is loaded
         parameter.data = parameter.data.contiguous()
     video = decode_whole(module, vae, latents).cpu()

@@ -97,7 +97,7 @@ def test_the_loop_never_waits_for_the_device() -> None:
 def test_what_is_kept_on_the_host_changes_no_bit_and_leaves_the_device(tile: int | None) -> None:
     vae = random_vae(16, torch.device("cuda"), torch.bfloat16)
     blocks = torch.randn(2, 9, 16, 32, 32, generator=torch.Generator().manual_seed(0)).split(3, dim=1)
-    made, peaks = [], []
+    made, peaks, kept = [], [], 0
     for on_host in (False, True):
         vae.forget()
         torch.cuda.empty_cache()
@@ -105,8 +105,10 @@ def test_what_is_kept_on_the_host_changes_no_bit_and_leaves_the_device(tile: int
         decoder = vae.decoder(1, tile, on_host=on_host)
         made.append(torch.cat([decoder.decode(block).cpu() for block in blocks], dim=1))
         peaks.append(torch.cuda.max_memory_allocated())
+        kept = decoder.cache_bytes()
+        decoder.close()
     assert torch.equal(*made)
-    assert peaks[1] < peaks[0] - decoder.cache_bytes() // 2
+    assert peaks[1] < peaks[0] - kept // 2
 
 
 def test_recordings_share_their_memory() -> None:
@@ -138,7 +140,8 @@ def test_waiting_for_frames_leaves_the_core_to_others() -> None:
 
 
 def test_the_allocator_holds_no_more_than_the_plan_and_its_reserve() -> None:
-    """With everything captured; the plan counts tensors, the allocator keeps pieces of 2 and 20 MiB beside them."""
+    """With everything captured; the plan counts tensors, the allocator keeps pieces of 2 and 20 MiB beside them, and
+    the library of products 32 MiB for every stream."""
     config = InferenceConfig(resolution=(256, 384), num_output_frames=12, num_frame_per_block=3, engine="graphed")
     geometry = geometry_of(config, CONFIG.in_dim)
     torch.cuda.empty_cache()
@@ -152,7 +155,7 @@ def test_the_allocator_holds_no_more_than_the_plan_and_its_reserve() -> None:
     decoder = BlockDecoder(vae, config.pixel_size, Profiler(vae.device), strategy)
     for block in start(made, 1, geometry=geometry).blocks():
         decoder.decode(block.latents).wait()
-    held = torch.cuda.max_memory_reserved() - before
+    held = torch.cuda.memory_reserved() - before
     planned = random_vae(32, torch.device("cpu"), torch.bfloat16).to("meta").lay_out_for(vae.device)
     plan = Planner(WIDE, planned, torch.bfloat16).memory(config, made.settings, strategy)
-    assert plan.peak * 0.5 < held < plan.peak * (1 + RESERVE) + (128 << 20)
+    assert plan.peak * 0.5 < held < plan.peak * (1 + RESERVE) + (256 << 20)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
+from typing import get_args
 
 import pytest
 import torch
@@ -18,7 +19,7 @@ from tests.vae_twin import twin, whole
 from utils.errors import InputError
 from wan.checkpoints.vae_names import to_diffusers
 from wan.vae.feature_cache import FeatureCache
-from wan.vae.layers import run
+from wan.vae.layers import ConvolutionWay, run
 from wan.vae.modules import VAEConfig, VAEModule
 from wan.vae.streaming import StreamingDecoder
 from wan.vae.vae import VAE
@@ -45,7 +46,7 @@ def vae(weights: dict[str, Tensor]) -> VAE:
 def exact(weights: dict[str, Tensor]) -> VAE:
     """As on a GPU: convolutions over time in one."""
     vae = VAE.from_state(weights, None, torch.float32, "cpu")
-    vae.module.lay_out(conv3d_as_conv2d=False)
+    vae.module.lay_out("volume")
     return vae
 
 
@@ -179,7 +180,7 @@ def test_a_decoders_memory_serves_inside_and_outside_of_inference_mode(
     tile: int | None, recorded: bool, exact: VAE, vector: dict[str, Tensor]
 ) -> None:
     vae = VAE(exact.module, exact.config)
-    vae.module.lay_out(conv3d_as_conv2d=False)
+    vae.module.lay_out("volume")
     if recorded:
         vae.prepare(1, run, OperatorRecorder())
     for inside in (True, False, True):
@@ -196,7 +197,7 @@ def test_the_steady_step_compiles_without_a_break(exact: VAE, vector: dict[str, 
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = VAE(exact.module, exact.config)
-    compiled.module.lay_out(conv3d_as_conv2d=False)
+    compiled.module.lay_out("volume")
     compiled.prepare(2, torch.compile(run, fullgraph=True, dynamic=False, backend=counter))
     latents = vector["latents"][:, :5]
     theirs = whole(exact, latents)
@@ -222,7 +223,7 @@ class Rewinding(OperatorRecorder):
 def test_recorded_steps_give_the_same_in_every_video(exact: VAE, vector: dict[str, Tensor]) -> None:
     recorder = Rewinding()
     recorded = VAE(exact.module, exact.config)
-    recorded.module.lay_out(conv3d_as_conv2d=False)
+    recorded.module.lay_out("volume")
     recorded.prepare(1, run, recorder)
     for latents in (vector["latents"], vector["latents"].flip(1)):
         decoder = recorded.decoder()
@@ -296,8 +297,8 @@ def test_bfloat16_of_trained_weights_is_lossless() -> None:
     exactly, half = (VAE.load(path, dtype, "cpu") for dtype in (torch.float32, torch.bfloat16))
     latents = exactly.encode(as_video(make_clip(0, 0, frames=9).video)[None])
     expected = exactly.decoder().decode(latents)
-    for conv3d_as_conv2d in (True, False):  # as on a CPU, and as on a GPU
-        half.module.lay_out(conv3d_as_conv2d=conv3d_as_conv2d)
+    for way in get_args(ConvolutionWay):
+        half.module.lay_out(way)
         assert decibel(half.decoder().decode(latents), expected) > 55
 
 

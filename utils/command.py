@@ -10,6 +10,7 @@ interrupted. Before that `utils.interrupts` answers Ctrl-C.
 from __future__ import annotations
 
 import logging
+import os
 import shlex
 import signal
 import sys
@@ -24,6 +25,7 @@ from utils.errors import InputError, ToldElsewhere, quoted, readable
 from utils.interrupts import INTERRUPTED, answer_at_once, by_exception
 
 LOG_FORMAT = "%(levelname)s: %(message)s"
+ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the first's former name
 PACKAGES = ("studio", "pipeline", "dummy", "wan", "utils")  # whose progress is told; of others, warnings alone
 
 
@@ -38,6 +40,7 @@ def run(program: Callable[[], int], modules: Sequence[str] = (), log_format: str
     """The status of `program`, see above; `modules` are the large ones that it needs, imported before it. Without a
     `log_format` it sets up its logging itself."""
     show_any_text()
+    _let_memory_grow()
     if log_format is not None:
         _show_progress(log_format)
     try:
@@ -55,6 +58,13 @@ def run(program: Callable[[], int], modules: Sequence[str] = (), log_format: str
     except KeyboardInterrupt:
         sys.stderr.write(f"{INTERRUPTED}\n")
         return 130
+
+
+def _let_memory_grow() -> None:
+    """Let PyTorch's allocator for GPUs lengthen what it has in place of adding blocks, between which gaps stay: with
+    them it holds half as much again. Not where the user has said how it is to work."""
+    if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
+        os.environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
 
 
 def _show_progress(log_format: str) -> None:

@@ -47,6 +47,7 @@ GPU = torch.device("cuda")
 TILES = (960, 640, 512, 384)  # pixels; below, the tiles' halos cost more memory than smaller tiles save
 MOST_TILES = 24  # more of them cost more memory for their halos than their size saves, and time to plan
 RESERVE = 0.1  # of the device's memory, for its libraries and the allocator
+COMPILED = 1.5  # activations of a compiled decoder, which lets go of them later, to those of one that is not
 PUBLISHED_TEXT_ENCODER = 11_361_920_418  # bytes of models_t5_umt5-xxl-enc-bf16.pth
 
 
@@ -99,12 +100,14 @@ class Planner:
             share=share,
         )
         recorded = _recorded(config, self.vae_device) and strategy.steady
+        # A video's first block is decoded as it comes: its first frame, and then fewer than are recorded.
+        alone = recorded and geometry.frames_per_block == 1
         return replace(
             plan,
             vae_cache=0 if strategy.on_host else decode.cache,
             vae_cache_on_host=decode.cache if strategy.on_host else 0,
-            vae_activations=decode.first if recorded else decode.activations,
-            vae_recordings=decode.activations if recorded else 0,
+            vae_activations=decode.first if alone else decode.activations,
+            vae_recordings=int(decode.activations * COMPILED) if recorded else 0,
         )
 
     def undecoded(self, config: InferenceConfig, strategy: DecodeStrategy, stages: VideoStages) -> MemoryPlan:

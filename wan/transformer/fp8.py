@@ -10,6 +10,7 @@ from __future__ import annotations
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.torch_version import TorchVersion
 
 from utils.errors import InputError
 from wan.transformer.layers import SelfAttention
@@ -17,6 +18,7 @@ from wan.transformer.model import CausalWanModel
 
 LARGEST = 448.0  # of e4m3
 CAPABILITY = (9, 0)  # from which on products take a scale a row
+COMPILER_KNOWS_SCALED_MM = TorchVersion(torch.__version__) >= "2.13"  # that of 2.11 knows its older name alone
 
 
 def check_fp8(device: torch.device) -> None:
@@ -43,8 +45,8 @@ def product(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, bias: Tens
 
 
 def _scaled_product(a: Tensor, a_scales: Tensor, b: Tensor, b_scales: Tensor, bias: Tensor) -> Tensor:
-    """`product` by tensor cores. The compiler of torch 2.11 knows the older name of it alone."""
-    if torch.torch_version.TorchVersion(torch.__version__) < (2, 13):
+    """`product` by tensor cores."""
+    if not COMPILER_KNOWS_SCALED_MM:
         return torch._scaled_mm(a, b.t(), a_scales, b_scales.t(), bias, out_dtype=bias.dtype, use_fast_accum=True)
     each_row = F.ScalingType.RowWise
     scales = a_scales, each_row, b_scales.t(), each_row
