@@ -27,9 +27,13 @@ from benchmarks.dit import BLOCK, LATENT_SIZES, model_config
 from benchmarks.machine import facts
 from benchmarks.steady import STEPS, build_model, make_policy
 from benchmarks.vae import random_vae
+from dummy.config import ONLINE, DummyForcingConfig
+from dummy.policies.registry import policy_from_config
+from dummy.policy import ContextPolicy
 from pipeline.assembly import Parts, Pipeline
 from pipeline.config.config import InferenceConfig, geometry_of
 from pipeline.planning.plan import Planner
+from pipeline.runtime.calibrated import online_dial
 from pipeline.runtime.decoding import fastest_strategy, start_decoder
 from pipeline.runtime.engine import passes_of, warmup
 from pipeline.runtime.generator import BlockGenerator
@@ -39,6 +43,7 @@ from pipeline.video_files import FrameWriter, deliver, profile_of
 from utils import command
 from utils.profiler import VideoProfile, format_profile
 from utils.video import VideoWriter
+from wan.config import ModelConfig
 from wan.geometry import pixel_frames
 from wan.vae.vae import VAE
 
@@ -97,14 +102,30 @@ def row(name: tuple[str, str, str, bool], profiles: Sequence[tuple[VideoProfile,
     return Row(*name, *times, *rates, profile.peak_bytes, profile.reserved_bytes, planned)
 
 
+def clip_policy(name: str, sizes: ModelConfig, config: InferenceConfig) -> ContextPolicy:
+    """As `make_policy`; or "observed", packed with roles that every video observes, or "online", memory that every
+    video calibrates."""
+    half = sizes.num_layers * sizes.num_heads // 2
+    window, block = config.model_kwargs, config.num_frame_per_block
+    if name == "observed":
+        return policy_from_config(window, DummyForcingConfig(True, "packed", num_dummy=half), block)
+    if name == "online":
+        return policy_from_config(
+            window,
+            DummyForcingConfig(True, "calibrated", calibration=ONLINE, frames_per_head=4 / 3),
+            block,
+            dial=online_dial(config, sizes),
+            model=sizes,
+        )
+    return make_policy(name, sizes, block)
+
+
 class Bench:
     """One generator and one VAE, and clips made with them."""
 
     def __init__(self, arguments: argparse.Namespace, resolution: str, policy: str, device: torch.device) -> None:
         sizes = model_config(arguments, device)
         model = build_model(sizes, device)
-        schedule = DenoisingSchedule.build(STEPS, 5.0, warp=True)
-        generator = BlockGenerator(model, GeneratorSettings(schedule, make_policy(policy, sizes, BLOCK)))
         vae = random_vae(arguments.width, device, model.dtype)
         height, width = LATENT_SIZES[resolution]
         size: int | tuple[int, int] = int(resolution) if resolution.isdigit() else (height * 8, width * 8)
@@ -112,6 +133,8 @@ class Bench:
         config = InferenceConfig(
             resolution=size, num_output_frames=arguments.frames, num_frame_per_block=BLOCK, engine=engine
         )
+        schedule = DenoisingSchedule.build(STEPS, 5.0, warp=True)
+        generator = BlockGenerator(model, GeneratorSettings(schedule, clip_policy(policy, sizes, config)))
         embed = torch.randn(sizes.text_len // 8, sizes.text_dim, generator=torch.Generator().manual_seed(0))
         self._parts = Parts(generator, vae, None, fastest_strategy(device, BLOCK, True), lambda _: embed)
         self._config = config
@@ -125,6 +148,14 @@ class Bench:
             warmup(generator, self._geometry)
         latents = torch.zeros(1, *self._geometry.block_shape, device=self.device)
         start_decoder(vae, engine, True, latents)
+
+    def forget(self) -> None:
+        """Let go of what the last clips have left for the next."""
+        vae = self._parts.vae
+        assert isinstance(vae, VAE)
+        vae.forget()
+        if self.device.type == "cuda":
+            torch.cuda.empty_cache()
 
     def planned(self, overlap: bool) -> int:
         """Bytes on a GPU as the plan has them."""
@@ -157,9 +188,10 @@ def measure(arguments: argparse.Namespace, resolution: str, policy: str, device:
     bench = Bench(arguments, resolution, policy, device)
     with tempfile.TemporaryDirectory() as name:
         folder = None if arguments.no_file else Path(name)
-        bench.clip(True, folder)  # warms up
         without = 0.0
         for overlap in (False, True):
+            bench.forget()
+            bench.clip(overlap, folder)  # makes its decoder, on its own stream
             if device.type == "cuda":
                 torch.cuda.reset_peak_memory_stats(device)
             profiles = [bench.clip(overlap, folder) for _ in range(arguments.repeat)]
@@ -195,7 +227,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default=default)
     parser.add_argument("--resolution", help="480, 720, 1080 or tiny; several with commas")
-    parser.add_argument("--policy", default="packed")
+    parser.add_argument("--policy", default="packed", help="of benchmarks.steady, observed or online")
     parser.add_argument("--engine", help="graphed, compiled, recorded or eager")
     parser.add_argument("--frames", type=int, default=21, help="latent frames; 21 are 81 frames")
     parser.add_argument("--repeat", type=int, default=3)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable
 from pathlib import Path
-from typing import get_args
 
 import pytest
 import torch
@@ -19,7 +18,7 @@ from tests.vae_twin import twin, whole
 from utils.errors import InputError
 from wan.checkpoints.vae_names import to_diffusers
 from wan.vae.feature_cache import FeatureCache
-from wan.vae.layers import ConvolutionWay, run
+from wan.vae.layers import run
 from wan.vae.modules import VAEConfig, VAEModule
 from wan.vae.streaming import StreamingDecoder
 from wan.vae.vae import VAE
@@ -46,7 +45,7 @@ def vae(weights: dict[str, Tensor]) -> VAE:
 def exact(weights: dict[str, Tensor]) -> VAE:
     """As on a GPU: convolutions over time in one."""
     vae = VAE.from_state(weights, None, torch.float32, "cpu")
-    vae.module.lay_out("volume")
+    vae.module.lay_out(conv3d_as_conv2d=False)
     return vae
 
 
@@ -180,7 +179,7 @@ def test_a_decoders_memory_serves_inside_and_outside_of_inference_mode(
     tile: int | None, recorded: bool, exact: VAE, vector: dict[str, Tensor]
 ) -> None:
     vae = VAE(exact.module, exact.config)
-    vae.module.lay_out("volume")
+    vae.module.lay_out(conv3d_as_conv2d=False)
     if recorded:
         vae.prepare(1, run, OperatorRecorder())
     for inside in (True, False, True):
@@ -197,7 +196,7 @@ def test_the_steady_step_compiles_without_a_break(exact: VAE, vector: dict[str, 
 
     counter = CompileCounterWithBackend("aot_eager")
     compiled = VAE(exact.module, exact.config)
-    compiled.module.lay_out("volume")
+    compiled.module.lay_out(conv3d_as_conv2d=False)
     compiled.prepare(2, torch.compile(run, fullgraph=True, dynamic=False, backend=counter))
     latents = vector["latents"][:, :5]
     theirs = whole(exact, latents)
@@ -223,7 +222,7 @@ class Rewinding(OperatorRecorder):
 def test_recorded_steps_give_the_same_in_every_video(exact: VAE, vector: dict[str, Tensor]) -> None:
     recorder = Rewinding()
     recorded = VAE(exact.module, exact.config)
-    recorded.module.lay_out("volume")
+    recorded.module.lay_out(conv3d_as_conv2d=False)
     recorded.prepare(1, run, recorder)
     for latents in (vector["latents"], vector["latents"].flip(1)):
         decoder = recorded.decoder()
@@ -297,8 +296,8 @@ def test_bfloat16_of_trained_weights_is_lossless() -> None:
     exactly, half = (VAE.load(path, dtype, "cpu") for dtype in (torch.float32, torch.bfloat16))
     latents = exactly.encode(as_video(make_clip(0, 0, frames=9).video)[None])
     expected = exactly.decoder().decode(latents)
-    for way in get_args(ConvolutionWay):
-        half.module.lay_out(way)
+    for conv3d_as_conv2d in (True, False):  # as on a CPU, and as on a GPU
+        half.module.lay_out(conv3d_as_conv2d=conv3d_as_conv2d)
         assert decibel(half.decoder().decode(latents), expected) > 55
 
 

@@ -7,7 +7,7 @@ met, and what was compiled for one size is never compiled anew for the sake of a
 
 from __future__ import annotations
 
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable
 from types import FunctionType
 from typing import Any, TypeVar, cast
 
@@ -16,16 +16,12 @@ import torch
 F = TypeVar("F", bound=Callable[..., Any])
 
 
-def compiled_by_size(
-    function: F, size: Callable[..., Hashable], backend: str = "inductor", settings: Mapping[str, object] | None = None
-) -> F:
+def compiled_by_size(function: F, size: Callable[..., Hashable], backend: str = "inductor") -> F:
     """`function` through torch.compile, whole. `size` says of a call's arguments whether they are of one kind: calls of
-    a kind must have tensors of the same shapes. `backend`: as torch.compile has it, "eager" to compile nothing;
-    `settings`: of Inductor, where it compiles."""
+    a kind must have tensors of the same shapes. `backend`: as torch.compile has it, "eager" to compile nothing."""
     assert isinstance(function, FunctionType)
     # torch.compile has CUDA graphs of its own, which know nothing of those in wan/cuda_graphs.py.
-    own_settings = {"triton.cudagraphs": False, **(settings or {})}
-    options: dict[str, Any] = {"options": own_settings} if backend == "inductor" else {}
+    options: dict[str, Any] = {"options": {"triton.cudagraphs": False}} if backend == "inductor" else {}
     made: dict[Hashable, Callable[..., Any]] = {}
 
     def call(*args: object) -> object:

@@ -12,7 +12,6 @@ Source: Wan 2.1 (arXiv 2503.20314), section 4.1.
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -22,18 +21,6 @@ from wan.vae.feature_cache import FeatureCache, empty, put
 from wan.vae.norm import RMSNorm
 
 CUBE = (3, 3, 3)
-HOPPER = (9, 0)  # compute capability
-
-ConvolutionWay = Literal["volume", "planes", "stacked"]
-"""How convolutions over time are computed, see CausalConv3d."""
-
-
-def best_way(device: torch.device) -> ConvolutionWay:
-    """What is fastest on the device."""
-    if device.type == "cpu":
-        return "planes"
-    nvidia = device.type == "cuda" and torch.version.hip is None and torch.cuda.is_available()
-    return "stacked" if nvidia and torch.cuda.get_device_capability(device) >= HOPPER else "volume"
 
 
 def run(layers: Sequence[nn.Module], x: Tensor, history: FeatureCache) -> Tensor:
@@ -48,20 +35,13 @@ def run(layers: Sequence[nn.Module], x: Tensor, history: FeatureCache) -> Tensor
 class CausalConv3d(nn.Conv3d):
     """A convolution that sees the kernel's length less 1 of the frames before.
 
-    There are three ways to compute it:
-
-    - volume: as PyTorch does.
-    - planes: as a sum over the kernel's planes, each of which is a convolution of images. PyTorch's CPU kernels for
-      images are several times faster where pieces are short or channels no multiple of 16, and never slower; the sum
-      rounds in another order. It needs no window, so takes less memory; which frame is kept where changes from call to
-      call, so that calls cannot be recorded.
-    - stacked: as a convolution of images whose channels are those of all frames that the kernel sees, which takes three
-      times the memory of the frames. Where channels are no multiple of 64 cuDNN has no kernel of Hopper's for volumes:
-      of 96 channels, which the last level has, a volume of 480p runs at 234 TFLOP/s and a stack at 407 on an H200;
-      other channels stay with volumes (526 and 491 for 192).
+    `conv3d_as_conv2d`: computed as a sum over the kernel's planes, each of which is a convolution of images. PyTorch's
+    CPU kernels for images are several times faster where pieces are short or channels no multiple of 16, and never
+    slower; the sum rounds in another order. It needs no window, so takes less memory; which frame is kept where changes
+    from call to call, so that calls cannot be recorded.
     """
 
-    way: ConvolutionWay = "volume"
+    conv3d_as_conv2d = False
 
     def __init__(
         self, channels_in: int, channels_out: int, kernel: int | tuple[int, int, int], stride: int = 1
@@ -75,7 +55,7 @@ class CausalConv3d(nn.Conv3d):
         self, x: Tensor, history: FeatureCache, norm: RMSNorm | None = None
     ) -> Tensor:
         """[B, C, T, H, W] to [B, C', T, H, W] at stride 1. With `norm`, of silu(norm(x))."""
-        if self.way == "planes" and self.before:
+        if self.conv3d_as_conv2d and self.before:
             return self._as_conv2d(x, history, norm)
         return self.convolved(history.window(x, self.before, norm) if self.before else x)
 
@@ -116,10 +96,8 @@ class CausalConv3d(nn.Conv3d):
 
     def convolved(self, window: Tensor) -> Tensor:
         """Without history: [B, C, T + kernel - 1, H, W] to [B, C', T, H, W]."""
-        if self.way == "volume":
+        if not self.conv3d_as_conv2d:
             return super().forward(window)
-        if self.way == "stacked":
-            return self._as_stack(window)
         stride = self.stride[0]
         stop = window.shape[2] - self.kernel_size[0] + 1
         total = self._plane(as_frames(window[:, :, :stop:stride]), 0, self.bias)
@@ -127,30 +105,14 @@ class CausalConv3d(nn.Conv3d):
             total += self._plane(as_frames(window[:, :, k : stop + k : stride]), k)
         return as_video(total, window.shape[0])
 
-    def _as_stack(self, window: Tensor) -> Tensor:
-        """The frames [B, C, T + kernel - 1, H, W] as [B·T, kernel · C, H, W]: every frame and those after it."""
-        batch, _, count, _, _ = window.shape
-        frames, length = window.permute(0, 2, 3, 4, 1), self.kernel_size[0]
-        del window
-        frames = torch.cat([frames[:, k : count - length + 1 + k] for k in range(length)], dim=-1)
-        weight = self.weight.transpose(1, 2).flatten(1, 2)
-        images = frames.flatten(0, 1).permute(0, 3, 1, 2)
-        return as_video(F.conv2d(images, weight, self.bias, padding=self.padding[1:]), batch)
-
     def _plane(self, images: Tensor, k: int, bias: Tensor | None = None) -> Tensor:
         """The part of the kernel's plane k, [N, C, H, W] to [N, C', H, W]."""
         return F.conv2d(images, self.weight[:, :, k], bias, padding=self.padding[1:])
 
-    def lay_out(self, way: ConvolutionWay) -> None:
-        """Compute this way, if it suits this layer, and put the weights in memory as it takes them: channels last,
-        plane by plane, or the channels of all planes last."""
-        stacks = self.kernel_size == CUBE and self.stride[0] == 1 and self.in_channels % 64 != 0
-        self.way = "volume" if way == "stacked" and not stacks else way
-        order, back = {
-            "volume": ((0, 2, 3, 4, 1), (0, 4, 1, 2, 3)),
-            "planes": ((2, 0, 3, 4, 1), (1, 4, 0, 2, 3)),
-            "stacked": ((0, 3, 4, 2, 1), (0, 4, 3, 1, 2)),
-        }[self.way]
+    def use_conv3d_as_conv2d(self, on: bool) -> None:
+        """Set `conv3d_as_conv2d`, and put the weights in memory as it takes them: plane by plane, or channels last."""
+        self.conv3d_as_conv2d = on
+        order, back = ((2, 0, 3, 4, 1), (1, 4, 0, 2, 3)) if on else ((0, 2, 3, 4, 1), (0, 4, 1, 2, 3))
         self.weight.data = self.weight.data.permute(order).contiguous().permute(back)
 
 

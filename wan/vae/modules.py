@@ -18,7 +18,7 @@ from utils.config import build
 from utils.errors import InputError, shown
 from wan.checkpoints.files import identify_hint, some_names
 from wan.vae.feature_cache import FeatureCache
-from wan.vae.layers import CUBE, CausalConv3d, ConvolutionWay, Downsample, MidBlock, ResidualBlock, Upsample
+from wan.vae.layers import CUBE, CausalConv3d, Downsample, MidBlock, ResidualBlock, Upsample
 from wan.vae.norm import RMSNorm
 
 RES_BLOCKS = 2
@@ -184,10 +184,10 @@ class VAEModule(nn.Module):
         self.post_quant_conv = nn.Conv3d(config.z_dim, config.z_dim, 1)
         self.decoder = Decoder(config)
 
-    def lay_out(self, way: ConvolutionWay) -> None:
-        """Compute convolutions over time this way, and put the weights of all convolutions in memory to suit."""
+    def lay_out(self, conv3d_as_conv2d: bool) -> None:
+        """Put the convolutions' weights in memory as the frames are; `conv3d_as_conv2d` as in CausalConv3d."""
         for layer in self.modules():
             if isinstance(layer, CausalConv3d):
-                layer.lay_out(way)
+                layer.use_conv3d_as_conv2d(conv3d_as_conv2d)
             elif isinstance(layer, nn.Conv2d):
                 layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)

@@ -27,7 +27,7 @@ from wan.checkpoints.reading import read_tensors
 from wan.checkpoints.state import stripped_tensors
 from wan.geometry import SPATIAL_COMPRESSION, TEMPORAL_COMPRESSION
 from wan.vae.feature_cache import FeatureCache
-from wan.vae.layers import ConvolutionWay, as_frames, as_video, doubled
+from wan.vae.layers import as_frames, as_video, doubled
 from wan.vae.streaming import LatentDecoder
 from wan.vae.untiled import DecoderStage, FrameDecoder, UntiledDecoder
 
@@ -179,7 +179,7 @@ class PreviewDecoder(LatentDecoder):
         """taew2_1's sizes on the meta device, without weights: to find out what it takes."""
         return cls(_build(PreviewConfig()).to(dtype), PreviewConfig())
 
-    def lay_out(self, way: ConvolutionWay) -> None:
+    def lay_out(self, conv3d_as_conv2d: bool) -> None:
         for layer in self.module.modules():
             if isinstance(layer, nn.Conv2d):
                 layer.weight.data = layer.weight.data.contiguous(memory_format=torch.channels_last)

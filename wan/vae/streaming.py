@@ -17,7 +17,6 @@ from utils.errors import InputError
 from utils.pinned_buffers import PinnedBuffers
 from utils.transfer import SideStream, has_streams
 from wan.attention.exchange import HeadExchange
-from wan.vae.layers import ConvolutionWay, best_way
 from wan.vae.untiled import FrameDecoder, Run, Steady
 
 if TYPE_CHECKING:
@@ -61,8 +60,8 @@ class LatentDecoder(ABC):
         """For a video; `tile` and `frame_chunk` as in StreamingDecoder, `host` as in FeatureCache."""
 
     @abstractmethod
-    def lay_out(self, way: ConvolutionWay) -> None:
-        """Compute convolutions over time this way, and put the weights in memory to suit."""
+    def lay_out(self, conv3d_as_conv2d: bool) -> None:
+        """Put the weights in memory as they are used best; `conv3d_as_conv2d`: by a CPU."""
 
     def operations(self, height: int, width: int, tile: int, ranks: int) -> list[float]:
         """What each of so many processes computes of a latent frame, if tiles are dealt to them."""
@@ -89,7 +88,7 @@ class LatentDecoder(ABC):
 
     def lay_out_for(self: Self, device: torch.device) -> Self:
         """Compute as is best on `device`; on the meta device, to find out what it takes there."""
-        self.lay_out(best_way(device))
+        self.lay_out(conv3d_as_conv2d=device.type == "cpu")
         self.frame_chunk = 1 if device.type == "cpu" else GPU_FRAME_CHUNK
         return self
 

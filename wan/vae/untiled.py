@@ -133,6 +133,4 @@ def compiled_run(backend: str = "inductor") -> Run:
     def size(layers: Sequence[nn.Module], x: Tensor, history: FeatureCache) -> Hashable:
         return layers[0], x.shape, x.dtype, x.is_inference()
 
-    # A window is written by one kernel. With two Inductor would begin with the frames that are kept, those of all
-    # layers before anything else, and so hold all windows at once: three times the memory.
-    return compiled_by_size(run, size, backend, {"force_pointwise_cat": True})
+    return compiled_by_size(run, size, backend)

@@ -22,7 +22,7 @@ from wan.checkpoints.reading import read_tensors
 from wan.checkpoints.state import VAE_PREFIXES, opened, stripped_tensors
 from wan.checkpoints.vae_names import to_diffusers
 from wan.vae.feature_cache import FeatureCache
-from wan.vae.layers import ConvolutionWay, Upsample, run
+from wan.vae.layers import Upsample, run
 from wan.vae.modules import VAEConfig, VAEModule
 from wan.vae.streaming import LatentDecoder, StreamingDecoder
 from wan.vae.tiles import TiledFrames, check_tile
@@ -82,8 +82,8 @@ class VAE(LatentDecoder):
         self._mean, self._std = self._mean.to(device), self._std.to(device)
         return super().to(device)
 
-    def lay_out(self, way: ConvolutionWay) -> None:
-        self.module.lay_out(way)
+    def lay_out(self, conv3d_as_conv2d: bool) -> None:
+        self.module.lay_out(conv3d_as_conv2d)
 
     @torch.no_grad()
     def encode(self, video: Tensor) -> Tensor:
