@@ -78,10 +78,15 @@ class Program:
         return inference.main(self.arguments(*overrides, config=config, prompts=prompts))
 
 
-@pytest.fixture(scope="session", autouse=True)
+@pytest.fixture(autouse=True)
 def _one_thread() -> None:
-    """Tensors here are small: threads cost more than they give, and several workers share the cores."""
+    """Tensors here are small: threads cost more than they give, and several workers share the cores. Programs that set
+    their number set it for the whole process, so every test begins with one."""
     torch.set_num_threads(1)
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _environment() -> None:
     os.environ["OMP_NUM_THREADS"] = "1"  # of the programs that tests start
     os.environ["TORCHINDUCTOR_VEC_ISA_OK"] = (
         "1"  # what the processor says it can is not tried with a program of its own

@@ -22,13 +22,21 @@ class _Operators(TorchDispatchMode):
         self.steps: list[Step] = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):  # type: ignore[no-untyped-def]
-        result = func(*args, **(kwargs or {}))
-        inputs = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
-        made = [t for t in tree_leaves(result) if isinstance(t, Tensor)]
-        if any(t.untyped_storage().data_ptr() in inputs for t in made):
-            made = []  # a view, or done in place: what it leads to is there already
-        self.steps.append((func, args, kwargs or {}, made))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        made = _tensors(result)
+        given = {t.untyped_storage().data_ptr() for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
+        if any(t.untyped_storage().data_ptr() in given for t in made):
+            made = []  # what it leads to is there already
+        if made or func._schema.is_mutable:  # else a view
+            self.steps.append((func, args, kwargs, made))
         return result
+
+
+def _tensors(result: object) -> list[Tensor]:
+    """Of an operator's result."""
+    several = result if isinstance(result, (list, tuple)) else (result,)
+    return [one for one in several if isinstance(one, Tensor)]
 
 
 class OperatorRecorder:
@@ -50,8 +58,8 @@ class OperatorRecorder:
     def _replay(self, steps: list[Step]) -> None:
         self.replays += 1
         for func, args, kwargs, made in steps:
-            fresh = [t for t in tree_leaves(func(*args, **kwargs)) if isinstance(t, Tensor)]
-            for old, new in zip(made, fresh, strict=False):
+            result = func(*args, **kwargs)
+            for old, new in zip(made, _tensors(result), strict=False):
                 old.copy_(new)
 
 

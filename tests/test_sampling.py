@@ -11,7 +11,6 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -45,14 +44,6 @@ Contents = dict[str, bytes]
 @pytest.fixture(scope="module")
 def checkpoints(checkpoints: SmallCheckpoints) -> Path:
     return checkpoints.root
-
-
-@pytest.fixture(autouse=True)
-def _threads() -> Iterator[None]:
-    """Sampling sets the number of threads of the whole process."""
-    before = torch.get_num_threads()
-    yield
-    torch.set_num_threads(before)
 
 
 class Case:
