@@ -15,7 +15,7 @@ from torch import Tensor
 from dummy.calibration.candidates import CANDIDATES, named, parse_candidates
 from dummy.calibration.dial import Dial
 from dummy.calibration.measured import FILE, Calibration, Subject
-from dummy.calibration.recorder import HeadErrors, query_bytes
+from dummy.calibration.recorder import HeadErrors, Pieces
 from dummy.policies.calibrated import calibrated_policy
 from dummy.policy import ContextPolicy
 from pipeline.calibrate import command, recording
@@ -86,8 +86,9 @@ def test_the_recorder_takes_at_most_what_is_said() -> None:
     observer = HeadErrors(tokens, CANDIDATES, grams, queries, piece_bytes)
     with PeakTracker() as tracker:
         observer(0, q, k, range(frames), v[:, tokens:])
-    a_query = query_bytes(4, 16, 3 + frames, tokens, len(CANDIDATES))
-    assert a_query < piece_bytes and tracker.peak <= piece_bytes + 4 * 64 * (2 * queries + 2 * tokens) + 4096
+    pieces = Pieces.of(4, 16, 3 + frames, tokens, len(CANDIDATES), piece_bytes)
+    assert 1 < pieces.frames < 3 + frames and 1 < pieces.queries < queries and pieces.bytes <= piece_bytes
+    assert tracker.peak <= pieces.bytes + 4 * 64 * 2 * queries + 4096
 
 
 @pytest.mark.parametrize(("sizes", "resolution"), [(WAN_1_3B, 480), (WAN_14B, 1080)])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import logging
+import os
 import sys
 from collections.abc import Callable
 
@@ -46,6 +47,18 @@ def test_options_that_are_settings_are_answered_with_how_to_write_them(
     said = capsys.readouterr().err
     assert "settings are written without dashes: 'output_folder=X y' use_ema=true num_samples=3 i2v=true\n" in said
     assert said.count("error: ") == 1
+
+
+@pytest.mark.parametrize("said", [{}, {"PYTORCH_ALLOC_CONF": "x"}, {"PYTORCH_CUDA_ALLOC_CONF": "x"}], ids=str)
+def test_memory_grows_in_place_unless_the_user_says_how(said: dict[str, str], monkeypatch: pytest.MonkeyPatch) -> None:
+    names = command.ALLOCATOR_SETTINGS
+    for name in names:
+        monkeypatch.delenv(name, raising=False)
+    for name, value in said.items():
+        monkeypatch.setenv(name, value)
+    assert command.run(lambda: 0, log_format=None) == 0
+    found = {name: os.environ.pop(name) for name in names if name in os.environ}
+    assert found == (said or {"PYTORCH_ALLOC_CONF": "expandable_segments:True"})
 
 
 def test_how_commands_end(capsys: pytest.CaptureFixture[str]) -> None:

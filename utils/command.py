@@ -63,7 +63,7 @@ def run(program: Callable[[], int], modules: Sequence[str] = (), log_format: str
 def _let_memory_grow() -> None:
     """Let PyTorch's allocator for GPUs lengthen what it has in place of adding blocks, between which gaps stay: with
     them it holds half as much again. Not where the user has said how it is to work."""
-    if not any(name in os.environ for name in ALLOCATOR_SETTINGS):
+    if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR_SETTINGS):
         os.environ[ALLOCATOR_SETTINGS[0]] = "expandable_segments:True"
 
 

@@ -3,31 +3,49 @@
 For a query, frame f of the context (and of the block itself) holds p[f], the sum of its softmax weights, and u[f], the
 sum of weight x value; a head that keeps the frames K puts out (sum over K of u) / (sum over K of p). So all candidates
 follow from p and u by frame, which cost one pass over the keys. Here a frame's logarithm of p (but for the common
-denominator) and its own mean u / p are held, which cannot overflow or vanish. Queries are a fixed, evenly spread choice
-and are taken in pieces, so that memory is bounded at any size.
+denominator) and its own mean u / p are held, which cannot overflow or vanish. Queries are a fixed, evenly spread
+choice. They and the frames are taken in pieces, so that memory is bounded at any size, and in few: a GPU has each done
+before the host can ask for the next.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor
 
-from dummy.frame_attention import PIECE_BYTES, evenly_spread, products
+from dummy.frame_attention import evenly_spread, products
 from dummy.passes import PassCount
+from utils.transfer import to_device
 from wan.attention.head_group import Retention
 
 QUERIES = 256  # of a pass that are looked at, unless more or fewer are asked for
+PIECE_BYTES = 256 << 20  # half of it for keys and values at work, half for queries and what is computed of them
 FLOAT = 4  # bytes; everything here is float32 whatever the model computes in
 
 
-def query_bytes(heads: int, width: int, frames: int, tokens: int, candidates: int) -> int:
-    """What a query takes at the worst moment, if it sees so many frames of so many tokens: of all frames the means and
-    weights, and beside them the scores of one frame twice or the candidates' outputs three times."""
-    held = frames * (width + 1)
-    at_work = max(2 * tokens, candidates * (3 * width + 2 * frames))
-    return FLOAT * heads * (held + at_work)
+@dataclass(frozen=True)
+class Pieces:
+    """How many frames and queries are at work at once, and what that takes in bytes."""
+
+    frames: int
+    queries: int
+    bytes: int
+
+    @classmethod
+    def of(cls, heads: int, width: int, frames: int, tokens: int, candidates: int, most: int = PIECE_BYTES) -> Pieces:
+        """For queries that see `frames` frames of so many tokens; of either at least one, and no more than fits into
+        half of `most` bytes."""
+        a_frame = 2 * FLOAT * heads * width * tokens  # keys and values
+        at_once = min(frames, max(1, most // 2 // a_frame))
+        # Of all frames the means and weights, and beside them scores twice or the candidates' outputs three times.
+        held = frames * (width + 1)
+        at_work = max(2 * at_once * tokens, candidates * (3 * width + 2 * frames))
+        a_query = FLOAT * heads * (2 * held + at_work)
+        queries = max(1, most // 2 // a_query)
+        return cls(at_once, queries, at_once * a_frame + queries * a_query)
 
 
 class HeadErrors:
@@ -55,22 +73,36 @@ class HeadErrors:
         self._passes = 0
         self._errors: dict[int, Tensor] = {}
         self._outputs: dict[int, Tensor] = {}
+        self._places: tuple[int, Tensor] | None = None  # of the chosen ones among so many queries, on their device
+        self._masks: tuple[tuple[list[int], int], Tensor] | None = None  # of frames (context, own), on their device
 
     def __call__(self, layer: int, q: Tensor, keys: Tensor, context: Sequence[int], values: Tensor) -> None:
         """q [B, L, H, D]; keys and values [B, S, H, D]: the pass's own frames, then those numbered in `context`."""
         self._passes += layer == 0
-        q = q[: self._videos, evenly_spread(q.shape[1], min(self._queries, q.shape[1])).to(q.device)]
+        q = q[: self._videos, self._chosen(q.shape[1], q.device)]
         batch, queries, heads, width = q.shape
         frames = keys.shape[1] // self._tokens
-        masks = kept_frames(self._candidates, context, frames - len(context)).to(q.device)
-        piece = max(1, self._piece_bytes // query_bytes(heads, width, frames, self._tokens, len(self._candidates)))
+        masks = self._kept(list(context), frames - len(context), q.device)
+        pieces = Pieces.of(heads, width, frames, self._tokens, len(self._candidates), self._piece_bytes)
         for item in range(batch):
-            by_frame = [torch.unflatten(part, 0, (frames, self._tokens)) for part in (keys[item], values[item])]
-            for part in torch.split(q[item], piece):
-                sums, means = frame_sums(part.transpose(0, 1), *by_frame)
+            k, v = (torch.unflatten(part[item], 0, (frames, self._tokens)) for part in (keys, values))
+            for part in torch.split(q[item], pieces.queries):
+                sums, means = frame_sums(part.transpose(0, 1), k, v, pieces.frames)
                 errors, outputs = candidate_errors(sums, means, masks, self._grams[layer])
                 self._add(self._errors, layer, errors.sum(1) / (batch * queries))
                 self._add(self._outputs, layer, outputs.sum(1) / (batch * queries))
+
+    def _chosen(self, queries: int, device: torch.device) -> Tensor:
+        if self._places is None or self._places[0] != queries:
+            places = evenly_spread(queries, min(self._queries, queries))
+            self._places = queries, to_device(places, device)
+        return self._places[1]
+
+    def _kept(self, context: list[int], own: int, device: torch.device) -> Tensor:
+        if self._masks is None or self._masks[0] != (context, own):
+            masks = kept_frames(self._candidates, context, own)
+            self._masks = (context, own), to_device(masks, device)
+        return self._masks[1]
 
     @staticmethod
     def _add(to: dict[int, Tensor], layer: int, what: Tensor) -> None:
@@ -91,15 +123,18 @@ def kept_frames(candidates: Sequence[Retention], context: Sequence[int], own: in
     return torch.tensor([[True] * own + [frame in frames for frame in context] for frames in kept])
 
 
-def frame_sums(q: Tensor, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+def frame_sums(q: Tensor, keys: Tensor, values: Tensor, at_once: int) -> tuple[Tensor, Tensor]:
     """q [H, Q, D], keys and values [F, T, H, D] to the logarithm of every frame's sum of exponentials [H, Q, F] and to
-    the mean of its values by its own softmax [H, Q, F, D]; float32."""
+    the mean of its values by its own softmax [H, Q, F, D]; float32. So many frames at once."""
     sums, means = [], []
-    for k, v in zip(keys, values, strict=True):
-        scores = products(q, k.transpose(0, 1)).mul_(q.shape[-1] ** -0.5)
-        sums.append(scores.logsumexp(-1))
-        means.append(scores.sub_(sums[-1][..., None]).exp_() @ v.transpose(0, 1).float())
-    return torch.stack(sums, -1), torch.stack(means, -2)
+    for k, v in zip(torch.split(keys, at_once), torch.split(values, at_once), strict=True):
+        heads = len(k), len(q)
+        scores = products(q.repeat(len(k), 1, 1), k.transpose(1, 2).flatten(0, 1)).mul_(q.shape[-1] ** -0.5)
+        total = scores.logsumexp(-1)
+        mean = scores.sub_(total[..., None]).exp_() @ v.transpose(1, 2).flatten(0, 1).float()
+        sums.append(torch.unflatten(total, 0, heads))
+        means.append(torch.unflatten(mean, 0, heads))
+    return torch.cat(sums).permute(1, 2, 0), torch.cat(means).permute(1, 2, 0, 3)
 
 
 def candidate_errors(sums: Tensor, means: Tensor, masks: Tensor, gram: Tensor) -> tuple[Tensor, Tensor]:

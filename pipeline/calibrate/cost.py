@@ -7,8 +7,7 @@ from datetime import timedelta
 
 import torch
 
-from dummy.calibration.recorder import FLOAT, query_bytes
-from dummy.frame_attention import PIECE_BYTES
+from dummy.calibration.recorder import FLOAT, Pieces
 from pipeline.calibrate.recording import Recording
 from pipeline.config.config import geometry_of
 from pipeline.planning.plan import Planner
@@ -40,14 +39,14 @@ def operations(recording: Recording, sizes: ModelConfig) -> tuple[float, float]:
 
 
 def recorder_bytes(recording: Recording, sizes: ModelConfig) -> int:
-    """The most that the recorder adds on the device: a piece of the queries at work, the sampled queries, one frame's
-    keys and values in float32, and the products of the output projection."""
+    """The most that the recorder adds on the device: what it has at work at once, the sampled queries, and the products
+    of the output projection."""
     geometry = geometry_of(recording.config, sizes.in_dim)
     frames = (recording.passes.blocks[-1] + 1) * geometry.frames_per_block
-    one = query_bytes(sizes.num_heads, sizes.head_dim, frames, geometry.tokens_per_frame, len(recording.candidates))
-    piece = max(PIECE_BYTES, one)
+    tokens, candidates = geometry.tokens_per_frame, len(recording.candidates)
+    pieces = Pieces.of(sizes.num_heads, sizes.head_dim, frames, tokens, candidates)
     grams = sizes.num_layers * sizes.num_heads * sizes.head_dim**2
-    return piece + FLOAT * (grams + sizes.dim * (2 * recording.queries + 2 * geometry.tokens_per_frame))
+    return pieces.bytes + FLOAT * (grams + 2 * sizes.dim * recording.queries)
 
 
 def products_a_second(sizes: ModelConfig, tokens: int, device: torch.device, dtype: torch.dtype) -> float:
