@@ -112,6 +112,12 @@ class ContextPolicy:
             return self.split.layout(self.split.roles)
         return None
 
+    def beginning(self, frames: int) -> Retention:
+        """What all heads keep until they part, where that is once there are `frames` latent frames."""
+        if self.online is None:
+            return self.initial
+        return self.online.beginning(frames)
+
     def at_most(self, sink: int, recent: int) -> ContextPolicy:
         """The policy with heads that keep no more than so many of the first and of the last frames each; full history
         becomes just that."""

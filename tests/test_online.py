@@ -15,8 +15,10 @@ from dummy.calibration.measured import Calibration, Subject
 from dummy.calibration.recorder import HeadErrors
 from dummy.policies.calibrated import OBSERVED_AFTER, online_policy
 from dummy.policy import ContextPolicy
+from dummy.retentions import RetentionTable
 from pipeline import Pipeline
 from pipeline.config.config import load_config
+from pipeline.planning.stages import StagePlanner
 from pipeline.runtime.generator import BlockGenerator, Rollout
 from pipeline.runtime.inputs import GeneratorSettings
 from pipeline.runtime.loading import generator_settings
@@ -27,7 +29,9 @@ from tests.thread_exchange import together
 from tests.tiny import CONFIG, tiny_model
 from utils.errors import InputError
 from utils.seed import NoiseStream
+from wan.attention.exchange import PlannedExchange
 from wan.attention.head_group import FULL_HISTORY, Retention
+from wan.attention.held import held_by_head
 from wan.config import WAN_1_3B
 
 SUBJECT = Subject(CONFIG.num_layers, CONFIG.num_heads, CONFIG.head_dim, 4, 6, 3, 15, "")
@@ -118,6 +122,42 @@ def test_a_given_beginning_is_not_observed_but_the_block_after_it() -> None:
     pending = {block.index: rollout.parting.pending for block in rollout.blocks()}
     assert pending == {0: True, 1: True, 2: True, 3: False, 4: False}
     assert max(one.total for row in kept(rollout) for one in row) > 0
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_a_plan_of_several_processes_watches_the_heads_of_each(ranks: int) -> None:
+    model = tiny_model().to("meta")
+    peaks = []
+    for exchange in (None, *(PlannedExchange(rank, ranks) for rank in range(ranks))):
+        model.exchange = exchange
+        before = StagePlanner(model, GEOMETRY, settings(online(block=1))).stages().before_split
+        assert before is not None
+        peaks.append(before.activations)
+    assert max(peaks[1:]) < peaks[0]
+
+
+@pytest.mark.parametrize("frames", [2, 12, 21])
+def test_what_is_left_of_a_budget_goes_to_heads_that_keep_all_that_they_were_seen_with(frames: int) -> None:
+    """Three frames tell nothing of longer memories; a budget above that, or full history, is spent all the same."""
+    rollout = begun(online(frames, block=1), 1)
+    latents(rollout)
+    assert frames - 0.5 < RetentionTable.of(kept(rollout)).mean_frames(21) <= frames
+
+
+def test_a_given_beginning_is_kept_until_heads_part() -> None:
+    generator = BlockGenerator(tiny_model(), settings(online(block=1)))
+    given = torch.ones(1, 9, *GEOMETRY.block_shape[1:])
+    text = segments(generator.model, (0,), 1)
+    rollout = generator.start(GEOMETRY, text, NoiseStream([3]), prefix_latents=given)
+    frames = [sorted(held_by_head(rollout.cache)[0][0].frames) for block in rollout.blocks() if block.index == 3]
+    assert frames == [list(range(9))]
+
+
+def test_an_early_switch_observes_no_earlier() -> None:
+    early = replace(settings(online(block=2)), window=9, reclassify_on_switch=True)
+    generator = BlockGenerator(tiny_model(), early)
+    rollout = generator.start(GEOMETRY, segments(generator.model, (0, 3), 1), NoiseStream([3]))
+    assert [rollout.parting.pending for _ in rollout.blocks()] == [True, True, True, False, False]
 
 
 def test_a_switch_observes_again_where_that_is_asked_for() -> None:

@@ -80,10 +80,11 @@ class Dial:
         """Raises InputError for a budget that the candidates do not reach down or up to."""
         least, most = self.limits()
         if not least <= frames <= most:
+            window = "" if self.window is None else f", in the window model_kwargs.local_attn_size {self.window}"
             raise InputError(
                 f"dummy_forcing.frames_per_head: {frames:g} is {'less' if frames < least else 'more'} than there is: "
                 f"with the candidates of dummy_forcing.calibration and at most {self.past} earlier frames in this "
-                f"video a head keeps {least:g} to {most:g} frames; use a number in that range"
+                f"video{window} a head keeps {least:g} to {most:g} frames; use a number in that range"
             )
 
     def predict(self, choice: Tensor) -> Allocation:

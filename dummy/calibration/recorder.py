@@ -70,6 +70,7 @@ class HeadErrors:
         self._grams = grams
         self._queries = queries
         self._piece_bytes = piece_bytes
+        self.past = 0  # earlier frames that the last pass has seen
         self._passes = 0
         self._errors: dict[int, Tensor] = {}
         self._outputs: dict[int, Tensor] = {}
@@ -79,6 +80,7 @@ class HeadErrors:
     def __call__(self, layer: int, q: Tensor, keys: Tensor, context: Sequence[int], values: Tensor) -> None:
         """q [B, L, H, D]; keys and values [B, S, H, D]: the pass's own frames, then those numbered in `context`."""
         self._passes += layer == 0
+        self.past = len(context)
         q = q[: self._videos, self._chosen(q.shape[1], q.device)]
         batch, queries, heads, width = q.shape
         frames = keys.shape[1] // self._tokens

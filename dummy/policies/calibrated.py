@@ -92,11 +92,8 @@ def online_policy(dial: Dial, frames: float, ar_start: int) -> ContextPolicy:
     """
     dial.check(frames)
     online = OnlineCalibration(dial, frames, ar_start)
-    block = dial.calibration.subject.frames_per_block
-    sinks, until = online.sinks(), ar_start * block
-    if dial.window is not None:
-        until = min(until, dial.window - block)
-    return ContextPolicy("calibrated", Retention(sinks, until - sinks), dial=dial, online=online)
+    beginning = online.beginning(ar_start * dial.calibration.subject.frames_per_block)
+    return ContextPolicy("calibrated", beginning, dial=dial, online=online)
 
 
 def frames_asked(settings: DummyForcingConfig, base: Retention, dial: Dial) -> float:

@@ -18,6 +18,7 @@ from pipeline.runtime.inputs import GeneratorSettings
 from pipeline.runtime.windows import Window, rolling_context
 from utils.memory import PeakTracker
 from wan.attention.cache import KVCache
+from wan.attention.exchange import own_share
 from wan.attention.head_group import CacheBytes, Observer
 from wan.geometry import LatentGeometry
 from wan.transformer.model import CausalWanModel, TeaCacheResidual, TimeContext
@@ -126,7 +127,7 @@ class StagePlanner:
         return Stage(cache.bytes(), max(self._block(cache), self._block(cache, observer)))
 
     def _grams(self) -> list[Tensor]:
-        heads, width = self._model.config.num_heads, self._model.config.head_dim
+        heads, width = len(own_share(self._model.config.num_heads, self._model.exchange)), self._model.config.head_dim
         return [torch.empty(heads, width, width, device=self._model.device) for _ in self._model.layers()]
 
     def _switch(self, cache: KVCache, start: int) -> Stage:

@@ -21,12 +21,12 @@ from pipeline.runtime.denoising import Denoising
 from pipeline.runtime.inputs import GeneratorSettings, NoiseSource, Passes, Segment
 from pipeline.runtime.output_weights import gates_of, output_grams
 from pipeline.runtime.outputs import CleanBlock, FlowRecord
-from pipeline.runtime.parting import Parting
+from pipeline.runtime.parting import Parting, parting_block
 from pipeline.runtime.windows import Round, Window, one_by_one, rolling, rolling_context
 from utils.profiler import Profiler
 from utils.transfer import to_device
 from wan.attention.cache import KVCache
-from wan.attention.exchange import share
+from wan.attention.exchange import own_share
 from wan.attention.head_group import HeadLayout
 from wan.geometry import LatentGeometry
 from wan.transformer.model import CausalWanModel, TeaCacheResidual, TextContext, TimeContext
@@ -73,20 +73,24 @@ class BlockGenerator:
         profiler = profiler or Profiler(self.model.device)
         return Rollout(self, geometry, tuple(segments), noise, batch, profiler, prefix_latents, live, videos)
 
-    def acquire_cache(self, geometry: LatentGeometry, batch: int, layout: HeadLayout | None) -> KVCache:
-        """An empty cache in which heads keep what the layout says, or all of them what the policy begins with.
+    def acquire_cache(self, geometry: LatentGeometry, batch: int, layout: HeadLayout | None, given: int = 0) -> KVCache:
+        """An empty cache in which heads keep what the layout says, or all of them what the policy begins with in a
+        video whose first `given` blocks are there already.
 
         Nobody else has it until it is released.
         """
         if self._spare is not None and self._spare[:2] != (geometry, batch):
             self._spare = None
         policy = self.settings.policy
-        until_split = None if policy.observed is None else policy.observed.ar_start * geometry.frames_per_block
+        initial, until_split = policy.initial, None
+        if policy.observed is not None:
+            until_split = parting_block(policy.observed, given) * geometry.frames_per_block
+            initial = policy.beginning(until_split)
         if self._spare is None:
-            return self.model.new_cache(geometry, batch, policy.initial, self.settings.rope_span, layout, until_split)
+            return self.model.new_cache(geometry, batch, initial, self.settings.rope_span, layout, until_split)
         cache, self._spare = self._spare[2], None
         if layout is None:
-            cache.reset(policy.initial, until_split)
+            cache.reset(initial, until_split)
         else:
             cache.allocate(layout)
         return cache
@@ -99,8 +103,7 @@ class BlockGenerator:
     def output_grams(self) -> list[Tensor]:
         """See pipeline.runtime.output_weights, with the gates of the usual steps; of the heads that this process has
         until they part."""
-        exchange = self.model.exchange
-        own = share(self.model.config.num_heads, *((1, 0) if exchange is None else (exchange.ranks, exchange.rank)))
+        own = own_share(self.model.config.num_heads, self.model.exchange)
         grams = output_grams(self.model, gates_of(self.usual.steps))
         return [gram[own.start : own.stop] for gram in grams]
 
@@ -147,7 +150,7 @@ class Rollout:
         self.forwards = 0  # all of them, of which `skipped` did not run the layers
         self.skipped = 0
         self._batch = batch
-        self.cache = generator.acquire_cache(geometry, batch, settings.policy.fixed_layout())
+        self.cache = generator.acquire_cache(geometry, batch, settings.policy.fixed_layout(), self._given)
         counted = batch if videos is None else videos
         self.parting = Parting(
             settings.policy, geometry.tokens_per_frame, counted, self._given, lambda: generator.output_grams

@@ -98,10 +98,11 @@ def require_bounded(settings: GeneratorSettings) -> None:
     """Raises InputError if a video without end would need memory without end."""
     encodes_all = settings.window is None and not settings.kv_flush and settings.rolling is None
     if encodes_all or not settings.policy.bounded:
+        remedy = "model_kwargs.local_attn_size (published: 12)" if encodes_all else "rope=relative"
         raise InputError(
             f"frames: a session without end needs memory of a bounded length, but the policy {settings.policy.name} "
-            "keeps (or a prompt switch encodes anew) all earlier frames; set model_kwargs.local_attn_size (published: "
-            "12), or give the session a number of frames"
+            f"keeps (or a prompt switch encodes anew) all earlier frames; set {remedy}, or give the session a number "
+            "of frames"
         )
     if not settings.relative_rope and settings.rolling is None:
         logger.warning(

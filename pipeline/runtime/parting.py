@@ -7,9 +7,15 @@ from contextlib import contextmanager
 
 from torch import Tensor
 
+from dummy.observed import Observed
 from dummy.policy import ContextPolicy
 from wan.attention.cache import KVCache
 from wan.attention.head_group import HeadLayout, Observer
+
+
+def parting_block(observed: Observed, given: int) -> int:
+    """The block after which heads part, in a video whose first `given` blocks are not denoised."""
+    return observed.ar_start if observed.in_clean_pass else max(observed.ar_start, given)
 
 
 class Parting:
@@ -39,12 +45,12 @@ class Parting:
         self.frame_attention: Tensor | None = None
         self.pending = self._observed is not None and policy.fixed_layout() is None
         if self._observed is not None and self.pending:
-            start = self._observed.ar_start
-            self._block = start if self._observed.in_clean_pass else max(start, given)
+            self._block = parting_block(self._observed, given)
 
     def again(self, block: int) -> bool:
-        """Let a block that begins now be observed, whatever has been; False where heads do not part in the video."""
-        if self._observed is None:
+        """Let a block that begins now be observed, whatever has been; False where heads do not part in the video, or
+        where they see too little of it before they part anyway."""
+        if self._observed is None or parting_block(self._observed, block) > block:
             return False
         self._block, self._seen, self.roles, self.pending = block, None, None, True
         return True

@@ -97,6 +97,12 @@ def _first_used(media: Media, config: InferenceConfig) -> int:
             f"start_from: {media.path} is {whole} latent frames long, which leaves nothing to make of "
             f"num_output_frames {config.num_output_frames}; use num_output_frames={whole + block} or more"
         )
+    if config.dummy_forcing.online and whole + block >= config.num_output_frames:
+        raise InputError(
+            f"start_from: {media.path} is {whole} latent frames long, and dummy_forcing.calibration=online goes by "
+            f"what the block after them shows, but num_output_frames {config.num_output_frames} makes no other after "
+            f"that one; use num_output_frames={whole + 2 * block} or more, or a calibration file"
+        )
     return frames - (1 + TEMPORAL_COMPRESSION * (whole - 1))
 
 

@@ -43,6 +43,7 @@ def at_speed(
             f"dummy_forcing.{key}: {speed:g} pixel frames a second cannot be had here: blocks without any history "
             f"make {fastest:.3g}; use a lower speed, or window"
         )
+    frames = min(frames, geometry.num_frames - block)  # there are no more in this video
     logger.info("%s: %g pixel frames/s leave %.2f earlier frames a head, as a mean over all heads", key, speed, frames)
     return replace(generator.settings, policy=at_frames(frames))
 

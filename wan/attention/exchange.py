@@ -88,6 +88,11 @@ def share(count: int, ranks: int, rank: int) -> range:
     return range(rank * count // ranks, (rank + 1) * count // ranks)
 
 
+def own_share(count: int, exchange: HeadExchange | None) -> range:
+    """Which of `count` neighbouring things are this process's."""
+    return range(count) if exchange is None else share(count, exchange.ranks, exchange.rank)
+
+
 def longest_first(costs: Sequence[float], ranks: int) -> list[int]:
     """The rank of every item: longest processing time first."""
     load = [0.0] * ranks
