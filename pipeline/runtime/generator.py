@@ -21,7 +21,7 @@ from pipeline.runtime.denoising import Denoising
 from pipeline.runtime.inputs import GeneratorSettings, NoiseSource, Passes, Segment
 from pipeline.runtime.output_weights import gates_of, output_grams
 from pipeline.runtime.outputs import CleanBlock, FlowRecord
-from pipeline.runtime.parting import Parting, parting_block
+from pipeline.runtime.parting import Parting, beginning
 from pipeline.runtime.windows import Round, Window, one_by_one, rolling, rolling_context
 from utils.profiler import Profiler
 from utils.transfer import to_device
@@ -82,10 +82,7 @@ class BlockGenerator:
         if self._spare is not None and self._spare[:2] != (geometry, batch):
             self._spare = None
         policy = self.settings.policy
-        initial, until_split = policy.initial, None
-        if policy.observed is not None:
-            until_split = parting_block(policy.observed, given) * geometry.frames_per_block
-            initial = policy.beginning(until_split)
+        initial, until_split = beginning(policy, geometry.frames_per_block, given)
         if self._spare is None:
             return self.model.new_cache(geometry, batch, initial, self.settings.rope_span, layout, until_split)
         cache, self._spare = self._spare[2], None

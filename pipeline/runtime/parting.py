@@ -10,12 +10,20 @@ from torch import Tensor
 from dummy.observed import Observed
 from dummy.policy import ContextPolicy
 from wan.attention.cache import KVCache
-from wan.attention.head_group import HeadLayout, Observer
+from wan.attention.head_group import HeadLayout, Observer, Retention
 
 
 def parting_block(observed: Observed, given: int) -> int:
     """The block after which heads part, in a video whose first `given` blocks are not denoised."""
     return observed.ar_start if observed.in_clean_pass else max(observed.ar_start, given)
+
+
+def beginning(policy: ContextPolicy, frames_per_block: int, given: int) -> tuple[Retention, int | None]:
+    """What all heads keep until they part, and the latent frames that there are by then, None if they do not part."""
+    if policy.observed is None:
+        return policy.initial, None
+    frames = parting_block(policy.observed, given) * frames_per_block
+    return policy.beginning(frames), frames
 
 
 class Parting:
