@@ -9,7 +9,7 @@ Queries may be sampled, a fixed choice that is evenly spread; no random numbers 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -44,7 +44,7 @@ class FrameAttention:
         self._with_entropy = with_entropy
         self._most = most
         self._videos = videos
-        self._places: tuple[int, Tensor] | None = None  # of the sampled ones among so many queries, on their device
+        self._sampled = SampledQueries(self._sample)
         self._layers: dict[int, Tensor] = {}
         self._entropies: dict[int, Tensor] = {}
         self.frames: list[int] = []
@@ -54,9 +54,7 @@ class FrameAttention:
     ) -> None:
         """q [B, L, H, D]; keys [B, S, H, D]: the pass's own frames first, then the frames numbered in `context`; values
         are not looked at."""
-        if self._places is None or self._places[0] != q.shape[1]:
-            self._places = q.shape[1], to_device(self._sample(q.shape[1]), q.device)
-        q = q[: self._videos, self._places[1]]
+        q = self._sampled.of(q[: self._videos])
         batch, queries, heads, width = q.shape
         mass = torch.zeros(heads, keys.shape[1] // self._tokens, device=q.device)
         entropy = torch.zeros(heads, device=q.device)
@@ -91,6 +89,22 @@ class FrameAttention:
         """[layers, heads], nats; at most the logarithm of the number of keys."""
         assert self._with_entropy
         return torch.stack([self._entropies[layer] for layer in sorted(self._entropies)])
+
+
+class SampledQueries:
+    """Some queries of every pass, always those in the same places, which are found once and kept on the device."""
+
+    def __init__(self, places: Callable[[int], Tensor]) -> None:
+        """`places`: on the host, of so many queries."""
+        self._find = places
+        self._known: tuple[int, Tensor] | None = None
+
+    def of(self, q: Tensor) -> Tensor:
+        """[B, L, H, D] -> [B, sampled, H, D]."""
+        queries = q.shape[1]
+        if self._known is None or self._known[0] != queries:
+            self._known = queries, to_device(self._find(queries), q.device)
+        return q[:, self._known[1]]
 
 
 def evenly_spread(queries: int, count: int) -> Tensor:

@@ -23,7 +23,7 @@ from pipeline.runtime.generator import BlockGenerator, Rollout
 from pipeline.runtime.inputs import GeneratorSettings
 from pipeline.runtime.loading import generator_settings
 from tests.conftest import ROOT, Program
-from tests.test_generator import GEOMETRY, SCHEDULE, latents, segments, start
+from tests.test_generator import GEOMETRY, SCHEDULE, latents, policy, segments, start
 from tests.test_together import made
 from tests.thread_exchange import together
 from tests.tiny import CONFIG, tiny_model
@@ -153,11 +153,17 @@ def test_a_given_beginning_is_kept_until_heads_part() -> None:
     assert frames == [list(range(9))]
 
 
-def test_an_early_switch_observes_no_earlier() -> None:
-    early = replace(settings(online(block=2)), window=9, reclassify_on_switch=True)
+@pytest.mark.parametrize(("kind", "parted_after"), [("online", 2), ("roles", 1)])
+def test_what_an_early_switch_lets_be_observed(kind: str, parted_after: int) -> None:
+    """Roles in the new prompt's first clean pass, before `ar_start` too; errors not before there is enough to see."""
+    split = policy("packed", None).split
+    assert split is not None
+    roles = replace(policy("packed", None), split=replace(split, ar_start=2))
+    early = replace(settings(online(block=2) if kind == "online" else roles), window=9, reclassify_on_switch=True)
     generator = BlockGenerator(tiny_model(), early)
     rollout = generator.start(GEOMETRY, segments(generator.model, (0, 3), 1), NoiseStream([3]))
-    assert [rollout.parting.pending for _ in rollout.blocks()] == [True, True, True, False, False]
+    pending = {block.index: rollout.parting.pending for block in rollout.blocks()}
+    assert [index for index, still in pending.items() if still] == list(range(parted_after + 1))
 
 
 def test_a_switch_observes_again_where_that_is_asked_for() -> None:

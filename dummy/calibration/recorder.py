@@ -16,7 +16,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from dummy.frame_attention import evenly_spread, products
+from dummy.frame_attention import SampledQueries, evenly_spread, products
 from dummy.passes import PassCount
 from utils.transfer import to_device
 from wan.attention.head_group import Retention
@@ -68,20 +68,19 @@ class HeadErrors:
         self._videos = videos
         self._candidates = candidates
         self._grams = grams
-        self._queries = queries
         self._piece_bytes = piece_bytes
         self.past = 0  # earlier frames that the last pass has seen
         self._passes = 0
         self._errors: dict[int, Tensor] = {}
         self._outputs: dict[int, Tensor] = {}
-        self._places: tuple[int, Tensor] | None = None  # of the chosen ones among so many queries, on their device
+        self._sampled = SampledQueries(lambda count: evenly_spread(count, min(queries, count)))
         self._masks: tuple[tuple[list[int], int], Tensor] | None = None  # of frames (context, own), on their device
 
     def __call__(self, layer: int, q: Tensor, keys: Tensor, context: Sequence[int], values: Tensor) -> None:
         """q [B, L, H, D]; keys and values [B, S, H, D]: the pass's own frames, then those numbered in `context`."""
         self._passes += layer == 0
         self.past = len(context)
-        q = q[: self._videos, self._chosen(q.shape[1], q.device)]
+        q = self._sampled.of(q[: self._videos])
         batch, queries, heads, width = q.shape
         frames = keys.shape[1] // self._tokens
         masks = self._kept(list(context), frames - len(context), q.device)
@@ -93,12 +92,6 @@ class HeadErrors:
                 errors, outputs = candidate_errors(sums, means, masks, self._grams[layer])
                 self._add(self._errors, layer, errors.sum(1) / (batch * queries))
                 self._add(self._outputs, layer, outputs.sum(1) / (batch * queries))
-
-    def _chosen(self, queries: int, device: torch.device) -> Tensor:
-        if self._places is None or self._places[0] != queries:
-            places = evenly_spread(queries, min(self._queries, queries))
-            self._places = queries, to_device(places, device)
-        return self._places[1]
 
     def _kept(self, context: list[int], own: int, device: torch.device) -> Tensor:
         if self._masks is None or self._masks[0] != (context, own):

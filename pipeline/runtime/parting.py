@@ -57,8 +57,9 @@ class Parting:
 
     def again(self, block: int) -> bool:
         """Let a block that begins now be observed, whatever has been; False where heads do not part in the video, or
-        where they see too little of it before they part anyway."""
-        if self._observed is None or parting_block(self._observed, block) > block:
+        where errors would be seen too early: roles show in any block, what a longer memory is worth does not."""
+        observed = self._observed
+        if observed is None or (not observed.in_clean_pass and block < observed.ar_start):
             return False
         self._block, self._seen, self.roles, self.pending = block, None, None, True
         return True
