@@ -140,8 +140,8 @@ def test_waiting_for_frames_leaves_the_core_to_others() -> None:
 
 
 def test_the_allocator_holds_no_more_than_the_plan_and_its_reserve() -> None:
-    """With everything captured; the plan counts tensors, the allocator keeps pieces of 2 and 20 MiB beside them, and
-    the library of products 32 MiB for every stream."""
+    """With everything captured; the plan counts tensors, the allocator keeps pieces of 2 and 20 MiB beside them. What
+    getting ready takes for a moment is not in the plan."""
     config = InferenceConfig(resolution=(256, 384), num_output_frames=12, num_frame_per_block=3, engine="graphed")
     geometry = geometry_of(config, CONFIG.in_dim)
     torch.cuda.empty_cache()
@@ -158,4 +158,4 @@ def test_the_allocator_holds_no_more_than_the_plan_and_its_reserve() -> None:
     held = torch.cuda.memory_reserved() - before
     planned = random_vae(32, torch.device("cpu"), torch.bfloat16).to("meta").lay_out_for(vae.device)
     plan = Planner(WIDE, planned, torch.bfloat16).memory(config, made.settings, strategy)
-    assert plan.peak * 0.5 < held < plan.peak * (1 + RESERVE) + (256 << 20)
+    assert plan.peak * 0.5 < held < plan.peak * (1 + RESERVE) + (128 << 20)
