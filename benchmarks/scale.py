@@ -54,6 +54,7 @@ def measure(sizes: ModelConfig, arguments: argparse.Namespace, policy: str) -> d
         torch.set_num_threads(1)
     else:
         torch.cuda.set_device(device)
+    command.end_at_once()
     dist.init_process_group("nccl" if device.type == "cuda" else "gloo", rank=world.rank, world_size=world.size)
     model = build_model(sizes, device)
     exchange = TimedExchange(world.rank, world.size)

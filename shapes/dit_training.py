@@ -33,6 +33,7 @@ from shapes.runs import Stage, averaged, fast_precision, log_to_stdout, save, tr
 from shapes.schedule import a_little_noisy, add_noise, noise_like, random_sigmas, random_steps
 from shapes.stories import Stories
 from shapes.vae import fit_linear_code
+from utils import command
 
 LOADERS = 8  # processes that make clips for a GPU, which is faster than they are
 
@@ -93,6 +94,7 @@ def _worker(rank: int, port: int, folder: Path, recipe: DiTRecipe, until: int | 
     dist.init_process_group("gloo", store=TCPStore("127.0.0.1", port), rank=rank, world_size=PARTS)
     _Run(folder, recipe, until, start_from, rank, PARTS).train()
     dist.destroy_process_group()
+    command.end(0)
 
 
 class _Run:

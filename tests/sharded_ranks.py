@@ -12,6 +12,7 @@ from pipeline.runtime.generator import BlockGenerator
 from pipeline.runtime.inputs import GeneratorSettings
 from tests.test_generator import SCHEDULE, policy
 from tests.tiny import CONFIG, segments, tiny_model
+from utils import command
 from utils.seed import NoiseStream
 from wan.attention.exchange import HeadExchange
 from wan.geometry import LatentGeometry
@@ -27,7 +28,8 @@ def latents(model: CausalWanModel) -> torch.Tensor:
     return torch.cat([block.latents for block in rollout.blocks()], 1)
 
 
-def main(folder: Path) -> None:
+def main(folder: Path) -> int:
+    command.end_at_once()
     dist.init_process_group("gloo")
     exchange = HeadExchange(dist.get_rank(), dist.get_world_size())
     with torch.device("meta"):
@@ -41,7 +43,8 @@ def main(folder: Path) -> None:
     made["output"] = model.layers()[1].self_attn.output_weight()
     torch.save({**made, "held": held}, folder / f"{exchange.rank}.pt")
     dist.destroy_process_group()
+    return 0
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    sys.exit(command.run(lambda: main(Path(sys.argv[1]))))

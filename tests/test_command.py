@@ -5,8 +5,10 @@ from __future__ import annotations
 import io
 import logging
 import os
+import subprocess
 import sys
 from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -16,6 +18,8 @@ from pipeline.atlas import command as atlas
 from tests.conftest import Program
 from utils import command
 from utils.errors import InputError
+
+ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.parametrize("encoding", ["cp1252", "ascii"])
@@ -87,3 +91,28 @@ def test_log_lines_are_escaped_and_bounded() -> None:
     record = logging.LogRecord("a", logging.WARNING, "", 0, "%s: skipped", ("\x1b[2J" + "x" * 5000,), None)
     line = command.ReadableFormatter(command.LOG_FORMAT).format(record)
     assert line.startswith(r"WARNING: \x1b[2Jxxx") and line.endswith("xxx: skipped") and len(line) < 500
+
+
+def test_a_thread_that_still_computes_does_not_break_the_end() -> None:
+    """Where the interpreter is taken down, such a thread aborts the process in five of five runs."""
+    script = """
+import atexit, sys, threading, torch
+from utils import command
+
+def compute():
+    ones = torch.ones(100)
+    while True:
+        ones + ones
+
+def program():
+    command.end_at_once()
+    threads = [threading.Thread(target=compute, daemon=True) for _ in range(3)]
+    [thread.start() for thread in threads]
+    atexit.register(lambda: print("tidied up"))
+    sys.stdout.write("said, ")
+    return 3
+
+sys.exit(command.run(program))
+"""
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert (done.returncode, done.stdout, done.stderr) == (3, "said, tidied up\n", "")

@@ -9,6 +9,7 @@ interrupted. Before that `utils.interrupts` answers Ctrl-C.
 
 from __future__ import annotations
 
+import atexit
 import logging
 import os
 import shlex
@@ -17,9 +18,10 @@ import sys
 import threading
 from argparse import ArgumentParser, Namespace
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import import_module
 from types import FrameType
+from typing import NoReturn
 
 from utils.errors import InputError, ToldElsewhere, quoted, readable
 from utils.interrupts import INTERRUPTED, answer_at_once, by_exception
@@ -36,9 +38,41 @@ class ReadableFormatter(logging.Formatter):
         return readable(super().format(record))
 
 
+_must_end_at_once = False
+
+
 def run(program: Callable[[], int], modules: Sequence[str] = (), log_format: str | None = LOG_FORMAT) -> int:
     """The status of `program`, see above; `modules` are the large ones that it needs, imported before it. Without a
-    `log_format` it sets up its logging itself."""
+    `log_format` it sets up its logging itself. It does not return if the program has asked for `end_at_once`."""
+    global _must_end_at_once
+    _must_end_at_once = False
+    status = _status(program, modules, log_format)
+    if _must_end_at_once:
+        end(status)
+    return status
+
+
+def end_at_once() -> None:
+    """Let this process end when the program that `run` runs has ended, without taking the interpreter down first.
+
+    A thread of a library that lets go of a tensor in that time needs the interpreter, and C++ ends the process with
+    status 134 in place of its own (PyTorch's issue 38228). Threads of gloo do, now and then, even when their process
+    group has been destroyed.
+    """
+    global _must_end_at_once
+    _must_end_at_once = True
+
+
+def end(status: int) -> NoReturn:
+    """End this process so, here."""
+    atexit._run_exitfuncs()
+    for stream in (sys.stdout, sys.stderr):
+        with suppress(OSError, ValueError):  # nobody reads it any more
+            stream.flush()
+    os._exit(status)
+
+
+def _status(program: Callable[[], int], modules: Sequence[str], log_format: str | None) -> int:
     show_any_text()
     _let_memory_grow()
     if log_format is not None:

@@ -17,6 +17,7 @@ import torch.distributed as dist
 from pipeline.config.config import InferenceConfig, as_dict
 from pipeline.runtime.company import Company, Leaving, LostProcess
 from pipeline.runtime.loading import choose_device
+from utils.command import end_at_once
 from utils.distributed import TELL_S, World
 from utils.errors import InputError, ToldElsewhere
 from wan.attention.exchange import HeadExchange
@@ -109,6 +110,7 @@ def joined(world: World, device: torch.device, ranks: int | None = None) -> Iter
     if device.type == "cuda":
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    end_at_once()
     company, how = None, Leaving.TOLD
     try:
         dist.init_process_group(backend, rank=world.rank, world_size=world.size, timeout=_PATIENCE)
