@@ -1,5 +1,5 @@
 # make demo    videos from nothing, on any machine with Python
-# make studio  a page on which a video goes on without end and does what you type
+# make studio  a page on which a video goes on without end and does what you type; PORT=8000 puts it elsewhere
 # make test    lint, types, layers, tests
 # make check   lint and types alone
 
@@ -31,7 +31,7 @@ demo: $(VENV)/.installed
 	@ls $(DEMO)/shapes/*.mp4 $(DEMO)/shapes_calibrated/*.mp4 $(DEMO)/shapes_interactive/*.mp4
 
 studio: $(VENV)/.installed-studio
-	$(BIN)/python -m studio --config_path configs/shapes_studio.yaml --calibration checkpoints/shapes/calibration.safetensors --open
+	$(BIN)/python -m studio --config_path configs/shapes_studio.yaml --calibration checkpoints/shapes/calibration.safetensors --open $(if $(PORT),--port $(PORT))
 
 check: $(VENV)/.installed-dev
 	$(BIN)/ruff check .

@@ -13,6 +13,7 @@ from torch.utils.data import Dataset
 from shapes.captions import PASSING_WEIGHT
 from shapes.data import BLOCK, as_video, make_clip, pixel_frame
 from shapes.dit import TextEncoder
+from shapes.drawing import render
 from shapes.forward import Plan
 from shapes.linear import LinearCode
 
@@ -20,6 +21,10 @@ TRAIN_SEED, STEP_SEED = 21, 22
 PARTS = 2  # of a batch, each with its own random numbers
 MOST_DISTILLED = 3  # blocks of a clip
 STORIES = 0  # as a number of blocks: videos that go on and on, see shapes.stories
+COMMANDS = -1  # as a number of blocks: what is right after a prompt switch
+WINDOW = 10  # latent frames that a block of a long video sees, the first one and itself included
+PREFIXES = {3: 0.5, 6: 0.2, 9: 0.1, 12: 0.05, WINDOW: 0.15}  # frames before a switch: a video's first, or a window
+LATEST = 20  # blocks before a switch in a window
 
 
 @dataclass(frozen=True)
@@ -31,8 +36,8 @@ class Phase:
 
 
 # Blocks of a batch's clips -> clips, noisy copies. A first block has nothing before it and is the hardest: short
-# clips show many of them.
-BATCHES = {1: (16, 5), 3: (8, 2), 7: (4, 2), STORIES: (4, 2)}
+# clips show many of them. What a command asks for is seen best in the block after it: so do clips of commands.
+BATCHES = {1: (16, 5), 3: (8, 2), 7: (4, 2), COMMANDS: (24, 2), STORIES: (4, 2)}
 
 
 @dataclass(frozen=True)
@@ -51,14 +56,15 @@ class DiTRecipe:
     phases: tuple[Phase, ...] = (
         Phase(0.12, {1: 0.7, 3: 0.3}),
         Phase(0.3, {1: 0.4, 3: 0.3, 7: 0.3}),
-        Phase(1.0, {1: 0.2, 3: 0.15, 7: 0.15, STORIES: 0.5}),
+        Phase(0.7, {1: 0.1, 3: 0.05, 7: 0.1, COMMANDS: 0.6, STORIES: 0.15}),
+        Phase(1.0, {1: 0.15, 3: 0.1, 7: 0.1, COMMANDS: 0.3, STORIES: 0.35}),
     )
     joined: float = 0.3
     plain_until: float = 0.05
     storyboards: float = 0.3
     own_history: float = 0.6
     own_from: float = 0.3
-    distill_from: float = 0.6
+    distill_from: float = 0.75
     passing_weight: float = 4.0
     passing_from: float = 0.25
     cool_down: float = 0.35
@@ -113,6 +119,8 @@ class Batches(Dataset[list[Batch]]):
         blocks = recipe.blocks(step, rng)
         if blocks == STORIES:
             return []
+        if blocks == COMMANDS:
+            return self._commands(step, rng)
         size, copies = BATCHES[blocks]
         size = recipe.batch or size
         assert size >= PARTS
@@ -125,16 +133,11 @@ class Batches(Dataset[list[Batch]]):
         seed = int(rng.integers(1 << 40))
         plain = step < recipe.plain_until * recipe.steps
         weight = recipe.passing_weight if step >= recipe.passing_from * recipe.steps else PASSING_WEIGHT
-        cuts = parts_of(size)
         frames = pixel_frame(blocks * BLOCK)
         switches, plan = (BLOCK * switch,) if switch else (), Plan(blocks - switch, prefix=BLOCK * switch)
         batches = []
-        for part in self._parts:
-            first = step * max(clips for clips, _ in BATCHES.values())  # no clip is seen twice
-            clips = [
-                make_clip(TRAIN_SEED, first + i, switches, frames, plain=plain, passing_weight=weight)
-                for i in range(*cuts[part])
-            ]
+        for part, numbers in self._numbers(step, size).items():
+            clips = [make_clip(TRAIN_SEED, i, switches, frames, plain=plain, passing_weight=weight) for i in numbers]
             latents = self._code.encode(torch.stack([as_video(clip.video) for clip in clips]))
             target = latents[:, BLOCK * switch :].unflatten(1, (-1, BLOCK))
             with torch.no_grad():
@@ -144,6 +147,40 @@ class Batches(Dataset[list[Batch]]):
                 Batch(latents, target, embeds, plan, copies, own, distilled, first_block, seed + part, share)
             )
         return batches
+
+    def _commands(self, step: int, rng: np.random.Generator) -> list[Batch]:
+        """Clips of one or two blocks after a prompt switch, and of the frames before it that are encoded in one pass
+        then; some have had another command before."""
+        recipe = self._recipe
+        size, copies = BATCHES[COMMANDS]
+        prefix = int(rng.choice(list(PREFIXES), p=list(PREFIXES.values())))
+        plan = Plan(1 + int(rng.random() < 0.15), prefix, window=WINDOW if prefix == WINDOW else None)
+        own = plan.blocks > 1 and rng.random() < recipe.own_history
+        seed = int(rng.integers(1 << 40))
+        batches = []
+        for part, numbers in self._numbers(step, recipe.batch or size).items():
+            clips, videos, rng = [], [], np.random.default_rng((STEP_SEED, step, part))
+            for i in numbers:
+                switch = BLOCK * int(rng.integers(WINDOW // BLOCK + 1, LATEST)) if prefix == WINDOW else prefix
+                earlier = BLOCK * int(rng.integers(1, max(2, switch // BLOCK)))
+                switches = (earlier, switch) if earlier < switch and rng.random() < 0.5 else (switch,)
+                start, stop = (pixel_frame(at) for at in (switch - prefix, switch + BLOCK * plan.blocks))
+                clip = make_clip(TRAIN_SEED, i, switches, stop, passing_weight=recipe.passing_weight)
+                videos.append(as_video(render(clip.film.cut(start, stop))))
+                clips.append(clip)
+            encode = self._code.encode_later if prefix == WINDOW else self._code.encode
+            latents = encode(torch.stack(videos))
+            with torch.no_grad():
+                embeds = self._text([clip.captions[-1] for clip in clips])
+            target = latents[:, prefix:].unflatten(1, (-1, BLOCK))
+            share = len(clips) / (recipe.batch or size)
+            batches.append(Batch(latents, target, embeds, plan, copies, own, False, True, seed + part, share))
+        return batches
+
+    def _numbers(self, step: int, size: int) -> dict[int, range]:
+        """The clips of this process's parts of a step; no clip is seen twice."""
+        first, cuts = step * max(clips for clips, _ in BATCHES.values()), parts_of(size)
+        return {part: range(first + cuts[part][0], first + cuts[part][1]) for part in self._parts}
 
 
 def parts_of(size: int) -> list[tuple[int, int]]:

@@ -3,8 +3,9 @@ captions.
 
 Flow matching with block-causal teacher forcing (`shapes.forward`). Half of the noise levels are exactly those of the
 four sampling steps. The history is what the product will have: a little noisy, and for a share of the steps drawn by
-the model itself, in one step from noised truth, so that its own blur does no harm. Some batches are storyboards; from
-a share of the steps on half of them are stories, whose history the model has drawn over many blocks
+the model itself, in one step from noised truth, so that its own blur does no harm. Once first videos are known most
+batches show the blocks right after a prompt switch alone, since there is the one place where a command can be learnt:
+after them history tells what to draw. Others are stories, whose history the model has drawn over many blocks
 (`shapes.stories`). Near the end the blocks of short clips are distilled (`shapes.distill`).
 
 Without a GPU two processes share a step, each on one core: two threads in every operation would wait for each other
@@ -27,6 +28,7 @@ from torch.utils.data import DataLoader
 from shapes.batches import PARTS, TRAIN_SEED, Batch, Batches, DiTRecipe
 from shapes.distill import distillation_loss
 from shapes.dit import Flow
+from shapes.forward import Plan
 from shapes.optim import Average, Optimizers, trapezoid
 from shapes.reading import trained_text_encoder
 from shapes.runs import Stage, averaged, fast_precision, log_to_stdout, save, training_device
@@ -133,7 +135,7 @@ class _Run:
         steps = range(self._start, self._stage.end)
         loader = DataLoader(self._batches, batch_size=None, sampler=steps, num_workers=loaders)
         for step, parts in zip(steps, loader, strict=True):
-            name = f"loss on {parts[0].plan.blocks} blocks" if parts else "loss on stories"
+            name = f"loss on {_kind(parts[0].plan)}" if parts else "loss on stories"
             if parts and parts[0].distilled:
                 name = "distillation"
             stories = [] if parts else [one.next(self._flow.model, step) for one in self._stories.values()]
@@ -211,6 +213,10 @@ class _Run:
         for part, one in self._stories.items():
             one.restore(cast("list[list[dict[str, object]]]", state["stories"])[part])
         self._began, self._start = cast(int, state["began"]), cast(int, state["step"])
+
+
+def _kind(plan: Plan) -> str:
+    return f"{plan.blocks} blocks" + (" after a switch" if plan.prefix else "")
 
 
 def _is_matrix(name: str, parameter: nn.Parameter) -> bool:

@@ -227,7 +227,7 @@ def run_layer(
 def block_attention(q: Tensor, k: Tensor, v: Tensor, turns: Rotation, plan: Plan, copies: int) -> Tensor:
     """Self-attention of all frames, everything [B, H, N * T, D]."""
     tokens = q.shape[2] // (plan.clean + copies * plan.noisy)
-    q = (q * q.shape[-1] ** -0.5).type_as(v)
+    q, k = q.type_as(v), k.type_as(v)
     done: dict[int, Tensor] = {}
     if plan.prefix:
         together = slice(0, plan.prefix * tokens)
@@ -248,15 +248,13 @@ def block_attention(q: Tensor, k: Tensor, v: Tensor, turns: Rotation, plan: Plan
 
 
 def _attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
-    return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+    return F.scaled_dot_product_attention(q, k, v)
 
 
 def _attend_both(q: Tensor, past_k: Tensor, past_v: Tensor, own_k: Tensor, own_v: Tensor) -> Tensor:
     """q, own_k, own_v [B, H, N, L, D]; past_k, past_v [B, H, S, D], which all N share."""
-    number, length = q.shape[2:4]
-    own = q @ own_k.transpose(-1, -2)  # [B, H, N, L, L]
-    past = torch.unflatten(q.flatten(2, 3) @ past_k.transpose(-1, -2), 2, (number, length))
-    weights = torch.cat((past, own), dim=-1).softmax(-1)
-    past_weights, own_weights = weights[..., : -own_k.shape[3]], weights[..., -own_k.shape[3] :]
-    past_sum = (past_weights.flatten(2, 3) @ past_v).view_as(q)
-    return own_weights @ own_v + past_sum
+    past_k, past_v = (part[:, :, None].expand(-1, -1, q.shape[2], -1, -1) for part in (past_k, past_v))
+    parts = q, torch.cat((past_k, own_k), dim=3), torch.cat((past_v, own_v), dim=3)
+    # The CPU's flash kernel takes four dimensions.
+    seen = _attend(*(part.transpose(1, 2).flatten(0, 1) for part in parts))
+    return seen.unflatten(0, (q.shape[0], -1)).transpose(1, 2)

@@ -19,7 +19,9 @@ MOMENTUM = 0.95
 def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
     """A matrix with the same singular vectors and singular values of about 1."""
     a, b, c = _NEWTON_SCHULZ
-    x = (update / (update.norm() + 1e-7)).bfloat16()  # the steps correct their own rounding
+    x = update / (update.norm() + 1e-7)
+    if x.is_cuda:
+        x = x.bfloat16()  # the steps correct their own rounding
     wide = x if x.shape[0] <= x.shape[1] else x.T
     for _ in range(steps):
         gram = wide @ wide.T

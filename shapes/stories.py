@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shapes.batches import BATCHES, STORIES, Batch, parts_of
+from shapes.batches import BATCHES, STORIES, WINDOW, Batch, parts_of
 from shapes.data import BLOCK, Clip, as_video, make_clip, pixel_frame
 from shapes.dit import TextEncoder
 from shapes.drawing import render
@@ -31,7 +31,6 @@ from wan.geometry import LatentGeometry
 from wan.transformer.model import CausalWanModel
 
 STORY_SEED = 23
-WINDOW = 10  # latent frames that a block sees, the first one and itself included; what a switch re-encodes
 TURN = 3  # blocks by which a story goes on at a time, and that stand before them
 GROUPS = 8  # stories under way in each part; those of a group have their switches at the same frames
 SCENES = (1, 2, 3)  # turns between switches

@@ -25,8 +25,9 @@ from shapes.measure import (
     wrapped,
 )
 from shapes.score import LAST, distance
-from shapes.world import BACKGROUNDS, COLOURS, FRAMES, HEIGHT, SWIFT, WIDTH, Body, Floats, Track, World, begin
+from shapes.world import BACKGROUNDS, COLOURS, FRAMES, HEIGHT, WIDTH, Body, Floats, Track, World, begin
 
+SETTLED = 12  # pixel frames, a block, after which a caption must have been obeyed
 PATH_ERROR = 4.0  # pixels, from where it was when the caption had been obeyed: up to here a motion is right
 SIZE_ERROR = 0.15  # of the radius
 SECOND = 16  # pixel frames
@@ -59,10 +60,10 @@ def score_scenes(video: Floats, clip: Clip) -> list[SceneScore]:
 
 def score_scene(part: Floats, world: World) -> SceneScore:
     """A scene's frames against the world with which it begins."""
-    settled = part[SWIFT:]
+    settled = part[SETTLED:]
     several = len(world.there) > 1
     seen = [see(settled, body.colour if several else None) for body in world.there]
-    expected = [body.track(len(part)).cut(SWIFT, len(part)) for body in world.there]
+    expected = [body.track(len(part)).cut(SETTLED, len(part)) for body in world.there]
     pairs = list(zip(seen, expected, strict=True))
     return SceneScore(
         colour=float(_colours_are_right(settled[-LAST:], world.there)),

@@ -45,7 +45,7 @@ MARKS = ("none", "white", "black")
 SMALLEST, LARGEST = 10.0, 21.0  # where shrinking and growing end
 GROWTH = (LARGEST - SMALLEST) / 64  # pixels a frame
 TURN_FRAMES = (16, 48)  # a first scene's colour changes between these frames
-SWIFT = 12  # frames in which a command changes colour, shape, background or number: one block
+SWIFT = 6  # frames in which a command changes colour, shape, background or number: half a block
 FAST = 1.75  # times the usual speed
 BESIDE = WIDTH / 2  # where a second thing comes, to the right of the first
 

@@ -7,6 +7,7 @@ import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,7 +17,8 @@ from pipeline.config.config import load_config
 from pipeline.runtime.loading import load_transformer, load_vae, model_sizes
 from pipeline.runtime.prompts import PromptEncoder
 from shapes import dit_training, train
-from shapes.batches import Batches, DiTRecipe, Phase
+from shapes.batches import COMMANDS, WINDOW, Batches, DiTRecipe, Phase
+from shapes.data import Clip, as_video, make_clip
 from shapes.dit import Flow
 from shapes.dit_training import batch_loss
 from shapes.export import export, native_names
@@ -161,13 +163,42 @@ def test_the_loss_reaches_all_weights(own: float, code_folder: Path) -> None:
     assert all(grad is not None and grad.abs().max() > 0 for grad in grads.values())
 
 
-def test_workers_share_a_step_without_changing_it(code_folder: Path) -> None:
-    alone = batches(recipe(), code_folder)[5]
-    shared = [part for rank in (0, 1) for part in batches(recipe(), code_folder, rank, workers=2)[5]]
+@pytest.mark.parametrize("kind", [3, COMMANDS])
+def test_workers_share_a_step_without_changing_it(kind: int, code_folder: Path) -> None:
+    chosen = recipe(phases=(Phase(1.0, {kind: 1.0}),), batch=4)
+    alone = batches(chosen, code_folder)[5]
+    shared = [part for rank in (0, 1) for part in batches(chosen, code_folder, rank, workers=2)[5]]
     for one, other in zip(alone, shared, strict=True):
         same = {name: getattr(other, name) for name in ("history", "target", "embeds")}
         assert all(torch.equal(getattr(one, name), value) for name, value in same.items())
         assert replace(one, **same) == other
+
+
+def test_clips_of_commands_show_a_switch_and_the_frames_before_it(
+    code_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Clip] = []
+
+    def noted(*args: Any, **more: Any) -> Clip:
+        made.append(make_clip(*args, **more))
+        return made[-1]
+
+    monkeypatch.setattr("shapes.batches.make_clip", noted)
+    code, text = LinearCode.load(code_folder / "linear.pt"), trained_text_encoder(code_folder)
+    seen: set[tuple[int, int | None]] = set()
+    for step in range(12):
+        made.clear()
+        parts = batches(recipe(phases=(Phase(1.0, {COMMANDS: 1.0}),)), code_folder)[step]
+        for clip, batch in zip(made, parts, strict=True):
+            prefix, switch = batch.plan.prefix, clip.switches[-1]
+            whole = code.encode(as_video(clip.video)[None])
+            assert (batch.history - whole[:, switch - prefix :]).abs().max() < 1e-4
+            assert torch.equal(batch.target.flatten(1, 2), batch.history[:, prefix:])
+            assert batch.target.shape[1] == batch.plan.blocks
+            assert torch.equal(batch.embeds, text([clip.captions[-1]]))
+            assert (prefix == switch) == (batch.plan.window is None)
+            seen.add((prefix, batch.plan.window))
+    assert {(3, None), (WINDOW, WINDOW)} <= seen
 
 
 def test_muon_makes_updates_orthogonal() -> None:
