@@ -87,6 +87,8 @@ class Batch:
 
     `seed` decides its noise, `share` is its part of the step's clips. `redraw`: the history is to be the model's own
     drawing. `first_block`: whether the first block counts; once it is distilled, flow matching would only pull it back.
+    `early`: the first copy is always at the noise levels of the first two sampling steps, where a command is obeyed or
+    not; later ones only finish what is there.
     """
 
     history: Tensor
@@ -99,6 +101,7 @@ class Batch:
     first_block: bool
     seed: int
     share: float
+    early: bool = False
 
     def to(self, device: torch.device) -> Batch:
         tensors = {name: getattr(self, name).to(device) for name in ("history", "target", "embeds")}
@@ -174,7 +177,9 @@ class Batches(Dataset[list[Batch]]):
                 embeds = self._text([clip.captions[-1] for clip in clips])
             target = latents[:, prefix:].unflatten(1, (-1, BLOCK))
             share = len(clips) / (recipe.batch or size)
-            batches.append(Batch(latents, target, embeds, plan, copies, own, False, True, seed + part, share))
+            batches.append(
+                Batch(latents, target, embeds, plan, copies, own, False, True, seed + part, share, early=True)
+            )
         return batches
 
     def _numbers(self, step: int, size: int) -> dict[int, range]:

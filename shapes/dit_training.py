@@ -54,7 +54,10 @@ def teacher_forcing_loss(flow: Flow, batch: Batch, generator: torch.Generator) -
     history = _redrawn(flow, batch, generator) if batch.redraw else batch.history
     target = batch.target[:, None].expand(-1, batch.copies, -1, -1, -1, -1, -1)
     noise = noise_like(target, generator)
-    sigma = random_sigmas(target.shape[:3], generator).to(target.device)
+    sigma = random_sigmas(target.shape[:3], generator)
+    if batch.early:
+        sigma[:, 0] = random_steps(sigma[:, 0].shape, generator, last=1)
+    sigma = sigma.to(target.device)
     with fast_precision(target.device):
         noisy = add_noise(target, noise, sigma)
         found = flow(a_little_noisy(history, generator), noisy, 1000 * sigma, batch.embeds, batch.plan)
