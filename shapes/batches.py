@@ -24,6 +24,7 @@ STORIES = 0  # as a number of blocks: videos that go on and on, see shapes.stori
 COMMANDS = -1  # as a number of blocks: what is right after a prompt switch
 WINDOW = 10  # latent frames that a block of a long video sees, the first one and itself included
 PREFIXES = {3: 0.5, 6: 0.2, 9: 0.1, 12: 0.05, WINDOW: 0.15}  # frames before a switch: a video's first, or a window
+BLOCKS_AFTER = {1: 0.4, 2: 0.35, 3: 0.25}  # a switch: the later ones have to know that its command has been obeyed
 LATEST = 20  # blocks before a switch in a window
 
 
@@ -152,22 +153,23 @@ class Batches(Dataset[list[Batch]]):
         return batches
 
     def _commands(self, step: int, rng: np.random.Generator) -> list[Batch]:
-        """Clips of one or two blocks after a prompt switch, and of the frames before it that are encoded in one pass
-        then; some have had another command before."""
-        recipe = self._recipe
-        size, copies = BATCHES[COMMANDS]
+        """Clips of a few blocks after a prompt switch, and of the frames before it that are encoded in one pass then;
+        some have had another command before."""
+        recipe, copies = self._recipe, BATCHES[COMMANDS][1]
+        blocks = int(rng.choice(list(BLOCKS_AFTER), p=list(BLOCKS_AFTER.values())))
+        size = recipe.batch or BATCHES[COMMANDS][0] // blocks
         prefix = int(rng.choice(list(PREFIXES), p=list(PREFIXES.values())))
-        plan = Plan(1 + int(rng.random() < 0.15), prefix, window=WINDOW if prefix == WINDOW else None)
-        own = plan.blocks > 1 and rng.random() < recipe.own_history
+        plan = Plan(blocks, prefix, window=WINDOW if prefix == WINDOW else None)
+        own = blocks > 1 and rng.random() < recipe.own_history
         seed = int(rng.integers(1 << 40))
         batches = []
-        for part, numbers in self._numbers(step, recipe.batch or size).items():
-            clips, videos, rng = [], [], np.random.default_rng((STEP_SEED, step, part))
+        for part, numbers in self._numbers(step, size).items():
+            clips, videos, own_rng = [], [], np.random.default_rng((STEP_SEED, step, part))
             for i in numbers:
-                switch = BLOCK * int(rng.integers(WINDOW // BLOCK + 1, LATEST)) if prefix == WINDOW else prefix
-                earlier = BLOCK * int(rng.integers(1, max(2, switch // BLOCK)))
-                switches = (earlier, switch) if earlier < switch and rng.random() < 0.5 else (switch,)
-                start, stop = (pixel_frame(at) for at in (switch - prefix, switch + BLOCK * plan.blocks))
+                switch = BLOCK * int(own_rng.integers(WINDOW // BLOCK + 1, LATEST)) if prefix == WINDOW else prefix
+                earlier = BLOCK * int(own_rng.integers(1, max(2, switch // BLOCK)))
+                switches = (earlier, switch) if earlier < switch and own_rng.random() < 0.5 else (switch,)
+                start, stop = (pixel_frame(at) for at in (switch - prefix, switch + BLOCK * blocks))
                 clip = make_clip(TRAIN_SEED, i, switches, stop, passing_weight=recipe.passing_weight)
                 videos.append(as_video(render(clip.film.cut(start, stop))))
                 clips.append(clip)
@@ -176,7 +178,7 @@ class Batches(Dataset[list[Batch]]):
             with torch.no_grad():
                 embeds = self._text([clip.captions[-1] for clip in clips])
             target = latents[:, prefix:].unflatten(1, (-1, BLOCK))
-            share = len(clips) / (recipe.batch or size)
+            share = len(clips) / size
             batches.append(
                 Batch(latents, target, embeds, plan, copies, own, False, True, seed + part, share, early=True)
             )
