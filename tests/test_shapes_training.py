@@ -16,12 +16,14 @@ from torch import Tensor
 from pipeline.config.config import load_config
 from pipeline.runtime.loading import load_transformer, load_vae, model_sizes
 from pipeline.runtime.prompts import PromptEncoder
-from shapes import dit_training, train
+from shapes import dit_training, obedience, train
 from shapes.batches import COMMANDS, WINDOW, Batches, DiTRecipe, Phase
-from shapes.data import Clip, as_video, make_clip
+from shapes.data import Clip, as_video, make_clip, pixel_frame
 from shapes.dit import Flow
 from shapes.dit_training import batch_loss
+from shapes.drawing import render
 from shapes.export import export, native_names
+from shapes.film import film
 from shapes.forward import Plan
 from shapes.linear import LinearCode
 from shapes.optim import orthogonalize, trapezoid
@@ -199,6 +201,27 @@ def test_clips_of_commands_show_a_switch_and_the_frames_before_it(
             assert (prefix == switch) == (batch.plan.window is None)
             seen.add((prefix, batch.plan.window))
     assert {(3, None), (WINDOW, WINDOW)} <= seen
+
+
+def test_how_far_commands_are_obeyed(whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:
+    """A model that draws the film is no way from it; one that hears nothing draws the other one."""
+    clips = [make_clip(1, i, (3,), pixel_frame(9)) for i in range(3)]
+    code = LinearCode.load(whole / "linear.pt")
+    films = {
+        "told": [clip.film for clip in clips],
+        "untold": [film(clip.scene, clip.hidden, clip.frames) for clip in clips],
+    }
+    for name, place in (("told", 0), ("untold", 1)):
+        videos = torch.stack([as_video(render(one)) for one in films[name]])
+        monkeypatch.setattr(obedience, "draw", lambda *_, videos=videos: code.encode(videos)[:, 3:])
+        found = obedience.errors(Flow().model, code, trained_text_encoder(whole), clips, 0)
+        assert found[place].max() == 0 and torch.equal(found[1 - place], found[2]) and found[2].min() > 0
+    monkeypatch.undo()
+    threads = torch.get_num_threads()
+    assert obedience.main(["--work", str(whole), "--clips", "2", "--switch", "3", "--threads", str(threads)]) == 0
+    assert capsys.readouterr().out.splitlines()[-1].split()[:2] == ["all", "2"]
+    with pytest.raises(SystemExit):
+        obedience.main(["--work", str(whole), "--switch", "4"])
 
 
 def test_muon_makes_updates_orthogonal() -> None:
