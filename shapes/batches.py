@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import numpy as np
@@ -11,7 +12,7 @@ from torch import Tensor
 from torch.utils.data import Dataset
 
 from shapes.captions import PASSING_WEIGHT
-from shapes.data import BLOCK, as_video, make_clip, pixel_frame
+from shapes.data import BLOCK, Clip, as_video, make_clip, pixel_frame
 from shapes.dit import TextEncoder
 from shapes.drawing import render
 from shapes.forward import Plan
@@ -37,7 +38,7 @@ class Phase:
 
 
 # Blocks of a batch's clips -> clips, noisy copies. A first block has nothing before it and is the hardest: short
-# clips show many of them. What a command asks for is seen best in the block after it: so do clips of commands.
+# clips show many of them. A block after a switch is the only one in which a command can be learnt: so there too.
 BATCHES = {1: (16, 5), 3: (8, 2), 7: (4, 2), COMMANDS: (24, 2), STORIES: (4, 2)}
 
 
@@ -97,11 +98,11 @@ class Batch:
     embeds: Tensor
     plan: Plan
     copies: int
-    redraw: bool
-    distilled: bool
-    first_block: bool
     seed: int
     share: float
+    redraw: bool = False
+    distilled: bool = False
+    first_block: bool = True
     early: bool = False
 
     def to(self, device: torch.device) -> Batch:
@@ -143,13 +144,8 @@ class Batches(Dataset[list[Batch]]):
         for part, numbers in self._numbers(step, size).items():
             clips = [make_clip(TRAIN_SEED, i, switches, frames, plain=plain, passing_weight=weight) for i in numbers]
             latents = self._code.encode(torch.stack([as_video(clip.video) for clip in clips]))
-            target = latents[:, BLOCK * switch :].unflatten(1, (-1, BLOCK))
-            with torch.no_grad():
-                embeds = self._text([clip.captions[-1] for clip in clips])
-            share = len(clips) / size
-            batches.append(
-                Batch(latents, target, embeds, plan, copies, own, distilled, first_block, seed + part, share)
-            )
+            batch = self._batch(clips, latents, plan, copies, seed + part, size)
+            batches.append(replace(batch, redraw=own, distilled=distilled, first_block=first_block))
         return batches
 
     def _commands(self, step: int, rng: np.random.Generator) -> list[Batch]:
@@ -174,15 +170,16 @@ class Batches(Dataset[list[Batch]]):
                 videos.append(as_video(render(clip.film.cut(start, stop))))
                 clips.append(clip)
             encode = self._code.encode_later if prefix == WINDOW else self._code.encode
-            latents = encode(torch.stack(videos))
-            with torch.no_grad():
-                embeds = self._text([clip.captions[-1] for clip in clips])
-            target = latents[:, prefix:].unflatten(1, (-1, BLOCK))
-            share = len(clips) / size
-            batches.append(
-                Batch(latents, target, embeds, plan, copies, own, False, True, seed + part, share, early=True)
-            )
+            batch = self._batch(clips, encode(torch.stack(videos)), plan, copies, seed + part, size)
+            batches.append(replace(batch, redraw=own, early=True))
         return batches
+
+    @torch.no_grad()
+    def _batch(self, clips: Sequence[Clip], latents: Tensor, plan: Plan, copies: int, seed: int, size: int) -> Batch:
+        """Of clips under their last captions, a part of a step's `size`; latents of the plan's frames [B, F, ...]."""
+        embeds = self._text([clip.captions[-1] for clip in clips])
+        target = latents[:, plan.prefix :].unflatten(1, (-1, BLOCK))
+        return Batch(latents, target, embeds, plan, copies, seed, len(clips) / size)
 
     def _numbers(self, step: int, size: int) -> dict[int, range]:
         """The clips of this process's parts of a step; no clip is seen twice."""

@@ -74,6 +74,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--switch", type=int, default=2 * BLOCK, help="latent frame")
     parser.add_argument("--threads", type=int, default=2)
     args = parser.parse_args(argv)
+    if args.clips < 1:
+        parser.error(f"--clips {args.clips}: at least one")
     if args.switch < BLOCK or args.switch % BLOCK:
         parser.error(f"--switch {args.switch}: a switch is at the first frame of a later block, a multiple of {BLOCK}")
     torch.set_num_threads(args.threads)

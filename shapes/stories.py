@@ -152,7 +152,7 @@ class Stories:
         group.at, group.turns = stop, group.turns + 1
         history = torch.cat((past, blocks), dim=1)
         target = truth.unflatten(1, (-1, BLOCK))
-        return Batch(history, target, embeds, plan, self._copies, False, False, True, seed, self._share)
+        return Batch(history, target, embeds, plan, self._copies, seed, self._share)
 
     def _put_right(self, group: Group, drawn: Tensor, truth: Tensor) -> Tensor:
         """What is drawn, but the truth from the first block on that is lost."""
