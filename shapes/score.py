@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -52,9 +52,8 @@ class Score:
 
 def score(video: Floats, scene: Scene) -> Score:
     """Video [frames, H, W, 3] in 0..1 against the scene that it should show."""
-    pair = scene.motion == "pass"
-    seen = [see(video, thing.colour if pair else None) for thing in scene.things]
-    hidden = _choice(seen, scene, FIRST_BLOCK)
+    seen = _things(video, scene)
+    hidden = _way(seen, scene, FIRST_BLOCK)
     expected = tracks(scene, hidden, len(video))
     first, last = which_background(video[:FIRST_BLOCK]), which_background(video[-LAST:])
     marks = [(mark(video, one, 0, FIRST_BLOCK), mark(video, one, len(video) - LAST, len(video))) for one in seen]
@@ -67,10 +66,24 @@ def score(video: Floats, scene: Scene) -> Score:
         position=float(np.mean([distance(one, track).mean() for one, track in zip(seen, expected, strict=True)])),
         background=float(first is not None and first == last),
         mark=_share(before is not None and before == after for before, after in marks),
-        way=float(_choice(seen, scene, LAST, last=True) == hidden) if scene.motion in _WITH_WAYS else math.nan,
+        way=float(_way(seen, scene, LAST, last=True) == hidden) if scene.motion in _WITH_WAYS else math.nan,
         drift=drift(video, 0, len(video) - 1),
         seam=seam(video, borders(len(video))),
     )
+
+
+def chosen(video: Floats, scene: Scene) -> Hidden | None:
+    """The background and the way round that a video shows in its first block, the mark left out; None where the
+    background is none of the world's."""
+    first = video[:FIRST_BLOCK]
+    background = which_background(first)
+    if background is None:
+        return None
+    return replace(_way(_things(first, scene), scene, FIRST_BLOCK), background=background)
+
+
+def _things(video: Floats, scene: Scene) -> list[Seen]:
+    return [see(video, thing.colour if scene.motion == "pass" else None) for thing in scene.things]
 
 
 def borders(frames: int) -> list[int]:
@@ -88,7 +101,7 @@ def _share(values: Iterable[bool]) -> float:
     return float(np.mean(list(values)))
 
 
-def _choice(seen: Sequence[Seen], scene: Scene, frames: int, last: bool = False) -> Hidden:
+def _way(seen: Sequence[Seen], scene: Scene, frames: int, last: bool = False) -> Hidden:
     """The way that the first (or last) frames are nearest to, the same for all things."""
     part = slice(-frames, None) if last else slice(0, frames)
 

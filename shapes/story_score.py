@@ -1,8 +1,9 @@
 """Storyboards and long videos against the world's laws: is every scene right, and does it last?
 
 A scene is what happens from one caption to the next. What a caption asks for takes a block; after it, colours, shapes,
-motions and the background must be as the world has them, and nothing else may be there. Numbers are read off the
-pixels by `shapes.measure`.
+motions and the background must be as the world has them, and nothing else may be there. What no caption says is the
+video's own choice: it is read off the first block, and all scenes are held to it. Numbers are read off the pixels by
+`shapes.measure`.
 """
 
 from __future__ import annotations
@@ -24,8 +25,8 @@ from shapes.measure import (
     which_background,
     wrapped,
 )
-from shapes.score import LAST, distance
-from shapes.world import BACKGROUNDS, COLOURS, FRAMES, HEIGHT, WIDTH, Body, Floats, Track, World, begin
+from shapes.score import LAST, chosen, distance
+from shapes.world import BACKGROUNDS, COLOURS, FRAMES, HEIGHT, WIDTH, Body, Floats, Hidden, Track, World, begin
 
 SETTLED = 12  # pixel frames, a block, after which a caption must have been obeyed
 PATH_ERROR = 4.0  # pixels, from where it was when the caption had been obeyed: up to here a motion is right
@@ -53,13 +54,17 @@ def score_scenes(video: Floats, clip: Clip) -> list[SceneScore]:
     """Every scene of a video [frames, H, W, 3] in 0..1, the first one too."""
     starts = [start for start, _ in clip.script]
     bounds = list(zip([0, *starts], [*starts, len(video)], strict=True))
-    worlds = [begin(clip.scene, clip.hidden)]
-    worlds += [world_at(clip.scene, clip.hidden, clip.script, start).obey(command) for start, command in clip.script]
-    return [score_scene(video[start:stop], world) for (start, stop), world in zip(bounds, worlds, strict=True)]
+    found = chosen(video, clip.scene)
+    hidden = found or Hidden()
+    worlds = [begin(clip.scene, hidden)]
+    worlds += [world_at(clip.scene, hidden, clip.script, start).obey(command) for start, command in clip.script]
+    parts = [video[start:stop] for start, stop in bounds]
+    return [score_scene(part, world, found is not None) for part, world in zip(parts, worlds, strict=True)]
 
 
-def score_scene(part: Floats, world: World) -> SceneScore:
-    """A scene's frames against the world with which it begins."""
+def score_scene(part: Floats, world: World, known: bool) -> SceneScore:
+    """A scene's frames against the world with which it begins. `known`: whether the video's first background was one of
+    the world's; otherwise none is right."""
     settled = part[SETTLED:]
     several = len(world.there) > 1
     seen = [see(settled, body.colour if several else None) for body in world.there]
@@ -69,7 +74,7 @@ def score_scene(part: Floats, world: World) -> SceneScore:
         colour=float(_colours_are_right(settled[-LAST:], world.there)),
         shape=float(all(one.shape == body.shape for one, body in zip(seen, world.there, strict=True))),
         motion=float(all(_moves_like(one, track) for one, track in pairs)),
-        background=float(which_background(settled[-LAST:]) == BACKGROUNDS.index(world.background)),
+        background=float(known and which_background(settled[-LAST:]) == BACKGROUNDS.index(world.background)),
         position=float(np.mean([distance(one, track).mean() for one, track in pairs])),
     )
 
@@ -116,7 +121,8 @@ class LongScore:
 def score_long(video: Floats, clip: Clip) -> LongScore:
     """A video of one scene, of ten seconds or more."""
     start, end = len(video) - FRAMES, len(video) - 1
-    last = score_scene(video[start:], world_at(clip.scene, clip.hidden, (), start))
+    found = chosen(video, clip.scene)
+    last = score_scene(video[start:], world_at(clip.scene, found or Hidden(), (), start), found is not None)
     return LongScore(
         *(last.colour, last.shape, last.motion, last.background),
         still=min(drift(video, at, at + SECOND) for at in range(0, len(video) - SECOND, SECOND)),

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -226,6 +227,22 @@ def test_storyboard_measures_are_right_on_the_world_itself() -> None:
     scores = [scene for clip in STORIES for scene in score_scenes(clip.video, clip)]
     assert len(scores) == 21 and np.mean([one.right for one in scores]) > 0.95
     assert np.mean([one.position for one in scores]) < 0.5
+
+
+def test_a_video_is_held_to_what_it_has_chosen_itself() -> None:
+    """Captions do not say which background is there, nor which way round an orbit goes."""
+    own = [Hidden((clip.hidden.background + 1) % 4, 0, 1 - clip.hidden.way) for clip in STORIES]
+    others = [replace(clip, hidden=hidden) for clip, hidden in zip(STORIES, own, strict=True)]
+    scores = [scene for clip, other in zip(STORIES, others, strict=True) for scene in score_scenes(other.video, clip)]
+    assert np.mean([one.right for one in scores]) > 0.95
+    long = make_clip(103, 2, frames=241, held=None)
+    assert score_long(replace(long, hidden=Hidden(3, 0, 1)).video, long).right == 1
+
+
+def test_a_background_that_is_none_at_first_is_never_right() -> None:
+    video = STORIES[0].video.copy()
+    video[:9] *= 0.1
+    assert not any(scene.background for scene in score_scenes(video, STORIES[0]))
 
 
 def deaf(clip: Clip) -> Floats:
