@@ -25,7 +25,7 @@ STORIES = 0  # as a number of blocks: videos that go on and on, see shapes.stori
 COMMANDS = -1  # as a number of blocks: what is right after a prompt switch
 WINDOW = 10  # latent frames that a block of a long video sees, the first one and itself included
 PREFIXES = {3: 0.5, 6: 0.2, 9: 0.1, 12: 0.05, WINDOW: 0.15}  # frames before a switch: a video's first, or a window
-BLOCKS_AFTER = {1: 0.4, 2: 0.35, 3: 0.25}  # a switch: the later ones have to know that its command has been obeyed
+BLOCKS_AFTER = {1: 0.3, 2: 0.3, 3: 0.4}  # a switch: the later ones have to know that its command has been obeyed
 LATEST = 20  # blocks before a switch in a window
 
 
@@ -51,7 +51,8 @@ class DiTRecipe:
     batches, from `own_from` on, whose history the model has drawn itself. From `distill_from` on clips of few blocks
     are distilled. From `passing_from` on clips with two things, the hardest captions, come with `passing_weight`.
     A run that begins with the weights of a finished model begins at `joined`, where first videos are known.
-    `batch` instead of the numbers of clips in BATCHES.
+    `wide`: so many times the clips of BATCHES, but for stories; a GPU takes little longer. `batch` instead of all these
+    numbers.
     """
 
     steps: int = 14000
@@ -59,7 +60,7 @@ class DiTRecipe:
         Phase(0.12, {1: 0.7, 3: 0.3}),
         Phase(0.3, {1: 0.4, 3: 0.3, 7: 0.3}),
         Phase(0.7, {1: 0.1, 3: 0.05, 7: 0.1, COMMANDS: 0.6, STORIES: 0.15}),
-        Phase(1.0, {1: 0.15, 3: 0.1, 7: 0.1, COMMANDS: 0.3, STORIES: 0.35}),
+        Phase(1.0, {1: 0.1, 3: 0.05, 7: 0.1, COMMANDS: 0.4, STORIES: 0.35}),
     )
     joined: float = 0.3
     plain_until: float = 0.05
@@ -73,8 +74,13 @@ class DiTRecipe:
     muon_lr: float = 0.02
     adam_lr: float = 2e-3
     decay: float = 0.997
+    wide: int = 1
     batch: int | None = None
     compile: bool = True
+
+    def clips(self, number: int) -> int:
+        """Of a batch that has `number` clips in BATCHES."""
+        return self.batch or self.wide * number
 
     def blocks(self, step: int, rng: np.random.Generator) -> int:
         """How many blocks the clips of this step have."""
@@ -127,7 +133,7 @@ class Batches(Dataset[list[Batch]]):
         if blocks == COMMANDS:
             return self._commands(step, rng)
         size, copies = BATCHES[blocks]
-        size = recipe.batch or size
+        size = recipe.clips(size)
         assert size >= PARTS
         storyboard = blocks > 1 and rng.random() < recipe.storyboards
         switch = int(rng.integers(min(2, blocks - 1), min(5, blocks))) if storyboard else 0
@@ -153,7 +159,7 @@ class Batches(Dataset[list[Batch]]):
         some have had another command before."""
         recipe, copies = self._recipe, BATCHES[COMMANDS][1]
         blocks = int(rng.choice(list(BLOCKS_AFTER), p=list(BLOCKS_AFTER.values())))
-        size = recipe.batch or BATCHES[COMMANDS][0] // blocks
+        size = recipe.clips(BATCHES[COMMANDS][0] // blocks)
         prefix = int(rng.choice(list(PREFIXES), p=list(PREFIXES.values())))
         plan = Plan(blocks, prefix, window=WINDOW if prefix == WINDOW else None)
         own = blocks > 1 and rng.random() < recipe.own_history
@@ -183,7 +189,8 @@ class Batches(Dataset[list[Batch]]):
 
     def _numbers(self, step: int, size: int) -> dict[int, range]:
         """The clips of this process's parts of a step; no clip is seen twice."""
-        first, cuts = step * max(clips for clips, _ in BATCHES.values()), parts_of(size)
+        most = max(clips for clips, _ in BATCHES.values())
+        first, cuts = step * self._recipe.wide * most, parts_of(size)
         return {part: range(first + cuts[part][0], first + cuts[part][1]) for part in self._parts}
 
 

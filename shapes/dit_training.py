@@ -8,8 +8,9 @@ batches show the blocks right after a prompt switch alone, since there is the on
 after them history tells what to draw. Others are stories, whose history the model has drawn over many blocks
 (`shapes.stories`). Near the end the blocks of short clips are distilled (`shapes.distill`).
 
-Without a GPU two processes share a step, each on one core: two threads in every operation would wait for each other
-all the time. A batch is always cut into the same two parts, whoever computes them.
+Two processes share a step, each on one core: two threads in every operation would wait for each other all the time,
+and so small a model keeps a GPU less busy than the process that feeds it. A batch is always cut into the same two
+parts, whoever computes them.
 """
 
 from __future__ import annotations
@@ -37,7 +38,7 @@ from shapes.stories import Stories
 from shapes.vae import fit_linear_code
 from utils import command
 
-LOADERS = 8  # processes that make clips for a GPU, which is faster than they are
+LOADERS = 6  # of each process, which make clips for a GPU: it is faster than one of them
 
 
 def batch_loss(flow: Flow, teacher: Flow | None, batch: Batch) -> Tensor:
@@ -84,20 +85,20 @@ def train_dit(folder: Path, recipe: DiTRecipe, until: int | None = None, start_f
     """
     trained_text_encoder(folder)
     fit_linear_code(folder)
-    if training_device().type == "cuda":
-        _Run(folder, recipe, until, start_from).train(LOADERS)
-    else:
-        server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
-        given = (server.port, folder, recipe, until, start_from)
-        # Daemons end with this process, whatever ends it; others would go on, and it would wait for them.
-        spawn(_worker, given, nprocs=PARTS, daemon=True)  # type: ignore[no-untyped-call]
+    loaders = LOADERS if training_device().type == "cuda" else 0
+    server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
+    given = (server.port, folder, recipe, until, start_from, loaders)
+    # Daemons end with this process, whatever ends it, and it need not wait for them; but they may have no loaders.
+    spawn(_worker, given, nprocs=PARTS, daemon=not loaders)  # type: ignore[no-untyped-call]
     return cast(Flow, averaged(Stage(folder, "dit", recipe.steps).path, Flow()))
 
 
-def _worker(rank: int, port: int, folder: Path, recipe: DiTRecipe, until: int | None, start_from: Path | None) -> None:
+def _worker(
+    rank: int, port: int, folder: Path, recipe: DiTRecipe, until: int | None, start_from: Path | None, loaders: int
+) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=TCPStore("127.0.0.1", port), rank=rank, world_size=PARTS)
-    _Run(folder, recipe, until, start_from, rank, PARTS).train()
+    _Run(folder, recipe, until, start_from, rank, PARTS).train(loaders)
     dist.destroy_process_group()
     command.end(0)
 

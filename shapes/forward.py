@@ -182,7 +182,7 @@ class TrainingForward(nn.Module):
 def time_embedding(model: CausalWanModel, timesteps: Tensor) -> Tensor:
     """[...] to [..., dim], as CausalWanModel.encode_time does for one timestep."""
     half = model.config.freq_dim // 2
-    ladder = 10000.0 ** -(torch.arange(half, dtype=torch.float64) / half)
+    ladder = 10000.0 ** -(torch.arange(half, dtype=torch.float64, device=timesteps.device) / half)
     angles = timesteps.double()[..., None] * ladder
     embedding: Tensor = model.time_embedding(torch.cat((angles.cos(), angles.sin()), dim=-1).float())
     return embedding

@@ -28,11 +28,14 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--steps", type=int, help="instead of the recipe's")
     parser.add_argument("--until", type=int, help="stop before this step; the same command without it goes on")
     parser.add_argument("--batch", type=int, help="clips a step (2 or more), instead of the recipe's")
+    parser.add_argument("--wide", type=int, help="dit: so many times the recipe's clips a step, for a GPU")
     parser.add_argument(
         "--start-from", type=Path, metavar="FOLDER", help="dit: begin with the transformer of a finished model"
     )
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args(argv)
+    if args.wide is not None and args.wide < 1:
+        parser.error(f"--wide {args.wide}: at least 1, which is the recipe's number of clips")
     if args.batch is not None and args.batch < PARTS:
         parser.error(f"--batch {args.batch}: at least {PARTS}, since every step is computed in {PARTS} parts")
     log_to_stdout()
@@ -45,6 +48,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.stage == "vae":
         train_vae(args.work, replace(VAERecipe(), **changes), args.until)
     if args.stage == "dit":
+        changes |= {"wide": args.wide} if args.wide else {}
         train_dit(args.work, replace(DiTRecipe(), **changes), args.until, args.start_from)
     if args.stage == "export":
         export(args.work, args.out)

@@ -17,7 +17,7 @@ from pipeline.config.config import load_config
 from pipeline.runtime.loading import load_transformer, load_vae, model_sizes
 from pipeline.runtime.prompts import PromptEncoder
 from shapes import dit_training, obedience, train
-from shapes.batches import COMMANDS, WINDOW, Batches, DiTRecipe, Phase
+from shapes.batches import BATCHES, COMMANDS, STORIES, WINDOW, Batches, DiTRecipe, Phase
 from shapes.data import Clip, as_video, make_clip, pixel_frame
 from shapes.dit import Flow
 from shapes.dit_training import batch_loss
@@ -26,7 +26,7 @@ from shapes.export import export, native_names
 from shapes.film import film
 from shapes.forward import Plan
 from shapes.linear import LinearCode
-from shapes.optim import orthogonalize, trapezoid
+from shapes.optim import Average, Optimizers, orthogonalize, trapezoid
 from shapes.reading import (
     QUESTIONS,
     Reader,
@@ -39,6 +39,7 @@ from shapes.reading import (
 )
 from shapes.runs import averaged
 from shapes.schedule import random_sigmas
+from shapes.stories import Stories, draw
 from shapes.vae import build_vae, decode_whole, encode_whole, fit_linear_code
 from shapes.world import Command, Hidden, Scene, Thing, begin
 
@@ -165,6 +166,30 @@ def test_the_loss_reaches_all_weights(own: float, code_folder: Path) -> None:
     assert all(grad is not None and grad.abs().max() > 0 for grad in grads.values())
 
 
+@pytest.mark.parametrize("kind", [1, 3, 7, COMMANDS, STORIES])
+def test_a_step_is_computed_where_the_model_is(kind: int, code_folder: Path) -> None:
+    """On the meta device, whose tensors meet no others, as little as a GPU's do."""
+    there = torch.device("meta")
+    flow, teacher = Flow().to(there), Flow().to(there)
+    named = dict(flow.named_parameters())
+    phases = (Phase(1.0, {kind: 1.0}),)
+    chosen = recipe(phases=phases, storyboards=0.0, own_history=1.0, own_from=0.0, distill_from=0.5)
+    code, text = LinearCode.load(code_folder / "linear.pt"), trained_text_encoder(code_folder)
+    stories = Stories(code, text, part=0, batch=2)
+    for step in range(0, chosen.steps, chosen.steps // 2):
+        parts = batches(chosen, code_folder)[step] or [stories.next(Flow().model, step)]
+        for part in parts:
+            loss = batch_loss(flow, teacher, part.to(there))
+            torch.autograd.backward(loss)
+            assert loss.device == there and all(p.grad is not None for p in named.values())
+    matrices, rest = ([p for p in named.values() if (p.ndim == 2) == flat] for flat in (True, False))
+    Optimizers(matrices, rest, 0.1, 0.1).step(1.0)
+    Average(named, 0.9).update(named, step=3)
+    past, embeds = part.history[:, :3].to(there), part.embeds.to(there)
+    drawn = draw(flow.model, past, embeds, Plan(2, prefix=3, window=WINDOW), torch.Generator())
+    assert drawn.device == there and drawn.shape[1] == 6
+
+
 @pytest.mark.parametrize("kind", [3, COMMANDS])
 def test_workers_share_a_step_without_changing_it(kind: int, code_folder: Path) -> None:
     chosen = recipe(phases=(Phase(1.0, {kind: 1.0}),), batch=4)
@@ -174,6 +199,20 @@ def test_workers_share_a_step_without_changing_it(kind: int, code_folder: Path) 
         same = {name: getattr(other, name) for name in ("history", "target", "embeds")}
         assert all(torch.equal(getattr(one, name), value) for name, value in same.items())
         assert replace(one, **same) == other
+
+
+def test_wide_batches_have_more_clips_and_each_clip_once(code_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers: list[int] = []
+
+    def noted(seed: int, index: int, *args: Any, **more: Any) -> Clip:
+        numbers.append(index)
+        return make_clip(seed, index, *args, **more)
+
+    monkeypatch.setattr("shapes.batches.make_clip", noted)
+    made = batches(recipe(phases=(Phase(1.0, {1: 1.0}),), batch=None, wide=2), code_folder)
+    clips = 2 * BATCHES[1][0]
+    assert [sum(len(part.target) for part in made[step]) for step in (4, 5)] == [clips, clips]
+    assert len(set(numbers)) == len(numbers) == 2 * clips
 
 
 def test_clips_of_commands_show_a_switch_and_the_frames_before_it(
