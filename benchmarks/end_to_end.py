@@ -236,9 +236,12 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--width", type=int, help="base_dim of the VAE; that of Wan 2.1 is 96")
     parser.add_argument("--no_file", action="store_true", help="throw the frames away")
     parser.add_argument("--profile", action="store_true", help="print the profile of a clip, too")
+    parser.add_argument("--memory", type=float, metavar="GIB", help="as if the GPU had no more: does a clip fit?")
     parser.add_argument("--json", type=Path)
     arguments = parser.parse_args(argv)
     gpu = torch.device(arguments.device).type == "cuda"
+    if arguments.memory is not None and not (gpu and arguments.memory > 0):
+        parser.error(f"--memory {arguments.memory:g}: GiB of a GPU (--device cuda), more than none")
     arguments.resolution = arguments.resolution or ("480" if gpu else "tiny")
     arguments.engine = arguments.engine or ("graphed" if gpu else "eager")
     arguments.width = arguments.width or (96 if gpu else 24)
@@ -253,6 +256,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     print(f"{about['device']}, torch {about['torch']}, {'no file' if arguments.no_file else 'to an mp4'}")
     print(HEADER, flush=True)
     rows: list[Row] = []
+    if arguments.memory is not None:
+        total = torch.cuda.get_device_properties(device).total_memory
+        torch.cuda.set_per_process_memory_fraction(min(1.0, arguments.memory * 2**30 / total), device)
     for resolution in arguments.resolution.split(","):
         for policy in arguments.policy.split(","):
             for made in measure(arguments, resolution, policy, device):

@@ -74,6 +74,13 @@ program() { # NAME SECONDS SCRIPT CONFIG ARGUMENTS...: a video of the small mode
         output_folder="$FOLDER/$name" "$@"
 }
 
+training() { # NAME SECONDS ARGUMENTS...: every phase of the small model's training in a few steps
+    local name=$1 limit=$2 train='"$0" -m shapes.train'
+    shift 2
+    part "$name" "$limit" bash -c "$train text --work \"\$1\" --steps 4 && $train dit --no-compile --work \"\$@\"" \
+        "$PYTHON" "$FOLDER/$name" "$@"
+}
+
 DATA=tests/data/vectors
 ALL=()
 OTHERS=()
@@ -91,6 +98,7 @@ if [ "$SMALL" = yes ]; then
     vectors vectors_eager_fp32 eager fp32 60 "${FEW[@]}"
     vectors vectors_eager_bf16 eager bf16 60 "${FEW[@]}"
     vectors vectors_compiled_fp32 compiled fp32 120 "${FEW[0]}"
+    training training 100 --steps 8 --batch 2
     part tests_gpu 60 "$PYTHON" -m pytest -m gpu -q tests/test_gpu.py tests/test_attention.py tests/test_fp8.py
     dit tiny 120 --resolution tiny --dim 64 --layers 1 --policy full,packed,calibrated --engine eager,compiled --repeat 1 --profile
     TINY=(--device "$DEVICE" --resolution tiny --width 8 --repeat 1)
@@ -109,11 +117,14 @@ else
     program program_demo 100 inference.py shapes_demo inference_iter=2 profile=true &
     program program_online 100 inference.py shapes_calibrated dummy_forcing.calibration=online &
     program program_storyboard 100 interactive_inference.py shapes_interactive inference_iter=1 engine=eager &
+    training training 100 --steps 60 &
     wait
     dit dit_480 150 --resolution 480 --engine graphed,compiled,eager --policy packed,full,window,prune --profile
-    part vae 90 "$PYTHON" -m benchmarks.vae --resolution 480 --engine graphed,eager --repeat 3 --json "$FOLDER/vae.json"
-    part end_to_end 60 "$PYTHON" -m benchmarks.end_to_end --resolution 480 --engine graphed --policy packed --profile \
-        --no_file --json "$FOLDER/end_to_end.json"
+    part vae 60 "$PYTHON" -m benchmarks.vae --resolution 480 --engine graphed --frames 9 --repeat 3 --json "$FOLDER/vae.json"
+    CLIPS=(-m benchmarks.end_to_end --resolution 480 --engine graphed --no_file)
+    part end_to_end 120 "$PYTHON" "${CLIPS[@]}" --policy packed,observed,online --profile --json "$FOLDER/end_to_end.json"
+    # The plan lets a clip of 480 rows take the fast way on a card of 16 GB, less the reserve.
+    part end_to_end_16 60 "$PYTHON" "${CLIPS[@]}" --memory 14.4 --repeat 1 --json "$FOLDER/end_to_end_16.json"
     dit dit_fp8_480 60 --resolution 480 --engine graphed --policy packed --precision auto,fp8 --repeat 3 --profile
     dit dit_attention_480 60 --resolution 480 --engine graphed --policy packed,full --attention sdpa,cudnn,fa2,fa3,varlen --repeat 3
     dit dit_calibrated_480 50 --resolution 480 --engine graphed,eager --policy packed,calibrated --attention auto,varlen \

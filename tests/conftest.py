@@ -8,6 +8,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -15,7 +16,12 @@ import torch
 import inference
 from pipeline import Pipeline
 from tests.small_checkpoints import SmallCheckpoints, write_small_checkpoints
-from tests.studio_server import Studio, running, shapes_config, small_calibration
+from utils import command
+
+if TYPE_CHECKING:  # the studio's packages may be missing where the tests marked gpu run
+    from tests.studio_server import Studio
+
+command.let_memory_grow()  # as in every program, before the first tensor on a GPU
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ("A red fox runs.", "A blue bird sings.", "A green fish swims.")
@@ -118,11 +124,15 @@ def program(tmp_path: Path, checkpoints: SmallCheckpoints) -> Program:
 def shapes_pipeline() -> Pipeline:
     """The small trained model as the studio has it, with pictures of 48 x 32; servers may have it one after the
     other."""
+    from tests.studio_server import shapes_config
+
     return Pipeline.from_config(shapes_config("resolution=[32,48]"))
 
 
 @pytest.fixture(scope="session")
 def one_studio(shapes_pipeline: Pipeline, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Studio]:
+    from tests.studio_server import running, small_calibration
+
     folder = tmp_path_factory.mktemp("studio")
     calibration = small_calibration(folder / "calibration.safetensors")
     with running(shapes_pipeline, folder, calibration=str(calibration)) as server:

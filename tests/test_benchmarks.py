@@ -210,6 +210,7 @@ def test_all_for_a_gpu_in_one_call(tmp_path: Path, capsys: pytest.CaptureFixture
         "vectors_eager_fp32",
         "vectors_eager_bf16",
         "vectors_compiled_fp32",
+        "training",
         "tests_gpu",
         "tiny",
         "merged",

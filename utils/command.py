@@ -74,7 +74,7 @@ def end(status: int) -> NoReturn:
 
 def _status(program: Callable[[], int], modules: Sequence[str], log_format: str | None) -> int:
     show_any_text()
-    _let_memory_grow()
+    let_memory_grow()
     if log_format is not None:
         _show_progress(log_format)
     try:
@@ -94,7 +94,7 @@ def _status(program: Callable[[], int], modules: Sequence[str], log_format: str 
         return 130
 
 
-def _let_memory_grow() -> None:
+def let_memory_grow() -> None:
     """Let PyTorch's allocator for GPUs lengthen what it has in place of adding blocks, between which gaps stay: with
     them it holds half as much again. Not where the user has said how it is to work."""
     if sys.platform == "linux" and not any(name in os.environ for name in ALLOCATOR_SETTINGS):
