@@ -236,17 +236,11 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("config", metavar="CONFIG")
     parser.add_argument("--policies", default=POLICIES, help=f"the first is the reference (default {POLICIES})")
     parser.add_argument("--prompts", metavar="FILE", help="instead of data_path; storyboards too")
-    parser.add_argument("--videos", type=_count, help="so many prompts (default: all)")
+    parser.add_argument("--videos", type=command.count, help="so many prompts (default: all)")
     parser.add_argument("--calibration", metavar="FILE", help="for calibrated, instead of the configuration's")
     parser.add_argument("--out", type=Path, default=Path("comparison"), metavar="FOLDER")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings for all policies")
     return parser.parse_intermixed_args(argv)
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return int(text)
 
 
 def main(argv: Sequence[str] | None = None) -> int:

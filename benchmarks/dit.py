@@ -9,17 +9,17 @@ come, so that what was measured is kept if a later row fails.
 from __future__ import annotations
 
 import argparse
-import json
 import statistics
 import sys
 from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass
 from itertools import product
-from pathlib import Path
+from typing import get_args
 
 import torch
 from torch import Tensor
 
+from benchmarks.arguments import device_here, multiple_of, result_file, some_of, store
 from benchmarks.machine import ceilings, facts
 from benchmarks.steady import POLICIES, SteadyBlock, build_model
 from benchmarks.tables import compared, predicted
@@ -248,35 +248,39 @@ def subjects(arguments: argparse.Namespace, config: ModelConfig, device: torch.d
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     cuda = torch.cuda.is_available()
-    parser.add_argument("--device", default="cuda" if cuda else "cpu")
-    parser.add_argument("--resolution", default="480", help=f"of {', '.join(LATENT_SIZES)}, separated by commas")
-    parser.add_argument("--policy", default=",".join(POLICIES))
-    parser.add_argument("--engine", default="eager,compiled", help=f"of {', '.join(WAYS)}")
-    parser.add_argument("--attention", default="auto", help="of auto, sdpa, cudnn, fa2, fa3, varlen")
-    parser.add_argument("--precision", default="auto", help="of auto (bf16, on a CPU fp32) and fp8; the first compares")
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--layers", type=int, help="of a reduced model")
-    parser.add_argument("--dim", type=int, help="of a reduced model, a multiple of 64")
+    parser.add_argument("--device", type=device_here, default="cuda" if cuda else "cpu")
+    sizes, ways, attentions, precisions = map(some_of, (LATENT_SIZES, WAYS, get_args(AttentionName), ("auto", "fp8")))
+    parser.add_argument(
+        "--resolution", type=sizes, default="480", help=f"of {', '.join(LATENT_SIZES)}, separated by commas"
+    )
+    parser.add_argument("--policy", type=some_of(POLICIES), default=",".join(POLICIES))
+    parser.add_argument("--engine", type=ways, default="eager,compiled", help=f"of {', '.join(WAYS)}")
+    parser.add_argument("--attention", type=attentions, default="auto", help=f"of {', '.join(get_args(AttentionName))}")
+    parser.add_argument(
+        "--precision", type=precisions, default="auto", help="of auto (bf16, on a CPU fp32) and fp8; the first compares"
+    )
+    parser.add_argument("--repeat", type=command.count, default=5)
+    parser.add_argument("--layers", type=command.count, help="of a reduced model")
+    parser.add_argument("--dim", type=multiple_of(64), help="of a reduced model, a multiple of 64")
     parser.add_argument("--profile", action="store_true", help="where the time goes, by kind of work")
-    parser.add_argument("--json", type=Path, help="store the rows here")
+    parser.add_argument("--json", type=result_file, help="store the rows here")
     return parser.parse_args(argv)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
-    device = torch.device(arguments.device)
+    device: torch.device = arguments.device
     config = model_config(arguments, device)
     ceiling = ceilings(device, torch.float32 if device.type == "cpu" else torch.bfloat16)
-    command = ["benchmarks.dit", *(sys.argv[1:] if argv is None else argv)]
-    content = {**facts(device, command), "layers": config.num_layers, "dim": config.dim, "ceilings": ceiling}
+    given = ["benchmarks.dit", *(sys.argv[1:] if argv is None else argv)]
+    content = {**facts(device, given), "layers": config.num_layers, "dim": config.dim, "ceilings": ceiling}
     print("\n".join(f"{name}: {value}" for name, value in content.items()))
     rows: list[Row] = []
     references: References = {}
     for subject in subjects(arguments, config, device):
         rows.append(measure(subject, ceiling["product_tflops"], arguments.repeat, arguments.profile, references))
         print("\n".join(table(rows) if len(rows) == 1 else table(rows)[-1:]), flush=True)
-        if arguments.json is not None:
-            arguments.json.write_text(json.dumps({**content, "rows": [asdict(row) for row in rows]}, indent=1) + "\n")
+        store({**content, "rows": [asdict(row) for row in rows]}, arguments.json)
     print("\n".join([*kinds_table(rows), *ratios(rows)]))
     return 0
 

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import argparse
 import importlib.util
-import json
 import statistics
 import sys
 import tempfile
@@ -23,9 +22,10 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from benchmarks.arguments import device_here, multiple_of, result_file, some_of, store
 from benchmarks.dit import BLOCK, LATENT_SIZES, model_config
 from benchmarks.machine import facts
-from benchmarks.steady import STEPS, build_model, make_policy
+from benchmarks.steady import POLICIES, STEPS, build_model, make_policy
 from benchmarks.vae import random_vae
 from dummy.config import ONLINE, DummyForcingConfig
 from dummy.policies.registry import policy_from_config
@@ -35,7 +35,7 @@ from pipeline.config.config import InferenceConfig, geometry_of
 from pipeline.planning.plan import Planner
 from pipeline.runtime.calibrated import online_dial
 from pipeline.runtime.decoding import fastest_strategy, start_decoder
-from pipeline.runtime.engine import passes_of, warmup
+from pipeline.runtime.engine import WAYS, passes_of, warmup
 from pipeline.runtime.generator import BlockGenerator
 from pipeline.runtime.inputs import GeneratorSettings
 from pipeline.runtime.schedule import DenoisingSchedule
@@ -225,21 +225,22 @@ def line(made: Row) -> str:
 def parse(argv: Sequence[str] | None) -> argparse.Namespace:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default=default)
-    parser.add_argument("--resolution", help="480, 720, 1080 or tiny; several with commas")
-    parser.add_argument("--policy", default="packed", help="of benchmarks.steady, observed or online")
-    parser.add_argument("--engine", help="graphed, compiled, recorded or eager")
-    parser.add_argument("--frames", type=int, default=21, help="latent frames; 21 are 81 frames")
-    parser.add_argument("--repeat", type=int, default=3)
-    parser.add_argument("--layers", type=int)
-    parser.add_argument("--dim", type=int)
-    parser.add_argument("--width", type=int, help="base_dim of the VAE; that of Wan 2.1 is 96")
+    parser.add_argument("--device", type=device_here, default=default)
+    parser.add_argument("--resolution", type=some_of(LATENT_SIZES), help="480, 720, 1080 or tiny; several with commas")
+    known = (*POLICIES, "observed", "online")
+    parser.add_argument("--policy", type=some_of(known), default="packed", help=f"of {', '.join(known)}")
+    parser.add_argument("--engine", choices=WAYS, help="graphed, compiled, recorded or eager")
+    parser.add_argument("--frames", type=command.count, default=21, help="latent frames; 21 are 81 frames")
+    parser.add_argument("--repeat", type=command.count, default=3)
+    parser.add_argument("--layers", type=command.count)
+    parser.add_argument("--dim", type=multiple_of(64))
+    parser.add_argument("--width", type=command.count, help="base_dim of the VAE; that of Wan 2.1 is 96")
     parser.add_argument("--no_file", action="store_true", help="throw the frames away")
     parser.add_argument("--profile", action="store_true", help="print the profile of a clip, too")
     parser.add_argument("--memory", type=float, metavar="GIB", help="as if the GPU had no more: does a clip fit?")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     arguments = parser.parse_args(argv)
-    gpu = torch.device(arguments.device).type == "cuda"
+    gpu = arguments.device.type == "cuda"
     if arguments.memory is not None and not (gpu and arguments.memory > 0):
         parser.error(f"--memory {arguments.memory:g}: GiB of a GPU (--device cuda), more than none")
     arguments.resolution = arguments.resolution or ("480" if gpu else "tiny")
@@ -251,7 +252,7 @@ def parse(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def main(argv: Sequence[str] | None = None) -> int:
     arguments = parse(argv)
-    device = torch.device(arguments.device)
+    device: torch.device = arguments.device
     about = facts(device, ["benchmarks.end_to_end", *(sys.argv[1:] if argv is None else argv)])
     print(f"{about['device']}, torch {about['torch']}, {'no file' if arguments.no_file else 'to an mp4'}")
     print(HEADER, flush=True)
@@ -264,9 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for made in measure(arguments, resolution, policy, device):
                 rows.append(made)
                 print(line(made), flush=True)
-                if arguments.json is not None:
-                    content = {**about, "file": not arguments.no_file, "rows": [asdict(one) for one in rows]}
-                    arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+                rows_now = [asdict(one) for one in rows]
+                store({**about, "file": not arguments.no_file, "rows": rows_now}, arguments.json)
     return 0
 
 

@@ -8,13 +8,13 @@ from __future__ import annotations
 
 import argparse
 import gc
-import json
 import logging
 import tempfile
 import time
 from collections.abc import Sequence
 from pathlib import Path
 
+from benchmarks.arguments import result_file, store
 from pipeline.assembly import Pipeline
 from pipeline.config.config import InferenceConfig, load_config
 from pipeline.config.jobs import read_jobs
@@ -32,8 +32,8 @@ POLICIES = {
 }
 
 
-def configure(policy: str, minutes: float, root: Path) -> InferenceConfig:
-    blocks = round(minutes * 60 * 16 / 12)
+def configure(policy: str, minutes: int, root: Path) -> InferenceConfig:
+    blocks = minutes * 60 * 16 // 12
     overrides = [
         f"model_root={root / 'checkpoints'}",
         f"output_folder={root / 'videos'}",
@@ -46,7 +46,7 @@ def configure(policy: str, minutes: float, root: Path) -> InferenceConfig:
     return load_config(CONFIG, overrides)
 
 
-def measure(policy: str, minutes: float, root: Path) -> list[int]:
+def measure(policy: str, minutes: int, root: Path) -> list[int]:
     """Resident bytes after every minute of the video."""
     config = configure(policy, minutes, root)
     (root / "videos").mkdir(exist_ok=True)
@@ -69,9 +69,9 @@ def measure(policy: str, minutes: float, root: Path) -> list[int]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--minutes", type=float, default=20)
+    parser.add_argument("--minutes", type=command.count, default=20)
     parser.add_argument("--policy", action="append", choices=POLICIES)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     arguments = parser.parse_args(argv)
     logging.basicConfig(level=logging.WARNING)
     result = {}
@@ -87,8 +87,7 @@ def main(argv: Sequence[str] | None = None) -> int:
             result[policy] = {"resident_mib": [reading / 2**20 for reading in readings], "growth_mib": growth}
             for made in (root / "videos").iterdir():
                 made.unlink()
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(result, indent=1) + "\n")
+    store(result, arguments.json)
     return 0
 
 

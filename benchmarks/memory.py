@@ -11,15 +11,14 @@ and once of a sixteenth of their tokens.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, fields, replace
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.arguments import result_file, store
 from benchmarks.dit import BLOCK
 from benchmarks.steady import STEPS
 from benchmarks.tables import memory
@@ -115,7 +114,7 @@ def table(made: Sequence[Row]) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     parser.add_argument("--videos", action="store_true", help="cache and activations of a video, for each policy")
     arguments = parser.parse_args(argv)
     planner = Planner(WAN_1_3B, VAE.published(torch.bfloat16), torch.bfloat16)
@@ -125,12 +124,11 @@ def main(argv: Sequence[str] | None = None) -> int:
             print(f"{policy:8}{format_bytes(whole):>12}, at {SMALL[0]}x{SMALL[1]} {format_bytes(small)}", flush=True)
         return 0
     made = rows(planner)
-    command = " ".join(["benchmarks.memory", *(sys.argv[1:] if argv is None else argv)])
-    content = {"device": "calculated, not measured", "torch": torch.__version__, "command": command}
+    given = " ".join(["benchmarks.memory", *(sys.argv[1:] if argv is None else argv)])
+    content = {"device": "calculated, not measured", "torch": torch.__version__, "command": given}
     content |= {"rows": [asdict(row) for row in made]}
     print(table(made))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+    store(content, arguments.json)
     return 0
 
 

@@ -10,14 +10,13 @@ difference is the most that a block could gain.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Callable, Sequence
-from pathlib import Path
 
 import torch
 from torch import Tensor
 
+from benchmarks.arguments import device_here, multiple_of, result_file, store
 from benchmarks.dit import BLOCK, LATENT_SIZES, model_config
 from benchmarks.machine import facts, seconds
 from benchmarks.steady import build_model
@@ -63,22 +62,21 @@ def measure(model: CausalWanModel, grid: tuple[int, int], repeat: int) -> dict[s
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", type=device_here, default="cuda" if torch.cuda.is_available() else "cpu")
     parser.add_argument("--resolution", default="480", choices=LATENT_SIZES)
-    parser.add_argument("--layers", type=int, help="of a reduced model")
-    parser.add_argument("--dim", type=int, help="of a reduced model, a multiple of 64")
-    parser.add_argument("--repeat", type=int, default=5)
-    parser.add_argument("--json", type=Path, help="store the result here")
+    parser.add_argument("--layers", type=command.count, help="of a reduced model")
+    parser.add_argument("--dim", type=multiple_of(64), help="of a reduced model, a multiple of 64")
+    parser.add_argument("--repeat", type=command.count, default=5)
+    parser.add_argument("--json", type=result_file, help="store the result here")
     arguments = parser.parse_args(argv)
-    device = torch.device(arguments.device)
+    device: torch.device = arguments.device
     config = model_config(arguments, device)
     made = measure(build_model(config, device), LATENT_SIZES[arguments.resolution], arguments.repeat)
-    command = ["benchmarks.merged", *(sys.argv[1:] if argv is None else argv)]
+    given = ["benchmarks.merged", *(sys.argv[1:] if argv is None else argv)]
     sizes = {"resolution": arguments.resolution, "layers": config.num_layers, "dim": config.dim}
-    content = {**facts(device, command), **sizes, **made}
+    content = {**facts(device, given), **sizes, **made}
     print("\n".join(f"{name}: {value}" for name, value in content.items()))
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(content, indent=1) + "\n")
+    store(content, arguments.json)
     return 0
 
 

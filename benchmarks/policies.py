@@ -11,14 +11,13 @@ counts are the ratios.
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
-from pathlib import Path
 
 import torch
 
+from benchmarks.arguments import device_here, multiple_of, result_file, some_of, store
 from benchmarks.steady import POLICIES, SteadyBlock, build_model
 from utils import command
 from utils.profiler import device_name
@@ -65,16 +64,18 @@ def table(rows: Sequence[Row]) -> list[str]:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--dim", type=int, default=384)
-    parser.add_argument("--layers", type=int, default=8)
-    parser.add_argument("--frames", type=int, default=21, help="latent frames of the video")
-    parser.add_argument("--size", type=int, nargs=2, default=(60, 104), help="latent height and width (480p: 60 104)")
-    parser.add_argument("--policies", default=",".join(POLICIES))
-    parser.add_argument("--repeat", type=int, default=1)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    parser.add_argument("--json", type=Path, help="write the rows here, too")
+    parser.add_argument("--dim", type=multiple_of(64), default=384)
+    parser.add_argument("--layers", type=command.count, default=8)
+    parser.add_argument("--frames", type=command.count, default=21, help="latent frames of the video")
+    parser.add_argument(
+        "--size", type=command.count, nargs=2, default=(60, 104), help="latent height and width (480p: 60 104)"
+    )
+    parser.add_argument("--policies", type=some_of(POLICIES), default=",".join(POLICIES))
+    parser.add_argument("--repeat", type=command.count, default=1)
+    parser.add_argument("--device", type=device_here, default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--json", type=result_file, help="write the rows here, too")
     arguments = parser.parse_args(argv)
-    device = torch.device(arguments.device)
+    device: torch.device = arguments.device
     dim = arguments.dim
     config = ModelConfig(dim=dim, ffn_dim=dim * 35 // 6, num_heads=dim // 64, num_layers=arguments.layers)
     model = build_model(config, device)
@@ -86,12 +87,10 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     rows = compare([measure(name, model, geometry, arguments.repeat) for name in arguments.policies.split(",")])
     print("\n".join(table(rows)))
-    if arguments.json is not None:
-        where = f"{device_name(device)}, {torch.get_num_threads()} threads"
-        command = " ".join(["benchmarks.policies", *(sys.argv[1:] if argv is None else argv)])
-        facts = {"device": where, "torch": torch.__version__, "command": command}
-        rows_out = [asdict(row) for row in rows]
-        arguments.json.write_text(json.dumps({**facts, "rows": rows_out}, indent=1) + "\n")
+    where = f"{device_name(device)}, {torch.get_num_threads()} threads"
+    given = " ".join(["benchmarks.policies", *(sys.argv[1:] if argv is None else argv)])
+    facts = {"device": where, "torch": torch.__version__, "command": given}
+    store({**facts, "rows": [asdict(row) for row in rows]}, arguments.json)
     return 0
 
 

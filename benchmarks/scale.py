@@ -16,12 +16,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from benchmarks.arguments import multiple_of, result_file, some_of, store
 from benchmarks.dit import BLOCK, LATENT_SIZES
 from benchmarks.machine import facts, synchronise
 from benchmarks.steady import POLICIES, STEPS, SteadyBlock, build_model, make_policy
@@ -144,16 +144,14 @@ def table(rows: Sequence[dict[str, object]], link: float | None) -> str:
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(prog="python -m benchmarks.scale", description=__doc__)
-    parser.add_argument("--ranks", type=lambda text: [int(one) for one in text.split(",")], default=[1, 2, 4])
-    parser.add_argument(
-        "--policy", type=lambda text: text.split(","), default=["packed", "full"], help=", ".join(POLICIES)
-    )
+    parser.add_argument("--ranks", type=lambda text: [command.count(one) for one in text.split(",")], default=[1, 2, 4])
+    parser.add_argument("--policy", type=some_of(POLICIES), default="packed,full", help=", ".join(POLICIES))
     parser.add_argument("--resolution", default="480", choices=LATENT_SIZES)
-    parser.add_argument("--layers", type=int, default=4)
-    parser.add_argument("--dim", type=int, default=WAN_1_3B.dim)
-    parser.add_argument("--repeat", type=int, default=3)
+    parser.add_argument("--layers", type=command.count, default=4)
+    parser.add_argument("--dim", type=multiple_of(WAN_1_3B.head_dim), default=WAN_1_3B.dim)
+    parser.add_argument("--repeat", type=command.count, default=3)
     parser.add_argument("--predict", type=float, metavar="GB/s", help="of one GPU, in one direction")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     parser.add_argument("--worker", action="store_true", help=argparse.SUPPRESS)
     arguments = parser.parse_args(argv)
     heads = arguments.dim // WAN_1_3B.head_dim
@@ -161,16 +159,15 @@ def main(argv: Sequence[str] | None = None) -> int:
         dim=arguments.dim, ffn_dim=arguments.dim * 35 // 6, num_heads=heads, num_layers=arguments.layers
     )
     if arguments.worker:
-        row = measure(sizes, arguments, arguments.policy[0])
+        row = measure(sizes, arguments, arguments.policy)
         if row is not None:
             print(MARK + json.dumps(row), flush=True)
         return 0
-    rows = [run_ranks(ranks, policy, arguments) for policy in arguments.policy for ranks in arguments.ranks]
+    rows = [run_ranks(ranks, policy, arguments) for policy in arguments.policy.split(",") for ranks in arguments.ranks]
     device = torch.device("cuda") if torch.cuda.is_available() else torch.device("cpu")
     print(table(rows, None if arguments.predict is None else arguments.predict * 1e9))
-    if arguments.json is not None:
-        stored = {**facts(device, ["benchmarks.scale", *(sys.argv[1:] if argv is None else argv)]), "rows": rows}
-        arguments.json.write_text(json.dumps(stored, indent=1) + "\n", encoding="utf-8")
+    about = facts(device, ["benchmarks.scale", *(sys.argv[1:] if argv is None else argv)])
+    store({**about, "rows": rows}, arguments.json)
     return 0
 
 

@@ -53,6 +53,7 @@ def make_policy(name: str, config: ModelConfig, block: int) -> ContextPolicy:
     "long" is packed with as much history for neighbour heads as makes it cost what "window" does, "calibrated" a table
     of typical spread.
     """
+    assert name in POLICIES  # else it would be full history under another name
     if name == "calibrated":
         return policy_of_table(typical_table(config))
     enabled = name in ("prune", "packed", "long")

@@ -25,8 +25,10 @@ from typing import Any
 
 from websockets.asyncio.client import connect
 
+from benchmarks.arguments import result_file, store
 from studio.protocol import HEADER
 from utils import command
+from utils.errors import ToldElsewhere
 
 ROOT = Path(__file__).parents[1]
 CONFIG = "configs/shapes_studio.yaml"
@@ -43,10 +45,12 @@ def server(overrides: Sequence[str]) -> Iterator[str]:
         )
         try:
             assert process.stdout is not None
-            url = process.stdout.readline().split()[-1]
-            while not _is_ready(url):
+            words = process.stdout.readline().split()
+            while words and process.poll() is None and not _is_ready(words[-1]):
                 time.sleep(0.2)
-            yield url
+            if not words or process.poll() is not None:
+                raise ToldElsewhere("the studio has not started")
+            yield words[-1]
         finally:
             process.terminate()
             process.wait(60)
@@ -189,7 +193,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("--part", action="append", choices=parts)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--prompts", type=int, default=20)
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     parser.add_argument("overrides", nargs="*", metavar="key=value")
     arguments = command.parse(parser, argv)
     found: dict[str, Any] = {}
@@ -205,10 +209,9 @@ def main(argv: Sequence[str] | None = None) -> int:
                 found |= measure_memory(url, arguments.minutes)
     for name, value in found.items():
         print(f"{name}: {value}")
-    if arguments.json is not None:
-        arguments.json.write_text(json.dumps(found, indent=1) + "\n", encoding="utf-8")
+    store(found, arguments.json)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main, log_format=None))

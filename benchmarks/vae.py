@@ -11,7 +11,6 @@ latents of a real video (scaled and cropped to the resolution) and the VAE's rea
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
@@ -22,10 +21,12 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from benchmarks.arguments import device_here, result_file, some_of, store
 from benchmarks.dit import BLOCK, LATENT_SIZES
 from benchmarks.machine import ceilings, facts, seconds
 from pipeline.config.config import InferenceConfig
 from pipeline.runtime.decoding import fastest_strategy, start_decoder
+from pipeline.runtime.engine import WAYS
 from pipeline.runtime.prefix import load_prefix
 from utils import command
 from utils.memory import PeakTracker, format_bytes
@@ -215,28 +216,30 @@ HEADER = "{:6}{:10}{:10}{:10}{:>10}{:>10}{:>8}{:>12}{:>8}{:>8}".format(
 def main(argv: Sequence[str] | None = None) -> int:
     default = "cuda" if torch.cuda.is_available() else "cpu"
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--device", default=default)
-    parser.add_argument("--resolution", help="480, 720, 1080 or tiny; several with commas")
-    parser.add_argument("--engine", help="eager, compiled, recorded, graphed; on a CPU they are the same")
-    parser.add_argument("--width", type=int, help="base_dim of the VAE; that of Wan 2.1 is 96")
+    parser.add_argument("--device", type=device_here, default=default)
+    parser.add_argument("--resolution", type=some_of(LATENT_SIZES), help="480, 720, 1080 or tiny; several with commas")
+    parser.add_argument(
+        "--engine", type=some_of(WAYS), help="eager, compiled, recorded, graphed; on a CPU they are the same"
+    )
+    parser.add_argument("--width", type=command.count, help="base_dim of the VAE; that of Wan 2.1 is 96")
     parser.add_argument("--vae", type=Path, help="Wan2.1_VAE.pth or a Diffusers folder; random weights without")
     parser.add_argument("--preview", type=Path, help="taew2_1.pth or .safetensors: measure this decoder, too")
     parser.add_argument("--video", type=Path, help="a short video whose latents are decoded; random ones without")
-    parser.add_argument("--frames", type=int, default=21, help="latent frames, at most; 21 are 81 frames")
-    parser.add_argument("--repeat", type=int)
+    parser.add_argument("--frames", type=command.count, default=21, help="latent frames, at most; 21 are 81 frames")
+    parser.add_argument("--repeat", type=command.count)
     parser.add_argument("--search", action="store_true", help="let cuDNN try its kernels out; may change last bits")
-    parser.add_argument("--json", type=Path)
+    parser.add_argument("--json", type=result_file)
     arguments = parser.parse_args(argv)
-    device = torch.device(arguments.device)
+    device: torch.device = arguments.device
     torch.backends.cudnn.benchmark = arguments.search
     gpu = device.type == "cuda"
     arguments.resolution = arguments.resolution or ("480,720" if gpu else "tiny")
     arguments.engine = arguments.engine or ("graphed,compiled,eager" if gpu else "eager")
     arguments.width = arguments.width or (96 if gpu else 24)
     arguments.repeat = arguments.repeat or (5 if gpu else 1)
-    command = ["benchmarks.vae", *(sys.argv[1:] if argv is None else argv)]
+    given = ["benchmarks.vae", *(sys.argv[1:] if argv is None else argv)]
     weights = f"random weights of width {arguments.width}" if arguments.vae is None else str(arguments.vae)
-    about = {**facts(device, command), "weights": weights, "frames": arguments.frames}
+    about = {**facts(device, given), "weights": weights, "frames": arguments.frames}
     if gpu:
         about["ceilings"] = ceilings(device, torch.bfloat16)
     print(f"{about['device']}, torch {about['torch']}, {weights}, {arguments.frames} latent frames")
@@ -246,9 +249,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         for row in measure(arguments, resolution, device):
             rows.append(row)
             print(line(row), flush=True)
-            if arguments.json is not None:
-                content = {**about, "rows": [asdict(one) for one in rows]}
-                arguments.json.write_text(json.dumps(content, indent=1) + "\n", encoding="utf-8")
+            store({**about, "rows": [asdict(one) for one in rows]}, arguments.json)
     return 0
 
 

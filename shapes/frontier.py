@@ -190,20 +190,16 @@ def _arguments(argv: Sequence[str]) -> argparse.Namespace:
     parser.add_argument("--points", type=_names, help=f"some of: {', '.join(points())}".replace("%", "%%"))
     parser.add_argument("--config", default=evaluate.CONFIG)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for all points")
-    parser.add_argument("--captions", type=_count, help="held-out captions (default 64; 8 with --short)")
-    parser.add_argument("--seeds", type=_count, default=1, help="videos a caption, each with its own noise")
-    parser.add_argument("--batch", type=_count, default=8, help="videos made together, which share their head roles")
-    parser.add_argument("--threads", type=_count, default=2)
+    parser.add_argument("--captions", type=command.count, help="held-out captions (default 64; 8 with --short)")
+    parser.add_argument("--seeds", type=command.count, default=1, help="videos a caption, each with its own noise")
+    parser.add_argument(
+        "--batch", type=command.count, default=8, help="videos made together, which share their head roles"
+    )
+    parser.add_argument("--threads", type=command.count, default=2)
     args = parser.parse_args(argv)
     if args.captions is None:
         args.captions = 8 if args.short else 64
     return args
-
-
-def _count(text: str) -> int:
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"expected a whole number from 1 on, got {text!r}")
-    return int(text)
 
 
 def _names(text: str) -> list[str]:

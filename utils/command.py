@@ -16,7 +16,7 @@ import shlex
 import signal
 import sys
 import threading
-from argparse import ArgumentParser, Namespace
+from argparse import ArgumentParser, ArgumentTypeError, Namespace
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from importlib import import_module
@@ -126,6 +126,13 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
         hint = f"; settings are written without dashes: {settings}" if settings else ""
         parser.error(readable(f"unrecognized arguments: {named}{hint}"))
     return arguments
+
+
+def count(text: str) -> int:
+    """The type of an option that takes a whole number from 1 on."""
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) > 0):
+        raise ArgumentTypeError(f"expected a whole number from 1 on, got {quoted(text)}")
+    return int(text)
 
 
 def _as_settings(given: Sequence[str], unknown: Sequence[str]) -> Iterator[str]:
