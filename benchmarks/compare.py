@@ -36,6 +36,7 @@ from pipeline.config.jobs import VideoJob, read_jobs
 from pipeline.runtime.loading import check_before_loading, choose_device, require_files
 from shapes.report import interval
 from utils import command
+from utils.config import text_override
 from utils.errors import InputError
 from utils.files import ensure_writable_folder, write_atomic
 from utils.video import VideoWriter
@@ -76,6 +77,7 @@ def overrides_of(policy: str, config: InferenceConfig, calibration: str | None) 
             f"--policies: {policy[:40]!r} is none; write full, window or window:FRAMES, calibrated:FRAMES (a head), "
             f"online:FRAMES, or one of {', '.join([*(one for one in REGISTERED if one != 'calibrated'), *PRESETS])}"
         )
+    files: list[str] = []
     given: dict[str, object] = {"enabled": True, "policy": kind}
     given |= {key: _DEFAULTS[key] for key in SELECTIVE if key not in REGISTERED[kind].uses}
     if name in PRESETS:
@@ -84,17 +86,19 @@ def overrides_of(policy: str, config: InferenceConfig, calibration: str | None) 
         given["preset"] = "paper"
     elif kind == "calibrated":
         file = ONLINE if name == ONLINE else calibration
-        given |= {"frames_per_head": amount} | ({} if file is None else {"calibration": file})
+        given["frames_per_head"] = amount
+        files = [] if file is None else [text_override("dummy_forcing.calibration", file)]
     written = {key: {None: "null", True: "true", False: "false"}.get(value, value) for key, value in given.items()}
     return [
         f"model_kwargs.local_attn_size={window}",
         *(f"dummy_forcing.{key}={value}" for key, value in written.items()),
+        *files,
     ]
 
 
 def configured(arguments: argparse.Namespace) -> tuple[dict[str, InferenceConfig], dict[str, list[str]]]:
     """The configuration and the overrides of every policy. Raises InputError."""
-    data = [] if arguments.prompts is None else [f"data_path={arguments.prompts}", "inference_iter=-1"]
+    data = [] if arguments.prompts is None else [text_override("data_path", arguments.prompts), "inference_iter=-1"]
     data += [] if arguments.videos is None else [f"inference_iter={arguments.videos}"]
     config = load_config(arguments.config, [*arguments.overrides, *data])
     names = list(dict.fromkeys(name.strip() for name in arguments.policies.split(",")))

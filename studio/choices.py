@@ -13,6 +13,7 @@ from dataclasses import dataclass, replace
 from pipeline import Pipeline
 from pipeline.config.config import InferenceConfig, as_dict, load_config
 from studio.protocol import Restart
+from utils.config import text_override
 from utils.errors import InputError, quoted
 
 logger = logging.getLogger(__name__)
@@ -149,5 +150,5 @@ def _policies(config: InferenceConfig, calibration: str | None) -> Iterator[Poli
     own = ("dummy_forcing.enabled=true", "dummy_forcing.policy=calibrated", *_NO_ROLES)
     file = calibration or (None if config.dummy_forcing.online else config.dummy_forcing.calibration)
     if file is not None:
-        yield Policy("calibrated", (*own, f"dummy_forcing.calibration={file}"))
+        yield Policy("calibrated", (*own, text_override("dummy_forcing.calibration", file)))
     yield Policy("online", (*own, "dummy_forcing.calibration=online", "dummy_forcing.reclassify_on_switch=true"))

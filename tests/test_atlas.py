@@ -221,6 +221,7 @@ def test_the_roles_that_are_told_are_those_that_are_written(program: Program, st
         (["--roles", "/proc/nowhere/a.json"], "--roles: the folder /proc/nowhere cannot be written"),
         (["--sampling", "file/a.json"], "--sampling: file is a file"),
         (["--out", "a", "--report", "folder/../a"], "--report: folder/../a is what --out is to write"),
+        (["--sampling", "seed=1"], "--sampling: 'seed=1' is a setting"),
         (["--sampling", "a", "--out", "b"], "--out: --sampling makes a table alone"),
         (["--sampling", "--plot", "b"], "--plot: --sampling makes a table alone"),
         (["--sampling", "--query_share", "1"], "--query_share: --sampling makes a table alone"),

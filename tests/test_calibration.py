@@ -329,7 +329,9 @@ def test_the_command_goes_on_where_it_was_and_adds_videos(program: Program, caps
     assert torch.equal(Calibration.load(path, "").errors, three.errors)
 
 
-def test_a_killed_run_loses_no_finished_video(program: Program, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_killed_run_loses_no_finished_video(
+    program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     whole, seen = recording.watch, []
 
     def watch(*given: object) -> None:
@@ -339,11 +341,17 @@ def test_a_killed_run_loses_no_finished_video(program: Program, monkeypatch: pyt
         whole(*given)
 
     monkeypatch.setattr(recording, "watch", watch)
-    with pytest.raises(KeyboardInterrupt):
-        command.main(arguments(program, "--videos", "2"))
+    assert command.main(arguments(program, "--videos", "2")) == 130
+    assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted; what is finished is kept")
     assert Calibration.load(program.folder / "c.safetensors", "").videos == PROMPTS[:1]
     assert command.main(arguments(program, "--videos", "2")) == 0 and len(seen) == 3
     assert [path.name for path in program.folder.glob("*.safetensors")] == ["c.safetensors"]
+
+
+def test_prompts_of_any_name(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = program.file("7: of ${seed} #1 🦊.txt", "a fox\n")
+    assert command.main(arguments(program, "--dry_run", "--prompts", str(prompts))) == 0
+    assert "'a fox'" in capsys.readouterr().out
 
 
 def test_a_dry_run_says_time_and_memory_and_stops(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
@@ -367,7 +375,8 @@ def test_a_dry_run_says_time_and_memory_and_stops(program: Program, capsys: pyte
         (["num_output_frames=3"], "num_output_frames: 3 leave no block to record"),
         (["start_from=a.png"], "start_from: a.png would be ignored"),
         (["--plot", "folder"], "--plot: draws the curve"),
-        (["--out", ""], "--out: missing"),
+        (["--out", ""], "--out: the path is empty"),
+        (["--out", "\n"], "--out: the path is empty"),
     ],
 )
 def test_what_cannot_be_recorded_is_said(

@@ -15,6 +15,7 @@ import pytest
 import inference
 import sample_vbench
 from pipeline.atlas import command as atlas
+from pipeline.calibrate import command as calibrate
 from tests.conftest import Program
 from utils import command
 from utils.errors import InputError
@@ -40,7 +41,7 @@ def test_a_console_without_the_characters_of_a_prompt_loses_no_video(
     assert r"error: data_path: \u4e00\u53ea" in said
 
 
-@pytest.mark.parametrize("main", [inference.main, sample_vbench.main, atlas.main])
+@pytest.mark.parametrize("main", [inference.main, sample_vbench.main, atlas.main, calibrate.main])
 def test_options_that_are_settings_are_answered_with_how_to_write_them(
     main: Callable[[list[str]], int], capsys: pytest.CaptureFixture[str]
 ) -> None:

@@ -10,7 +10,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from utils.config import build
+from utils.config import build, text_override
 from utils.errors import InputError
 from utils.settings_file import load_mapping
 
@@ -235,3 +235,11 @@ def test_overrides_that_clash_in_type_are_refused_by_name(override: str) -> None
     with pytest.raises(InputError) as caught:
         build(Outer, load_mapping(base, [override]))
     assert str(caught.value).startswith(override.split("=")[0].removesuffix(".x").split(".b")[0])
+
+
+TEXTS = ["1", "off", "null", "~x", "a: b", "[a]", "a #1", " a ", "q\"uo'te", "é 🦊", "\x7f\x01", "${seed}", r"\${seed}"]
+
+
+@pytest.mark.parametrize("text", [*TEXTS, r"a\b", r"a\\${oc.env:HOME}\b", "${", "$seed", "a=b"])
+def test_a_text_as_an_override_is_what_it_is(text: str) -> None:
+    assert load_mapping({"seed": 1}, [text_override("data_path", text)]) == {"seed": 1, "data_path": text}

@@ -10,6 +10,7 @@ from __future__ import annotations
 import dataclasses
 import difflib
 import math
+import re
 import types
 from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Literal, TypeGuard, TypeVar, Union, cast, get_args, get_origin, get_type_hints
@@ -209,3 +210,15 @@ def _is_dataclass(annotation: object) -> TypeGuard[type[DataclassInstance]]:
 
 def _join(prefix: str, name: object) -> str:
     return f"{prefix}.{name}" if prefix else str(name)
+
+
+def text_override(key: str, text: object) -> str:
+    """The `key=value` that means this text as it stands: no number, comment or section of YAML, nothing referred to."""
+    literal = re.sub(r"(\\*)\$\{", lambda found: rf"{found[1] * 2}\${{", str(text))  # as OmegaConf escapes it
+    return f'{key}="{"".join(map(_in_quotes, literal))}"'
+
+
+def _in_quotes(char: str) -> str:
+    """As YAML has it between double quotes."""
+    plain = char.isascii() and char.isprintable() and char not in '"\\'
+    return char if plain else f"\\U{ord(char):08x}"

@@ -7,7 +7,7 @@ import os
 from collections.abc import Sequence
 
 from utils.command import parse
-from utils.errors import InputError
+from utils.errors import InputError, quoted
 from utils.files import create_partial, ensure_writable_folder
 from utils.prompts import clean_line
 from utils.user_paths import user_path
@@ -78,6 +78,11 @@ def check_arguments(arguments: argparse.Namespace) -> None:
         _refuse(arguments, (*OF_RECORDING, "sampling"), reason)
         _refuse(arguments, ("out",), f"{arguments.atlas} is stored already; copy the file instead")
     if arguments.sampling is not None:
+        if is_setting(str(arguments.sampling)):
+            raise InputError(
+                f"--sampling: {quoted(str(arguments.sampling))} is a setting, and would be the name of the file; write "
+                "settings before --sampling, or name the file"
+            )
         reason = "--sampling makes a table alone, over the passes in which roles are found, and would ignore it"
         ignored = [name for name in OF_RECORDING if name not in ("prompts", "texts")]
         _refuse(arguments, (*ignored, *OF_AN_ATLAS), f"{reason}; give one of both")

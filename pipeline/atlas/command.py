@@ -30,6 +30,7 @@ from pipeline.config.config import InferenceConfig, as_dict, load_config
 from pipeline.planning.plan import planned_sizes
 from pipeline.runtime.loading import check_before_loading, choose_device, model_sizes, require_files
 from utils import command
+from utils.config import text_override
 from utils.errors import InputError
 from utils.files import write_atomic
 from utils.user_paths import require_file
@@ -46,7 +47,7 @@ def run(arguments: argparse.Namespace, command: str) -> int:
             require_role_pass(atlas.blocks, atlas.passes, atlas.forcing.ar_start)
         check_outputs(arguments)
     else:
-        data = [] if arguments.prompts is None else [f"data_path={json.dumps(str(arguments.prompts))}"]
+        data = [] if arguments.prompts is None else [text_override("data_path", arguments.prompts)]
         config = load_config(arguments.config_path, [*arguments.overrides, *data])
         if config.start_from is not None:
             raise InputError(

@@ -10,11 +10,9 @@ predicted error and the cost over frames a head.
 from __future__ import annotations
 
 import argparse
-import logging
 import shlex
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 import torch
 from tqdm import tqdm
@@ -34,9 +32,12 @@ from pipeline.runtime.loading import (
     generator_settings,
     require_files,
 )
+from utils import command
+from utils.config import text_override
 from utils.errors import InputError
 from utils.files import create_partial, ensure_writable_folder
 from utils.profiler import device_name
+from utils.user_paths import user_path
 
 VIDEOS = 8
 OF_RECORDING = ("prompts", "videos", "queries", "blocks", "steps", "candidates", "dry_run", "out")
@@ -48,7 +49,7 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     source = parser.add_mutually_exclusive_group(required=True)
     source.add_argument("--config_path", "--config_file", dest="config_path", metavar="YAML")
-    source.add_argument("--curve", type=Path, metavar="FILE", help="show a stored calibration")
+    source.add_argument("--curve", metavar="FILE", help="show a stored calibration")
     parser.add_argument("--prompts", metavar="FILE", help="instead of data_path; of a storyboard the first prompt")
     parser.add_argument("--videos", type=int, help=f"prompts are taken again if there are fewer (default {VIDEOS})")
     parser.add_argument("--queries", type=int, help=f"of a pass that are looked at (default {QUERIES})")
@@ -56,15 +57,24 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--steps", help="denoising steps from 0 on, and clean, such as 0,3,clean (default: denoising)")
     names = ",".join(map(named, CANDIDATES))
     parser.add_argument("--candidates", help=f"first and last frames that a head may keep (default {names})")
-    parser.add_argument("--out", type=Path, metavar="FILE", help="the calibration (safetensors)")
-    parser.add_argument("--plot", type=Path, metavar="FOLDER", help="draw the curve, SVG and PNG")
+    parser.add_argument("--out", metavar="FILE", help="the calibration (safetensors)")
+    parser.add_argument("--plot", metavar="FOLDER", help="draw the curve, SVG and PNG")
     parser.add_argument("--dry_run", action="store_true", help="say what it would take, check the files, stop")
     parser.add_argument("overrides", nargs="*", metavar="key=value", help="settings that replace those of the file")
-    return parser.parse_intermixed_args(argv)
+    return command.parse(parser, argv)
 
 
-def run(arguments: argparse.Namespace, command: str) -> int:
-    """Returns the exit status; raises InputError."""
+def _expand_paths(arguments: argparse.Namespace) -> None:
+    """Turn the options that name what is read and written into paths. Raises InputError for what cannot be one."""
+    for name in ("curve", "out", "plot"):
+        value = getattr(arguments, name)
+        if value is not None:
+            setattr(arguments, name, user_path(value, f"--{name}"))
+
+
+def run(arguments: argparse.Namespace, line: str) -> int:
+    """Returns the exit status; raises InputError. `line`: what was typed."""
+    _expand_paths(arguments)
     if arguments.curve is not None:
         for name in OF_RECORDING:
             if getattr(arguments, name) not in (None, False):
@@ -79,13 +89,13 @@ def run(arguments: argparse.Namespace, command: str) -> int:
     device = choose_device(recording.config)
     if arguments.dry_run:
         return dry_run(recording, device)
-    if arguments.out is None or not arguments.out.name:
+    if arguments.out is None:
         raise InputError("--out: missing; name the file that is to hold the calibration, or give --dry_run")
     require_files(recording.config)
     check_before_loading(recording.config, device)
     ensure_writable_folder(arguments.out.parent, "--out")
     create_partial(arguments.out).unlink()
-    about = {"command": command, "torch": torch.__version__, "device": device_name(device)}
+    about = {"command": line, "torch": torch.__version__, "device": device_name(device)}
     with (
         memory_explained(recording.config, device),
         tqdm(total=recording.videos, desc="videos", unit="video", disable=None) as bar,
@@ -97,7 +107,7 @@ def run(arguments: argparse.Namespace, command: str) -> int:
 
 def planned(arguments: argparse.Namespace) -> Recording:
     """What is to be recorded. Raises InputError."""
-    data = [] if arguments.prompts is None else [f"data_path={arguments.prompts}"]
+    data = [] if arguments.prompts is None else [text_override("data_path", arguments.prompts)]
     config = load_config(arguments.config_path, [*arguments.overrides, *data])
     _refuse_ignored(config)
     counts = []
@@ -139,9 +149,5 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Returns the exit status: 2 for input that must be mended, which is said on stderr."""
     given = list(sys.argv[1:] if argv is None else argv)
     arguments = parse_arguments(given)
-    logging.basicConfig(level=logging.INFO, format="%(message)s")
-    try:
-        return run(arguments, shlex.join(["python", "-m", "pipeline.calibrate", *given]))
-    except InputError as error:
-        sys.stderr.write(f"error: {error}\n")
-        return 2
+    line = shlex.join(["python", "-m", "pipeline.calibrate", *given])
+    return command.run(lambda: run(arguments, line), log_format="%(message)s")
