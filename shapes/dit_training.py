@@ -15,15 +15,17 @@ parts, whoever computes them.
 
 from __future__ import annotations
 
+import sys
 from pathlib import Path
 from typing import cast
 
 import torch
 import torch.distributed as dist
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
-from torch.multiprocessing.spawn import spawn
+from torch.multiprocessing.spawn import ProcessExitedException, spawn
 from torch.utils.data import DataLoader
 
 from shapes.batches import PARTS, TRAIN_SEED, Batch, Batches, DiTRecipe
@@ -32,12 +34,15 @@ from shapes.dit import Flow
 from shapes.forward import Plan
 from shapes.optim import Average, Optimizers, trapezoid
 from shapes.reading import trained_text_encoder
-from shapes.runs import Stage, averaged, fast_precision, log_to_stdout, save, training_device
+from shapes.runs import Stage, averaged, fast_precision, log_to_stdout, save, sizes_of, training_device
 from shapes.schedule import a_little_noisy, add_noise, noise_like, random_sigmas, random_steps
 from shapes.stories import Stories
 from shapes.vae import fit_linear_code
 from utils import command
+from utils.errors import InputError, ToldElsewhere
+from utils.user_paths import require_file
 
+TOLD = 2  # status of a process that has said what the user has to mend
 LOADERS = 6  # of each process, which make clips for a GPU: it is faster than one of them
 
 
@@ -83,14 +88,44 @@ def train_dit(folder: Path, recipe: DiTRecipe, until: int | None = None, start_f
 
     `start_from`: folder of a finished model whose transformer a new run begins with, at the recipe's `joined`.
     """
+    stage = _stage(folder, recipe, until)
+    if stage.stored() is None and start_from is not None:
+        finished_weights(start_from)
+        if stage.end <= (first := int(recipe.joined * recipe.steps)):
+            raise InputError(f"--until: {until} is before step {first}, at which --start-from begins; give more")
     trained_text_encoder(folder)
     fit_linear_code(folder)
     loaders = LOADERS if training_device().type == "cuda" else 0
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     given = (server.port, folder, recipe, until, start_from, loaders)
     # Daemons end with this process, whatever ends it, and it need not wait for them; but they may have no loaders.
-    spawn(_worker, given, nprocs=PARTS, daemon=not loaders)  # type: ignore[no-untyped-call]
-    return cast(Flow, averaged(Stage(folder, "dit", recipe.steps).path, Flow()))
+    try:
+        spawn(_worker, given, nprocs=PARTS, daemon=not loaders)  # type: ignore[no-untyped-call]
+    except ProcessExitedException as error:
+        if error.exit_code != TOLD:
+            raise
+        raise ToldElsewhere("a process of the training has said what is wrong") from error
+    return cast(Flow, averaged(stage.path, Flow()))
+
+
+def _stage(folder: Path, recipe: DiTRecipe, until: int | None) -> Stage:
+    return Stage(folder, "dit", recipe.steps, until, sizes=sizes_of(recipe))
+
+
+def finished_weights(folder: Path) -> dict[str, Tensor]:
+    """The transformer of a model that `shapes.export` has written. Raises InputError."""
+    path = folder / "diffusion_pytorch_model.safetensors"
+    require_file(path, "--start-from", "transformer of a finished model")
+    try:
+        weights: dict[str, Tensor] = load_file(path)
+    except SafetensorError as error:
+        raise InputError(f"--start-from: {path} is damaged ({error}); give a finished model's folder") from error
+    sizes = {name: value.shape for name, value in Flow().model.state_dict().items()}
+    if {name: value.shape for name, value in weights.items()} != sizes:
+        raise InputError(
+            f"--start-from: {path} is of another model; give a folder that shapes.train export has written"
+        )
+    return {name: value.float() for name, value in weights.items()}
 
 
 def _worker(
@@ -98,7 +133,11 @@ def _worker(
 ) -> None:
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=TCPStore("127.0.0.1", port), rank=rank, world_size=PARTS)
-    _Run(folder, recipe, until, start_from, rank, PARTS).train(loaders)
+    try:
+        _Run(folder, recipe, until, start_from, rank, PARTS).train(loaders)
+    except InputError as error:  # a disk that is full by now
+        sys.stderr.write(f"error: {error}\n")
+        command.end(TOLD)
     dist.destroy_process_group()
     command.end(0)
 
@@ -123,7 +162,7 @@ class _Run:
         code, text = fit_linear_code(folder), trained_text_encoder(folder)
         self._batches = Batches(recipe, code, text, rank, workers)
         self._stories = {part: Stories(code, text, part, recipe.batch) for part in range(rank, PARTS, workers)}
-        self._stage = Stage(folder, "dit", recipe.steps, until)
+        self._stage = _stage(folder, recipe, until)
         self._flow = Flow(recipe.compile).to(self._device)
         self._named = dict(self._flow.named_parameters())
         matrices = {name: p for name, p in self._named.items() if _is_matrix(name, p)}
@@ -205,8 +244,7 @@ class _Run:
     def _restore(self, start_from: Path | None) -> None:
         state = self._stage.resume()
         if state is None and start_from is not None:
-            weights = load_file(start_from / "diffusion_pytorch_model.safetensors")
-            self._flow.model.load_state_dict({name: value.float() for name, value in weights.items()})
+            self._flow.model.load_state_dict(finished_weights(start_from))
             self._average.load({name: value.detach() for name, value in self._named.items()})
             self._began = self._start = int(self._recipe.joined * self._recipe.steps)
         if state is None:

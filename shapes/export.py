@@ -15,14 +15,15 @@ from pathlib import Path
 from typing import cast
 
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
 from shapes.dit import SIZES, Flow, TextEncoder
 from shapes.reading import trained_text_encoder
-from shapes.runs import averaged
+from shapes.runs import averaged, save
 from shapes.tokenizer import write_tokenizer
 from shapes.vae import build_vae
+from utils.files import write_atomic
 from wan.checkpoints.text_names import WAN_IN_BLOCK, WAN_TOP_LEVEL
 from wan.checkpoints.vae_names import diffusers_name
 
@@ -34,28 +35,30 @@ def export(work: Path, folder: Path) -> Path:
     """Write `folder`/Wan2.1-T2V-shapes from the states in `work`; returns it.
 
     Where no VAE has been trained in `work` the one in the folder stays: the linear code, towards which every VAE is
-    trained, is the same.
+    trained, is the same. Raises InputError, before anything is written, if a state is missing.
     """
     target = folder / MODEL
+    path = target / "Wan2.1_VAE.pth"
+    flow, text = cast(Flow, averaged(work / "dit.pt", Flow())), trained_text_encoder(work)
+    vae = averaged(work / "vae.pt", build_vae()) if (work / "vae.pt").exists() or not path.is_file() else None
     write_tokenizer(target / "google" / "umt5-xxl")
-    _write_transformer(cast(Flow, averaged(work / "dit.pt", Flow())), target)
-    _write_text_encoder(trained_text_encoder(work), target)
-    vae = target / "Wan2.1_VAE.pth"
-    if (work / "vae.pt").is_file() or not vae.is_file():
-        torch.save(_halved(native_vae(averaged(work / "vae.pt", build_vae()))), vae)
+    _write_transformer(flow, target)
+    _write_text_encoder(text, target)
+    if vae is not None:
+        save(_halved(native_vae(vae)), path)
     return target
 
 
 def _write_transformer(flow: Flow, target: Path) -> None:
     config = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "model_type": "t2v"}
     sizes = {name: value for name, value in asdict(SIZES).items() if name != "patch_size"}
-    (target / "config.json").write_text(json.dumps(config | sizes, indent=2) + "\n", encoding="utf-8")
-    save_file(_halved(flow.model.state_dict()), target / "diffusion_pytorch_model.safetensors")
+    write_atomic(target / "config.json", json.dumps(config | sizes, indent=2) + "\n")
+    write_atomic(target / "diffusion_pytorch_model.safetensors", serialized(_halved(flow.model.state_dict())))
 
 
 def _write_text_encoder(text: TextEncoder, target: Path) -> None:
     state = {name: value.bfloat16() for name, value in wan_text_names(text.umt5.state_dict()).items()}
-    torch.save(state, target / "models_t5_umt5-xxl-enc-bf16.pth")
+    save(state, target / "models_t5_umt5-xxl-enc-bf16.pth")
 
 
 def _halved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -8,9 +8,12 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import torch
 from torch import Tensor
+
+from shapes.runs import load, save
 
 CHANNELS = 16
 TIME, SIDE = 4, 8
@@ -54,11 +57,12 @@ class LinearCode:
         return torch.cat((video[:, 0].mean(1, keepdim=True), video[:, 1:].flatten(1, 2)), dim=1)
 
     def save(self, path: Path) -> None:
-        torch.save({"mean": self.mean, "encoder": self.encoder, "decoder": self.decoder}, path)
+        save({"mean": self.mean, "encoder": self.encoder, "decoder": self.decoder}, path)
 
     @classmethod
     def load(cls, path: Path) -> LinearCode:
-        return cls(**torch.load(path, weights_only=True))
+        """Raises InputError for a file that is damaged."""
+        return cls(**cast("dict[str, Tensor]", load(path)))
 
 
 def patches(video: Tensor) -> Tensor:

@@ -70,13 +70,11 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument(
         "--work", type=Path, default=Path("demo/shapes_training"), help="where training keeps its states"
     )
-    parser.add_argument("--clips", type=int, default=192)
-    parser.add_argument("--switch", type=int, default=2 * BLOCK, help="latent frame")
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--clips", type=command.count, default=192)
+    parser.add_argument("--switch", type=command.count, default=2 * BLOCK, help="latent frame")
+    parser.add_argument("--threads", type=command.count, default=2)
     args = parser.parse_args(argv)
-    if args.clips < 1:
-        parser.error(f"--clips {args.clips}: at least one")
-    if args.switch < BLOCK or args.switch % BLOCK:
+    if args.switch % BLOCK:
         parser.error(f"--switch {args.switch}: a switch is at the first frame of a later block, a multiple of {BLOCK}")
     torch.set_num_threads(args.threads)
     text, code = trained_text_encoder(args.work), fit_linear_code(args.work)

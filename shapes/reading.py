@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from shapes.captions import NOUNS, caption, random_hidden, random_scene
 from shapes.commands import is_common, random_command, sentence
 from shapes.dit import TEXT_SIZES, TextEncoder
-from shapes.runs import Stage, averaged, training_device
+from shapes.runs import Stage, averaged, sizes_of, training_device
 from shapes.world import BACKGROUNDS, COLOURS, COMMANDS, MOTIONS, SHAPES, SIZES, SWIFT, Command, Scene, World, begin
 
 TRAIN_SEED = 41
@@ -101,11 +101,8 @@ def _places(said: Mapping[str, str | None]) -> list[int]:
 
 
 def trained_text_encoder(folder: Path) -> TextEncoder:
-    """The frozen encoder that `train_text` has left in `folder`. Raises FileNotFoundError if it has not."""
-    path = Stage(folder, "text", 0).path
-    if not path.is_file():
-        raise FileNotFoundError(f"{path} is missing; the first stage makes it: python -m shapes.train text")
-    return cast(TextEncoder, averaged(path, TextEncoder()).requires_grad_(False))
+    """The frozen encoder that `train_text` has left in `folder`. Raises InputError if it has not."""
+    return cast(TextEncoder, averaged(Stage(folder, "text", 0).path, TextEncoder()).requires_grad_(False))
 
 
 class Reader(nn.Module):
@@ -132,7 +129,7 @@ def train_text(folder: Path, recipe: ReadingRecipe, until: int | None = None) ->
     device = training_device()
     reader = Reader().to(device)
     optimizer = torch.optim.Adam(reader.parameters(), recipe.lr, betas=(0.9, 0.99))
-    stage = Stage(folder, "text", recipe.steps, until)
+    stage = Stage(folder, "text", recipe.steps, until, sizes=sizes_of(recipe))
     state = stage.resume()
     if state is not None:
         reader.load_state_dict(cast("dict[str, Tensor]", state["reader"]))

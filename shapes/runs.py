@@ -5,11 +5,12 @@ A stage's state is written to a temporary file and renamed, so a kill at any mom
 
 from __future__ import annotations
 
+import io
 import logging
-import os
+import pickle
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,6 +18,10 @@ from typing import cast
 
 import torch
 from torch import Tensor, nn
+
+from utils.errors import InputError
+from utils.files import remove_stale_partials, write_atomic
+from utils.user_paths import require_file
 
 logger = logging.getLogger(__name__)
 
@@ -41,7 +46,8 @@ def log_to_stdout() -> None:
 class Stage:
     """A named stage of `steps` steps under `folder`, of which this run makes those before `until`.
 
-    Every `every` seconds its state is saved and its losses are logged: a kill costs no more than that.
+    Every `every` seconds its state is saved and its losses are logged: a kill costs no more than that. `sizes` are the
+    options that decide what a step is: a run goes on with those that it was begun with.
     """
 
     folder: Path
@@ -49,6 +55,7 @@ class Stage:
     steps: int
     until: int | None = None
     every: float = 60.0
+    sizes: Mapping[str, object] = field(default_factory=dict)
     _losses: list[dict[str, float]] = field(default_factory=list)
     _since: float = field(default_factory=time.monotonic)
 
@@ -61,12 +68,27 @@ class Stage:
         """The step before which this run stops."""
         return self.steps if self.until is None else min(self.until, self.steps)
 
-    def resume(self) -> dict[str, object] | None:
-        """The saved state, or None at the beginning."""
-        if not self.path.is_file():
+    def stored(self) -> dict[str, object] | None:
+        """The saved state, or None at the beginning. Raises InputError if this run cannot go on with it."""
+        if not self.path.exists():
             return None
-        state: dict[str, object] = torch.load(self.path, map_location="cpu", weights_only=True)
-        logger.info("%s: going on from step %s", self.name, state["step"])
+        state = load(self.path)
+        begun = cast("Mapping[str, object]", state.get("sizes", {}))  # which older states lack
+        other = [name for name, value in self.sizes.items() if begun.get(name, value) != value]
+        if other:
+            had = " and ".join(f"no --{name}" if begun[name] is None else f"--{name} {begun[name]}" for name in other)
+            raise InputError(
+                f"--{', --'.join(other)}: {self.path} was begun with {had}; go on with that, or give another --work"
+            )
+        return state
+
+    def resume(self) -> dict[str, object] | None:
+        """As `stored`, which the log then tells of."""
+        if self.folder.is_dir():
+            remove_stale_partials(self.folder)
+        state = self.stored()
+        if state is not None:
+            logger.info("%s: going on from step %s", self.name, state["step"])
         return state
 
     def due(self, step: int) -> bool:
@@ -88,21 +110,42 @@ class Stage:
         text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
         logger.info("%s %d/%d  %s  %.2f s a step", self.name, done, self.steps, text, pace)
         self._losses, self._since = [], time.monotonic()
-        save({"step": done, **state()}, self.path)
+        save({"step": done, "sizes": dict(self.sizes), **state()}, self.path)
 
 
-def save(state: dict[str, object], path: Path) -> None:
+def sizes_of(recipe: object) -> dict[str, object]:
+    """`Stage.sizes` of a recipe."""
+    return {name: getattr(recipe, name) for name in ("steps", "batch", "wide") if hasattr(recipe, name)}
+
+
+def save(state: Mapping[str, object], path: Path) -> None:
+    """Write what `load` reads, whole or not at all. Raises InputError if it cannot be written."""
+    content = io.BytesIO()
+    torch.save(state, content)
     path.parent.mkdir(parents=True, exist_ok=True)
-    partial = path.with_suffix(".partial")
-    torch.save(state, partial)
-    os.replace(partial, path)
+    write_atomic(path, content.getvalue())
+
+
+def load(path: Path) -> dict[str, object]:
+    """What a stage has left. Raises InputError if it is missing or damaged."""
+    stage = f"python -m shapes.train {path.stem} --work {path.parent}"
+    if not path.exists():
+        raise InputError(f"{path}: is missing; {stage} makes it")
+    require_file(path, "", "state of a training")
+    try:
+        state: dict[str, object] = torch.load(path, map_location="cpu", weights_only=True)
+    except (RuntimeError, OSError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as error:
+        reason = str(error).partition("\n")[0] or type(error).__name__
+        raise InputError(f"{path}: is damaged ({reason}); delete it and make it again") from error
+    return state
 
 
 def averaged(path: Path, module: nn.Module) -> nn.Module:
-    """`module` with the averaged weights of a stage's state."""
-    values = cast("dict[str, Tensor]", torch.load(path, map_location="cpu", weights_only=True)["average"])
+    """`module` with the averaged weights of a stage's state. Raises InputError if there is none that fits."""
+    values = cast("dict[str, Tensor]", load(path).get("average", {}))
     named = dict(module.named_parameters())
-    assert named.keys() == values.keys()
+    if {name: value.shape for name, value in values.items()} != {name: value.shape for name, value in named.items()}:
+        raise InputError(f"{path}: is not of the model that is trained now; give another --work")
     with torch.no_grad():
         for name, value in values.items():
             named[name].copy_(value)

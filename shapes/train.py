@@ -18,6 +18,8 @@ from shapes.reading import ReadingRecipe, train_text
 from shapes.runs import log_to_stdout
 from shapes.vae import VAERecipe, train_vae
 from utils import command
+from utils.files import ensure_writable_folder
+from utils.lock import RunLock
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -25,21 +27,37 @@ def main(argv: Sequence[str] | None = None) -> int:
     parser.add_argument("stage", choices=["text", "vae", "dit", "export"])
     parser.add_argument("--work", type=Path, default=Path("demo/shapes_training"), help="states and logs go there")
     parser.add_argument("--out", type=Path, default=Path("checkpoints/shapes"), help="where export writes")
-    parser.add_argument("--steps", type=int, help="instead of the recipe's")
-    parser.add_argument("--until", type=int, help="stop before this step; the same command without it goes on")
-    parser.add_argument("--batch", type=int, help="clips a step (2 or more), instead of the recipe's")
-    parser.add_argument("--wide", type=int, help="dit: so many times the recipe's clips a step, for a GPU")
+    parser.add_argument("--steps", type=command.count, help="instead of the recipe's")
+    parser.add_argument(
+        "--until", type=command.count, help="stop before this step; the same command without it goes on"
+    )
+    parser.add_argument("--batch", type=command.count, help="clips a step (2 or more), instead of the recipe's")
+    parser.add_argument("--wide", type=command.count, help="dit: so many times the recipe's clips a step, for a GPU")
     parser.add_argument(
         "--start-from", type=Path, metavar="FOLDER", help="dit: begin with the transformer of a finished model"
     )
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args(argv)
-    if args.wide is not None and args.wide < 1:
-        parser.error(f"--wide {args.wide}: at least 1, which is the recipe's number of clips")
+    for option in ("wide", "start_from"):
+        if args.stage != "dit" and getattr(args, option) is not None:
+            parser.error(f"--{option.replace('_', '-')} is of dit alone; leave it out of {args.stage}")
     if args.batch is not None and args.batch < PARTS:
         parser.error(f"--batch {args.batch}: at least {PARTS}, since every step is computed in {PARTS} parts")
     log_to_stdout()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", "2")))
+    if "OMP_NUM_THREADS" not in os.environ:  # which PyTorch has read
+        torch.set_num_threads(2)
+    if args.stage == "export":
+        export(args.work, args.out)
+        return 0
+    ensure_writable_folder(args.work, "--work")
+    busy = f"--work: another run trains {args.stage} in {args.work}; wait for its end, or give another folder."
+    with RunLock(args.work / f".{args.stage}.lock", busy) as lock:
+        lock.begin(f"process {os.getpid()}")
+        _train(args)
+    return 0
+
+
+def _train(args: argparse.Namespace) -> None:
     given = {"steps": args.steps, "batch": args.batch}
     changes: dict[str, Any] = {name: value for name, value in given.items() if value}
     if args.stage == "text":
@@ -50,9 +68,6 @@ def main(argv: Sequence[str] | None = None) -> int:
     if args.stage == "dit":
         changes |= {"wide": args.wide} if args.wide else {}
         train_dit(args.work, replace(DiTRecipe(), **changes), args.until, args.start_from)
-    if args.stage == "export":
-        export(args.work, args.out)
-    return 0
 
 
 if __name__ == "__main__":

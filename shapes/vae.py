@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from shapes.data import as_video, make_clip
 from shapes.linear import LinearCode, patches
 from shapes.optim import Average, Optimizers, trapezoid
-from shapes.runs import Stage, fast_precision, training_device
+from shapes.runs import Stage, fast_precision, sizes_of, training_device
 from shapes.schedule import noise_like
 from shapes.world import FRAMES, HEIGHT, WIDTH
 
@@ -57,8 +57,7 @@ def build_vae() -> nn.Module:
 def fit_linear_code(folder: Path, clips: int = FIT_CLIPS) -> LinearCode:
     """The code in `folder`, fitted now if it is not there."""
     path = folder / "linear.pt"
-    if not path.is_file():
-        folder.mkdir(parents=True, exist_ok=True)
+    if not path.exists():
         generator = torch.Generator().manual_seed(FIT_SEED)
         samples = []
         for index in range(clips):
@@ -127,7 +126,7 @@ def train_vae(folder: Path, recipe: VAERecipe, until: int | None = None) -> nn.M
     torch.manual_seed(TRAIN_SEED)
     device = training_device()
     code, vae = fit_linear_code(folder), build_vae().to(device)
-    stage = Stage(folder, "vae", recipe.steps, until)
+    stage = Stage(folder, "vae", recipe.steps, until, sizes=sizes_of(recipe))
     named = dict(vae.named_parameters())
     matrices = [p for p in named.values() if p.ndim > 1 and min(p.shape[:2]) > 3]
     rest = [p for p in named.values() if not any(p is other for other in matrices)]

@@ -42,6 +42,7 @@ from shapes.schedule import random_sigmas
 from shapes.stories import Stories, draw
 from shapes.vae import build_vae, decode_whole, encode_whole, fit_linear_code
 from shapes.world import Command, Hidden, Scene, Thing, begin
+from utils.errors import InputError
 
 KEYS = Path(__file__).parent / "data" / "checkpoint_keys.json"
 
@@ -331,5 +332,5 @@ def test_the_text_encoder_learns_to_read(tmp_path: Path) -> None:
 
 
 def test_the_transformer_wants_an_encoder_that_reads(tmp_path: Path) -> None:
-    with pytest.raises(FileNotFoundError, match="first stage makes it"):
+    with pytest.raises(InputError, match=r"text.pt: is missing; python -m shapes.train text --work .* makes it"):
         train.main(["dit", "--work", str(tmp_path), "--steps", "1"])

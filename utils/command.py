@@ -128,11 +128,16 @@ def parse(parser: ArgumentParser, argv: Sequence[str] | None) -> Namespace:
     return arguments
 
 
-def count(text: str) -> int:
-    """The type of an option that takes a whole number from 1 on."""
-    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) > 0):
-        raise ArgumentTypeError(f"expected a whole number from 1 on, got {quoted(text)}")
+def count(text: str, least: int = 1) -> int:
+    """The type of an option that takes a whole number from `least` on."""
+    if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) >= least):
+        raise ArgumentTypeError(f"expected a whole number from {least} on, got {quoted(text)}")
     return int(text)
+
+
+def count_or_none(text: str) -> int:
+    """The type of an option that takes a whole number, of which 0 is one."""
+    return count(text, 0)
 
 
 def _as_settings(given: Sequence[str], unknown: Sequence[str]) -> Iterator[str]:

@@ -1,0 +1,123 @@
+"""States of trainings: whole or absent, gone on with as they were begun, and what is said of those that do not fit."""
+
+from __future__ import annotations
+
+import shutil
+from pathlib import Path
+
+import pytest
+import torch
+
+from shapes import obedience, train
+from shapes.export import export
+from shapes.reading import ReadingRecipe, train_text
+from shapes.runs import Stage, load, save
+from shapes.vae import fit_linear_code
+from utils import command
+from utils.errors import InputError
+from utils.lock import RunLock
+
+MODEL = Path(__file__).parents[1] / "checkpoints" / "shapes" / "Wan2.1-T2V-shapes"
+
+
+@pytest.fixture(scope="module")
+def begun(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder in which the text encoder has been trained for a step of two."""
+    folder = tmp_path_factory.mktemp("begun")
+    train_text(folder, ReadingRecipe(steps=2, batch=2), until=1)
+    return folder
+
+
+def test_a_state_is_whole_or_absent(tmp_path: Path) -> None:
+    path = tmp_path / "dit.pt"
+    save({"step": 1}, path)
+    with pytest.raises(AttributeError):
+        save({"step": 2, "what cannot be stored": lambda: 0}, path)
+    assert load(path) == {"step": 1} and [*tmp_path.iterdir()] == [path]
+
+
+@pytest.mark.parametrize("kept", [0, 1, 300, 5000])
+def test_a_damaged_state_is_said(kept: int, begun: Path, tmp_path: Path) -> None:
+    path = tmp_path / "text.pt"
+    path.write_bytes((begun / "text.pt").read_bytes()[:kept])
+    with pytest.raises(InputError, match=r"text.pt: is damaged \(.+\); delete it"):
+        Stage(tmp_path, "text", 2).resume()
+
+
+def test_a_damaged_linear_code_is_said(tmp_path: Path) -> None:
+    (tmp_path / "linear.pt").write_bytes(b"PK")
+    with pytest.raises(InputError, match=r"linear.pt: is damaged"):
+        fit_linear_code(tmp_path, clips=1)
+
+
+def test_a_run_goes_on_with_what_it_was_begun_with(begun: Path, tmp_path: Path) -> None:
+    shutil.copy(begun / "text.pt", tmp_path)
+    for recipe, said in (
+        (ReadingRecipe(steps=3, batch=2), r"--steps: .*text.pt was begun with --steps 2; go on with that"),
+        (ReadingRecipe(steps=3, batch=4), r"--steps, --batch: .* with --steps 2 and --batch 2; go on"),
+    ):
+        with pytest.raises(InputError, match=said):
+            train_text(tmp_path, recipe)
+    older = {name: value for name, value in load(begun / "text.pt").items() if name != "sizes"}
+    save(older, tmp_path / "text.pt")
+    train_text(tmp_path, ReadingRecipe(steps=2, batch=4))
+    assert (load(tmp_path / "text.pt")["step"], load(tmp_path / "text.pt")["sizes"]) == (2, {"steps": 2, "batch": 4})
+
+
+def test_only_one_run_trains_a_stage(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with RunLock(tmp_path / ".text.lock", "") as lock:
+        lock.begin("another")
+        assert command.run(lambda: train.main(["text", "--work", str(tmp_path)]), log_format=None) == 2
+    assert "error: --work: another run trains text in" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("given", "said"),
+    [
+        (["text", "--steps", "0"], "argument --steps: expected a whole number from 1 on, got '0'"),
+        (["vae", "--until", "-1"], "argument --until: expected"),
+        (["text", "--start-from", "x"], "--start-from is of dit alone"),
+        (["vae", "--wide", "2"], "--wide is of dit alone"),
+    ],
+)
+def test_options_that_mean_nothing_are_refused(
+    given: list[str], said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    with pytest.raises(SystemExit):
+        train.main([*given, "--work", str(tmp_path)])
+    assert said in capsys.readouterr().err
+
+
+def test_what_a_new_run_begins_with_is_looked_at_first(tmp_path: Path) -> None:
+    """Before text encoder and linear code are, and before there are processes."""
+    other = tmp_path / "other"
+    shutil.copytree(MODEL, other, ignore=shutil.ignore_patterns("*.pth", "google", "*.safetensors"))
+    file = other / "diffusion_pytorch_model.safetensors"
+    for content, said in (
+        (b"", r"--start-from: .*safetensors is damaged"),
+        (b"\x02\0\0\0\0\0\0\0{}", r"--start-from: .* is of another model"),
+    ):
+        file.write_bytes(content)
+        with pytest.raises(InputError, match=said):
+            train.main(["dit", "--work", str(tmp_path), "--start-from", str(other)])
+    with pytest.raises(InputError, match=r"--start-from: .*: there is no such transformer of a finished model"):
+        train.main(["dit", "--work", str(tmp_path), "--start-from", str(tmp_path)])
+    with pytest.raises(InputError, match=r"--until: 20 is before step 30, at which --start-from begins"):
+        train.main(["dit", "--work", str(tmp_path), "--start-from", str(MODEL), "--steps", "100", "--until", "20"])
+
+
+def test_nothing_is_exported_of_what_is_not_complete(begun: Path, tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"dit.pt: is missing; python -m shapes.train dit --work .* makes it"):
+        export(begun, tmp_path / "out")
+    save({"average": {"one": torch.ones(1)}}, tmp_path / "dit.pt")
+    with pytest.raises(InputError, match=r"dit.pt: is not of the model that is trained now"):
+        export(tmp_path, tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+def test_obedience_is_asked_of_what_is_there(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ["--work", str(tmp_path), "--threads", str(torch.get_num_threads())]
+    assert command.run(lambda: obedience.main(given), log_format=None) == 2
+    assert "text.pt: is missing; python -m shapes.train text" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        obedience.main(["--threads", "0"])
