@@ -37,6 +37,7 @@ from shapes.calibration_trials import (
 )
 from shapes.report import Doubles, interval
 from utils import command
+from utils.errors import InputError, quoted
 from utils.files import ensure_writable_folder, write_atomic
 
 logger = logging.getLogger(__name__)
@@ -117,8 +118,11 @@ def _switch() -> list[Trial]:
 
 
 def trials(study: Study, chosen: Sequence[str]) -> Iterator[tuple[str, Trial]]:
-    yield "", Trial(USUAL, Path(evaluate.CALIBRATION))
     every = questions(study)
+    unknown = [question for question in chosen if question not in every]
+    if unknown:
+        raise InputError(f"--questions: {', '.join(map(quoted, unknown))}: none of {', '.join(every)}")
+    yield "", Trial(USUAL, Path(evaluate.CALIBRATION))
     for question in chosen or every:
         for trial in every[question]():
             yield question, trial
@@ -175,8 +179,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     given = list(sys.argv[1:] if argv is None else argv)
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--out", type=Path, default=Path("demo/calibration_study"), metavar="FOLDER")
-    parser.add_argument("--captions", type=int, default=24)
-    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--captions", type=command.count, default=24)
+    parser.add_argument("--batch", type=command.count, default=8)
     parser.add_argument(
         "--questions", type=lambda text: text.split(","), default=[], help="some of them (default: all)"
     )

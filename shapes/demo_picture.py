@@ -6,7 +6,6 @@ python -m shapes.demo_picture demo/shapes/*.mp4 --out docs/demo.webp
 from __future__ import annotations
 
 import argparse
-import json
 import sys
 import textwrap
 from collections.abc import Sequence
@@ -14,6 +13,9 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from utils import command
+from utils.errors import InputError
+from utils.user_paths import read_json
 from utils.video import read_frames
 
 SCALE = 2
@@ -34,7 +36,10 @@ def tile(frame: Image.Image, caption: str) -> Image.Image:
 def picture(paths: Sequence[Path], columns: int) -> list[Image.Image]:
     """Every frame of all videos side by side, `columns` a row, each with the caption in its metadata."""
     videos = [[Image.fromarray(frame) for frame in read_frames(path)] for path in paths]
-    captions = [json.loads(path.with_suffix(".json").read_text(encoding="utf-8"))["prompts"] for path in paths]
+    captions = [_captions(path.with_suffix(".json")) for path in paths]
+    lengths = [len(frames) for frames in videos]
+    if len(set(lengths)) > 1:
+        raise InputError(f"videos: they have {', '.join(map(str, lengths))} frames; give videos of one length")
     frames = []
     for moment in zip(*videos, strict=True):
         tiles = [tile(frame, " / ".join(caption)) for frame, caption in zip(moment, captions, strict=True)]
@@ -46,16 +51,27 @@ def picture(paths: Sequence[Path], columns: int) -> list[Image.Image]:
     return frames
 
 
+def _captions(path: Path) -> list[str]:
+    """The prompts in a video's metadata. Raises InputError."""
+    content = read_json(path, "videos", "metadata file of a video")
+    prompts = content.get("prompts") if isinstance(content, dict) else None
+    if not isinstance(prompts, list):
+        raise InputError(f"videos: {path} has no prompts; give videos of inference.py with the JSON beside them")
+    return list(map(str, prompts))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("videos", type=Path, nargs="+")
     parser.add_argument("--out", type=Path, required=True, help="a .webp or .gif")
-    parser.add_argument("--columns", type=int, default=3)
+    parser.add_argument("--columns", type=command.count, default=3)
     arguments = parser.parse_args(argv)
+    if arguments.out.suffix not in (".webp", ".gif"):
+        parser.error(f"--out: {arguments.out} is neither a .webp nor a .gif")
     first, *others = picture(arguments.videos, arguments.columns)
     first.save(arguments.out, save_all=True, append_images=others, duration=62, loop=0, quality=60, method=4)
     return 0
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(command.run(main, log_format=None))

@@ -29,15 +29,17 @@ from torch import Tensor
 from dummy.config import ONLINE
 from pipeline.config.config import InferenceConfig, load_config
 from pipeline.runtime.generator import BlockGenerator
-from pipeline.runtime.loading import generator_settings, load_transformer, load_vae, model_sizes
+from pipeline.runtime.loading import generator_settings, load_transformer, load_vae, model_sizes, require_files
 from pipeline.session import Session
 from shapes.data import BLOCK, Clip, make_clip, pixel_frame
 from shapes.measure import psnr
-from shapes.report import Report, check_gate, table, write_report
+from shapes.report import Report, check_gate, gate_bounds, table, write_report
 from shapes.score import Score, score
 from shapes.story_score import LongScore, SceneScore, score_long, score_scenes
-from shapes.world import Floats, as_floats
+from shapes.world import HEIGHT, WIDTH, Floats, as_floats
 from utils import command
+from utils.errors import InputError
+from utils.files import ensure_writable_folder
 from utils.profiler import device_name
 from utils.seed import NoiseStream, video_seed
 from wan.geometry import LatentGeometry
@@ -56,6 +58,8 @@ CONFIG = "configs/shapes_demo.yaml"
 CALIBRATION = "checkpoints/shapes/calibration.safetensors"  # checkpoints/shapes/README.md has the command
 MANY_FRAMES = 2  # long videos made together
 WINDOW = 7  # latent frames: the first, three recent ones, and the block: what a neighbour head and a sink head keep
+LEAST_FRAMES = 4 * BLOCK  # latent frames of a video: the time of its fourth block counts
+LEAST_OF_STORYBOARDS = max(SWITCHES) + 2 * BLOCK  # a block in which a switch is obeyed, and one that is scored
 HALF = "dummy_forcing.num_dummy=12"  # of 24 heads
 
 
@@ -139,6 +143,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     args = _arguments(given)
     logging.basicConfig(level=logging.INFO, format="%(message)s", stream=sys.stderr)
     torch.set_num_threads(args.threads)
+    ensure_writable_folder(args.out, "--out")
+    if args.gate is not None:
+        gate_bounds(args.gate)
     report = evaluate(args.config, args.policies.split(","), args)
     sys.stdout.write(table(report.as_dict()))
     write_report(report, args.out, about("shapes.evaluate", given))
@@ -158,13 +165,15 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     )
     parser.add_argument("--config", default=CONFIG)
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for all policies")
-    parser.add_argument("--captions", type=int, default=64, help="held-out captions")
-    parser.add_argument("--storyboards", type=int, default=32, help="captions with a second one that takes over")
-    parser.add_argument("--ten", type=int, default=4, help="videos with ten switches")
-    parser.add_argument("--long", type=int, default=8, help="videos of a minute")
-    parser.add_argument("--seeds", type=int, default=1, help="videos a caption, each with its own noise")
-    parser.add_argument("--batch", type=int, default=8)
-    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--captions", type=command.count, default=64, help="held-out captions")
+    parser.add_argument(
+        "--storyboards", type=command.count_or_none, default=32, help="captions with a second one that takes over"
+    )
+    parser.add_argument("--ten", type=command.count_or_none, default=4, help="videos with ten switches")
+    parser.add_argument("--long", type=command.count_or_none, default=8, help="videos of a minute")
+    parser.add_argument("--seeds", type=command.count, default=1, help="videos a caption, each with its own noise")
+    parser.add_argument("--batch", type=command.count, default=8)
+    parser.add_argument("--threads", type=command.count, default=2)
     parser.add_argument("--out", type=Path, default=Path("demo/shapes_evaluation"))
     parser.add_argument("--gate", type=Path, help="JSON file of bounds that the report must keep")
     args = parser.parse_args(argv)
@@ -175,10 +184,26 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     return args
 
 
+def check_scored(config: InferenceConfig, least: int = LEAST_FRAMES) -> None:
+    """Raises InputError if a file is missing, or the videos cannot be scored, of which `least` latent frames can be."""
+    require_files(config)
+    if config.pixel_size != (HEIGHT, WIDTH):
+        raise InputError(f"resolution: the world has {HEIGHT} x {WIDTH} pixels, got {config.resolution}; leave it out")
+    if config.num_output_frames < least:
+        reason = "steady blocks begin with the fourth"
+        if least != LEAST_FRAMES:
+            reason = f"storyboards switch at frame {max(SWITCHES)} and go on for two blocks"
+        raise InputError(
+            f"num_output_frames: {reason}, got {config.num_output_frames} latent frames; use {least} or more"
+        )
+
+
 def evaluate(config_path: str, policies: Sequence[str], args: argparse.Namespace) -> Report:
     """Generate and score; the first policy is the reference of the PSNR."""
     settings = {name: [*POLICIES[name.split("@")[0]], *args.set] for name in policies}
     configs = {name: load_config(config_path, chosen) for name, chosen in settings.items()}
+    for config in configs.values():
+        check_scored(config, LEAST_OF_STORYBOARDS if args.storyboards else LEAST_FRAMES)
     loaded = Parts.load(next(iter(configs.values())))
     clips = [make_clip(CAPTION_SEED, index, held=True) for index in range(args.captions)] * args.seeds
     report = Report(list(policies))

@@ -25,8 +25,7 @@ import torch
 
 from dummy.config import ONLINE
 from dummy.presets import PRESETS
-from pipeline.config.config import InferenceConfig, load_config
-from pipeline.runtime.loading import require_files
+from pipeline.config.config import load_config
 from shapes import evaluate
 from shapes.data import BLOCK, make_clip, pixel_frame
 from shapes.frontier_plot import draw
@@ -34,7 +33,6 @@ from shapes.frontier_report import DENSE, ORIGINAL, Values, summary, table
 from shapes.measure import psnr
 from shapes.report import quality
 from shapes.score import score
-from shapes.world import HEIGHT, WIDTH
 from utils import command
 from utils.errors import InputError
 from utils.files import ensure_writable_folder, write_atomic
@@ -61,7 +59,6 @@ COMPARED = (
     ("online 4", "window 7"),
     ("online 4", "calibrated 4"),
 )
-LEAST_FRAMES = 4 * BLOCK  # latent frames of a video
 FRAMES = (1, 1.33, 1.67, 2, 4, 7)  # a head of the calibrated policy
 ONLINE_FRAMES = (1.33, 2, 4)  # with --batch 1, since the videos of a batch share what they show
 LENGTHS = (2, 3, 4)  # different retentions in a layer
@@ -108,7 +105,7 @@ def sweep(
     Batch by batch all points take turns, so that whatever else the machine does meets them all; what there is by then
     comes after every batch.
     """
-    _check(load_config(config_path, [*next(iter(chosen.values())), *args.set]))
+    evaluate.check_scored(load_config(config_path, [*next(iter(chosen.values())), *args.set]))
     configs = {name: load_config(config_path, [*settings, *args.set]) for name, settings in chosen.items()}
     parts = evaluate.Parts.load(next(iter(configs.values())))
     clips = [make_clip(evaluate.CAPTION_SEED, index, held=True) for index in range(args.captions)] * args.seeds
@@ -126,18 +123,6 @@ def sweep(
             reference = batch.videos if reference is None else reference
         logger.info("videos %d to %d: %.0f s", start + 1, start + len(group), time.monotonic() - began)
         yield found
-
-
-def _check(config: InferenceConfig) -> None:
-    """Raises InputError if a file is missing, or the videos cannot be scored."""
-    require_files(config)
-    if config.pixel_size != (HEIGHT, WIDTH):
-        raise InputError(f"resolution: the world has {HEIGHT} x {WIDTH} pixels, got {config.resolution}; leave it out")
-    if config.num_output_frames < LEAST_FRAMES:
-        raise InputError(
-            f"num_output_frames: steady blocks begin with the fourth, got {config.num_output_frames} latent frames; "
-            f"use {LEAST_FRAMES} or more"
-        )
 
 
 def stored(path: Path) -> dict[str, Any]:

@@ -7,20 +7,23 @@ draws a stored report anew.
 
 from __future__ import annotations
 
+import argparse
 import json
 import logging
-import sys
 from collections import defaultdict
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import numpy as np
 import numpy.typing as npt
 from torch import Tensor
 
+from utils import command
+from utils.errors import InputError, brief
 from utils.files import write_atomic
 from utils.plots import BLUE, WIDTH, house_style, name_points, new_figure, svg
+from utils.user_paths import read_json
 
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
@@ -186,11 +189,29 @@ def write_report(report: Report, folder: Path, about: Mapping[str, object]) -> N
     write_atomic(folder / "report.svg", svg(plot(policies), "report"))
 
 
+def gate_bounds(path: Path) -> dict[str, dict[str, dict[str, float]]]:
+    """What `check_gate` reads. Raises InputError for a file that is no such thing."""
+    content = read_json(path, "--gate", "file of bounds")
+    for policy, metrics in _entries(content, path, ""):
+        for metric, bound in _entries(metrics, path, policy):
+            where = f"{policy}: {metric}"
+            for end, value in _entries(bound, path, where):
+                if end not in ("min", "max") or isinstance(value, bool) or not isinstance(value, (int, float)):
+                    raise InputError(f"--gate: {path}: {where}: expected min, max or both, got {brief(bound)}")
+    return cast("dict[str, dict[str, dict[str, float]]]", content)
+
+
+def _entries(section: object, path: Path, where: str) -> Iterable[tuple[str, object]]:
+    if not isinstance(section, dict) or not section:
+        of = f"{where}: " if where else ""
+        raise InputError(f"--gate: {path}: {of}expected a section with entries, got {brief(section)}")
+    return section.items()
+
+
 def check_gate(report: Report, path: Path) -> int:
     """0 if the file's bounds (policy -> metric -> {"min": x} or {"max": x}) are kept, else 1; each miss is logged."""
-    bounds: dict[str, dict[str, dict[str, float]]] = json.loads(path.read_text(encoding="utf-8"))
     missed = 0
-    for policy, metrics in bounds.items():
+    for policy, metrics in gate_bounds(path).items():
         for metric, bound in metrics.items():
             value = report.mean(policy, metric) if policy in report.policies else None
             kept = value is not None and bound.get("min", -np.inf) <= value <= bound.get("max", np.inf)
@@ -200,10 +221,19 @@ def check_gate(report: Report, path: Path) -> int:
     return int(missed > 0)
 
 
-def main() -> None:
-    source, target = map(Path, sys.argv[1:])
-    write_atomic(target, svg(plot(json.loads(source.read_text(encoding="utf-8"))["policies"]), target.stem))
+def main(argv: Sequence[str] | None = None) -> int:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("report", type=Path, metavar="REPORT.json")
+    parser.add_argument("figure", type=Path, metavar="FIGURE.svg")
+    args = parser.parse_args(argv)
+    content = read_json(args.report, "REPORT.json", "report")
+    try:
+        drawn = svg(plot(cast("dict[str, Any]", content)["policies"]), args.figure.stem)
+    except (LookupError, TypeError, AttributeError) as error:
+        raise InputError(f"REPORT.json: {args.report} is no report of shapes.evaluate; make one") from error
+    write_atomic(args.figure, drawn)
+    return 0
 
 
 if __name__ == "__main__":
-    main()
+    raise SystemExit(command.run(main, log_format=None))

@@ -36,3 +36,11 @@ def test_the_shortest_study(
     assert found["usual"]["db"]["mean"] > found["paper"]["db"]["mean"]
     assert found["at most 4 lengths"]["less_usual"]["mean"] == pytest.approx(0, abs=0.5)
     assert "| lengths | at most 1 lengths |" in capsys.readouterr().out
+
+
+def test_a_question_that_nobody_knows(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    assert study.main(["--out", str(tmp_path), "--questions", "others,more"]) == 2
+    assert "error: --questions: 'more': none of others, score" in capsys.readouterr().err

@@ -14,6 +14,8 @@ import torch
 from pipeline.config.config import load_config
 from shapes import evaluate
 from shapes.report import Report, check_gate, main, plot, table, write_report
+from utils import command
+from utils.errors import InputError
 from wan.transformer.fp8 import Fp8Linear
 
 ROOT = Path(__file__).parents[1]
@@ -89,6 +91,65 @@ def test_the_gate(bounds: dict[str, dict[str, dict[str, float]]], status: int, t
     path = tmp_path / "gate.json"
     path.write_text(json.dumps(bounds), encoding="utf-8")
     assert check_gate(small_report(), path) == status
+
+
+@pytest.mark.parametrize(
+    ("bounds", "said"),
+    [
+        ("nothing", "is not a JSON file"),
+        ("[]", "expected a section with entries, got []"),
+        ('{"full": {"colour": 0.9}}', "full: colour: expected a section with entries, got 0.9"),
+        ('{"full": {"colour": {"mn": 0.9}}}', "full: colour: expected min, max or both, got {'mn': 0.9}"),
+        ('{"full": {"colour": {"min": "0.9"}}}', "full: colour: expected min, max or both"),
+    ],
+)
+def test_a_gate_that_keeps_nothing_is_refused_before_videos_are_made(
+    bounds: str, said: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "gate.json"
+    path.write_text(bounds, encoding="utf-8")
+    arguments = ["--gate", str(path), "--out", str(tmp_path), "--threads", str(torch.get_num_threads())]
+    assert command.run(lambda: evaluate.main(arguments), log_format=None) == 2
+    error = capsys.readouterr().err
+    assert error.startswith(f"error: --gate: {path}: ") and said in error
+
+
+@pytest.mark.parametrize(
+    ("others", "said"),
+    [
+        (["--set", "resolution=[64,64]"], "resolution: the world has 80 x 128 pixels"),
+        (
+            ["--policies=full", "--set", "num_output_frames=9", "--storyboards=0"],
+            "num_output_frames: steady blocks begin with the",
+        ),
+        (["--set", "num_output_frames=15"], "num_output_frames: storyboards switch at frame 12 and go on for two"),
+        (["--set", "model_root=/none"], "/none"),
+        (["--out", "README.md"], "--out: README.md is a file"),
+    ],
+)
+def test_what_cannot_be_evaluated_is_said(
+    others: list[str], said: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(ROOT)
+    arguments = ["--out", str(tmp_path), *others, "--threads", str(torch.get_num_threads())]
+    assert command.run(lambda: evaluate.main(arguments), log_format=None) == 2
+    assert said in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("given", ["--batch 0", "--captions 0", "--long -1", "--seeds x"])
+def test_numbers_that_mean_nothing_are_refused(given: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.main(given.split())
+    assert "expected a whole number from" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"policies": {"full": {"quality": 1, "block_ms": 2}}}'])
+def test_what_is_no_report_is_not_drawn(content: str, tmp_path: Path) -> None:
+    path = tmp_path / "report.json"
+    path.write_text(content)
+    with pytest.raises(InputError, match="is no report of"):
+        main([str(path), str(tmp_path / "report.svg")])
+    assert [*tmp_path.iterdir()] == [path]
 
 
 @pytest.mark.parametrize("name", evaluate.POLICIES)
