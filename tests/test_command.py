@@ -88,6 +88,32 @@ def test_how_commands_end(capsys: pytest.CaptureFixture[str]) -> None:
         command.run(lambda: (_ for _ in ()).throw(OSError("of no file")))
 
 
+@pytest.mark.parametrize(("lines", "unbuffered"), [(1, ""), (10_000, ""), (1, "1")])
+@pytest.mark.parametrize("reader", ["a full disk", "nobody"])
+def test_what_cannot_be_printed(reader: str, lines: int, unbuffered: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("PYTHONUNBUFFERED", unbuffered)
+    script = f"""
+import sys
+from utils import command
+
+def program():
+    for number in range({lines}):
+        print("line", number)
+    return 0
+
+sys.exit(command.run(program))
+"""
+    if reader == "nobody":
+        receiver, sender = os.pipe()
+        os.close(receiver)
+    else:
+        sender = os.open("/dev/full", os.O_WRONLY)
+    done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, stdout=sender, stderr=subprocess.PIPE, text=True)
+    os.close(sender)
+    said = "error: stdout: cannot be written (No space left on device). Free some space, or print elsewhere.\n"
+    assert (done.returncode, done.stderr) == ((141, "") if reader == "nobody" else (2, said))
+
+
 def test_log_lines_are_escaped_and_bounded() -> None:
     record = logging.LogRecord("a", logging.WARNING, "", 0, "%s: skipped", ("\x1b[2J" + "x" * 5000,), None)
     line = command.ReadableFormatter(command.LOG_FORMAT).format(record)

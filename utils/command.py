@@ -3,8 +3,8 @@
     if __name__ == "__main__":
         sys.exit(run(main))
 
-The status is the command's own, 2 for input that must be mended, said in one message on stderr, or 130 when it is
-interrupted. Before that `utils.interrupts` answers Ctrl-C.
+The status is the command's own, 2 for input that must be mended, said in one message on stderr, 130 when it is
+interrupted, or 141 when nobody reads any more what it prints. Before that `utils.interrupts` answers Ctrl-C.
 """
 
 from __future__ import annotations
@@ -28,6 +28,7 @@ from utils.interrupts import INTERRUPTED, answer_at_once, by_exception
 
 LOG_FORMAT = "%(levelname)s: %(message)s"
 ALLOCATOR_SETTINGS = ("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF")  # the second is the first's former name
+NOBODY_READS = 128 + 13  # the status of a program that SIGPIPE has ended
 PACKAGES = ("studio", "pipeline", "dummy", "wan", "utils")  # whose progress is told; of others, warnings alone
 
 
@@ -79,19 +80,36 @@ def _status(program: Callable[[], int], modules: Sequence[str], log_format: str 
         _show_progress(log_format)
     try:
         with _signals_as_interrupts(modules):
-            return program()
+            status = program()
+            sys.stdout.flush()
+            return status
     except ToldElsewhere:
         return 2
     except InputError as error:
         return _refused(str(error))
     except OSError as error:
         if error.filename is None:  # not about a file
-            raise
+            return _unprinted(error)
         reason = error.strerror or type(error).__name__
         return _refused(readable(f"{error.filename}: {reason}. Check the path and its permissions."))
     except KeyboardInterrupt:
         sys.stderr.write(f"{INTERRUPTED}\n")
         return 130
+
+
+def _unprinted(error: OSError) -> int:
+    """The status if what the program prints goes nowhere: a full disk, or a pipe whose reader has left, which is no
+    fault of anybody's and has the status of SIGPIPE. Raises the error if it comes of anything else."""
+    try:
+        sys.stdout.write("\n")  # without a buffer nothing is left to be flushed
+        sys.stdout.flush()
+    except OSError as lost:
+        with suppress(OSError), open(os.devnull, "wb") as nowhere:  # else the interpreter tries to print it once more
+            os.dup2(nowhere.fileno(), sys.stdout.fileno())
+        if isinstance(lost, BrokenPipeError):
+            return NOBODY_READS
+        return _refused(f"stdout: cannot be written ({lost.strerror}). Free some space, or print elsewhere.")
+    raise error
 
 
 def let_memory_grow() -> None:
