@@ -120,9 +120,10 @@ def test_log_lines_are_escaped_and_bounded() -> None:
     assert line.startswith(r"WARNING: \x1b[2Jxxx") and line.endswith("xxx: skipped") and len(line) < 500
 
 
-def test_a_thread_that_still_computes_does_not_break_the_end() -> None:
+@pytest.mark.parametrize(("last", "status", "reason"), [("return 3", 3, ""), ("1 // 0", 1, "ZeroDivisionError")])
+def test_a_thread_that_still_computes_does_not_break_the_end(last: str, status: int, reason: str) -> None:
     """Where the interpreter is taken down, such a thread aborts the process in five of five runs."""
-    script = """
+    script = f"""
 import atexit, sys, threading, torch
 from utils import command
 
@@ -137,9 +138,11 @@ def program():
     [thread.start() for thread in threads]
     atexit.register(lambda: print("tidied up"))
     sys.stdout.write("said, ")
-    return 3
+    {last}
 
 sys.exit(command.run(program))
 """
     done = subprocess.run([sys.executable, "-c", script], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert (done.returncode, done.stdout, done.stderr) == (3, "said, tidied up\n", "")
+    assert (done.returncode, done.stdout) == (status, "said, tidied up\n")
+    last_words = done.stderr.splitlines()[-1:]
+    assert [line.partition(":")[0] for line in last_words] == ([reason] if reason else [])

@@ -47,7 +47,13 @@ def run(program: Callable[[], int], modules: Sequence[str] = (), log_format: str
     `log_format` it sets up its logging itself. It does not return if the program has asked for `end_at_once`."""
     global _must_end_at_once
     _must_end_at_once = False
-    status = _status(program, modules, log_format)
+    try:
+        status = _status(program, modules, log_format)
+    except Exception:
+        if not _must_end_at_once:
+            raise
+        sys.excepthook(*sys.exc_info())
+        status = 1
     if _must_end_at_once:
         end(status)
     return status
