@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from benchmarks.arguments import some_of
 from benchmarks.dit import BLOCK
 from benchmarks.machine import facts
 from pipeline.config.config import InferenceConfig
@@ -69,9 +70,14 @@ def write_file(frames: Tensor, preset: str, stream: bool, folder: Path) -> Writt
 
 def main(argv: Sequence[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--resolution", default="480,1080", help="480, 720 or 1080; several with commas")
+    parser.add_argument(
+        "--resolution",
+        type=some_of(("480", "720", "1080")),
+        default="480,1080",
+        help="480, 720 or 1080; several with commas",
+    )
     parser.add_argument("--preset", default=PRESETS, help="of x264; several with commas")
-    parser.add_argument("--frames", type=int, default=81)
+    parser.add_argument("--frames", type=command.count, default=81)
     parser.add_argument("--stream", action="store_true")
     arguments = parser.parse_args(argv)
     about = facts(torch.device("cpu"), ["benchmarks.writer", *(sys.argv[1:] if argv is None else argv)])

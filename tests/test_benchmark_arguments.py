@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks import dit, end_to_end, long_video, memory, merged, policies, scale, vae
+from benchmarks import dit, end_to_end, long_video, memory, merged, policies, scale, vae, writer
 from benchmarks.arguments import store
 from utils.errors import ToldElsewhere
 
@@ -30,6 +30,7 @@ WRONG = [
     (end_to_end.main, "--engine quick", "'quick'"),
     (scale.main, "--policy packd", "'packd' is none of"),
     (scale.main, "--ranks 1,0", "expected a whole number from 1 on, got '0'"),
+    (writer.main, "--resolution 480,481", "'481' is none of 480, 720, 1080"),
     (memory.main, "--json /no/such/folder/x.json", "cannot be written"),
     (long_video.main, "--minutes 0.5", "expected a whole number from 1 on, got '0.5'"),
 ]
