@@ -10,8 +10,9 @@ from pathlib import Path
 
 import torch
 
+from utils.command import count
 from utils.errors import InputError, quoted
-from utils.files import create_partial, write_atomic
+from utils.files import ensure_writable, write_atomic
 from utils.user_paths import user_path
 
 
@@ -31,9 +32,10 @@ def multiple_of(unit: int) -> Callable[[str], int]:
     """The type of an option that takes a width."""
 
     def checked(text: str) -> int:
-        if not (text.isascii() and text.isdecimal() and len(text) < 10 and int(text) > 0 and int(text) % unit == 0):
+        number = count(text)
+        if number % unit:
             raise ArgumentTypeError(f"expected a multiple of {unit}, got {quoted(text)}")
-        return int(text)
+        return number
 
     return checked
 
@@ -54,7 +56,7 @@ def result_file(text: str) -> Path:
     """The type of an option that takes a file to be written in the end."""
     try:
         path = user_path(text, "a file")
-        create_partial(path).unlink()
+        ensure_writable(path)
     except InputError as error:
         raise ArgumentTypeError(str(error)) from error
     return path

@@ -265,8 +265,8 @@ def main(argv: Sequence[str] | None = None) -> int:
             for made in measure(arguments, resolution, policy, device):
                 rows.append(made)
                 print(line(made), flush=True)
-                rows_now = [asdict(one) for one in rows]
-                store({**about, "file": not arguments.no_file, "rows": rows_now}, arguments.json)
+                stored = {"file": not arguments.no_file, "rows": [asdict(one) for one in rows]}
+                store({**about, **stored}, arguments.json)
     return 0
 
 

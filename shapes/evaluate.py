@@ -167,10 +167,10 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--set", nargs="*", default=[], metavar="KEY=VALUE", help="settings for all policies")
     parser.add_argument("--captions", type=command.count, default=64, help="held-out captions")
     parser.add_argument(
-        "--storyboards", type=command.count_or_none, default=32, help="captions with a second one that takes over"
+        "--storyboards", type=command.count_or_zero, default=32, help="captions with a second one that takes over"
     )
-    parser.add_argument("--ten", type=command.count_or_none, default=4, help="videos with ten switches")
-    parser.add_argument("--long", type=command.count_or_none, default=8, help="videos of a minute")
+    parser.add_argument("--ten", type=command.count_or_zero, default=4, help="videos with ten switches")
+    parser.add_argument("--long", type=command.count_or_zero, default=8, help="videos of a minute")
     parser.add_argument("--seeds", type=command.count, default=1, help="videos a caption, each with its own noise")
     parser.add_argument("--batch", type=command.count, default=8)
     parser.add_argument("--threads", type=command.count, default=2)

@@ -159,7 +159,7 @@ def count(text: str, least: int = 1) -> int:
     return int(text)
 
 
-def count_or_none(text: str) -> int:
+def count_or_zero(text: str) -> int:
     """The type of an option that takes a whole number, of which 0 is one."""
     return count(text, 0)
 

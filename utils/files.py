@@ -68,6 +68,11 @@ def create_partial(path: Path) -> Path:
     return create_beside(path, partial_path(path))
 
 
+def ensure_writable(path: Path) -> None:
+    """Prove that the file `path` can be written, without touching what is there. Raises InputError."""
+    create_partial(path).unlink()
+
+
 def create_beside(path: Path, beside: Path) -> Path:
     """Create the empty file `beside`, which is to become `path`; returns it. Raises InputError as create_partial."""
     try:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 
 from utils.command import parse
 from utils.errors import InputError, quoted
-from utils.files import create_partial, ensure_writable_folder
+from utils.files import ensure_writable, ensure_writable_folder
 from utils.prompts import clean_line
 from utils.user_paths import user_path
 
@@ -107,7 +107,7 @@ def check_outputs(arguments: argparse.Namespace) -> None:
     for option, path in given.items():
         ensure_writable_folder(path.parent, option)
         try:
-            create_partial(path).unlink()
+            ensure_writable(path)
         except InputError as error:
             raise InputError(f"{option}: {error}") from error
         first = taken.setdefault(os.path.realpath(path), option)

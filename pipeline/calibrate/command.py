@@ -35,7 +35,7 @@ from pipeline.runtime.loading import (
 from utils import command
 from utils.config import text_override
 from utils.errors import InputError
-from utils.files import create_partial, ensure_writable_folder
+from utils.files import ensure_writable, ensure_writable_folder
 from utils.profiler import device_name
 from utils.user_paths import user_path
 
@@ -94,7 +94,7 @@ def run(arguments: argparse.Namespace, line: str) -> int:
     require_files(recording.config)
     check_before_loading(recording.config, device)
     ensure_writable_folder(arguments.out.parent, "--out")
-    create_partial(arguments.out).unlink()
+    ensure_writable(arguments.out)
     about = {"command": line, "torch": torch.__version__, "device": device_name(device)}
     with (
         memory_explained(recording.config, device),
