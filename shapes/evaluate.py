@@ -38,6 +38,7 @@ from shapes.score import Score, score
 from shapes.story_score import LongScore, SceneScore, score_long, score_scenes
 from shapes.world import HEIGHT, WIDTH, Floats, as_floats
 from utils import command
+from utils.config import text_override
 from utils.errors import InputError
 from utils.files import ensure_writable_folder
 from utils.profiler import device_name
@@ -66,7 +67,8 @@ HALF = "dummy_forcing.num_dummy=12"  # of 24 heads
 def calibrated(frames: float, calibration: str | Path = CALIBRATION) -> list[str]:
     """Settings of calibrated memory with so many frames a head."""
     chosen = ["dummy_forcing.enabled=true", "dummy_forcing.policy=calibrated"]
-    return [*chosen, f"dummy_forcing.calibration={calibration}", f"dummy_forcing.frames_per_head={frames}"]
+    file = text_override("dummy_forcing.calibration", str(calibration))
+    return [*chosen, file, f"dummy_forcing.frames_per_head={frames}"]
 
 
 POLICIES = {

@@ -18,6 +18,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from pipeline.planning import together
 from tests.conftest import Program
 from tests.small_checkpoints import SmallCheckpoints, lora_weights
 
@@ -293,3 +294,13 @@ def test_out_of_memory(program: Program, fails: Fails) -> None:
         message = fails(*large, "dummy_forcing=off", "model_kwargs.local_attn_size=-1")
     assert "device: cpu ran out of memory" in message and "This run takes about " in message and " GiB of " in message
     assert "precision=bf16 model_kwargs.local_attn_size=12 model_kwargs.sink_size=3 resolution=480 (" in message
+
+
+def test_a_dry_run_tells_when_memory_cannot_suffice(
+    program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert program("--dry_run") == 0 and "Warning" not in capsys.readouterr().out
+    monkeypatch.setattr(together, "memory_of", lambda device: 64 << 20)
+    assert program("--dry_run", "resolution=480", "vae_tile=never", "dummy_forcing=off") == 0
+    (warning,) = [line for line in capsys.readouterr().out.splitlines() if line.startswith("Warning: ")]
+    assert "cpu has not the memory for it. This run takes about " in warning and "cpu has 64.0 MiB" in warning

@@ -29,6 +29,7 @@ from tests.small_checkpoints import SmallCheckpoints
 from tests.test_generator import SCHEDULE, latents, start
 from tests.tiny import CONFIG, tiny_model
 from utils.errors import InputError
+from utils.lock import RunLock
 from utils.memory import PeakTracker
 from wan.attention.head_group import FULL_HISTORY, Retention
 from wan.config import WAN_1_3B, WAN_14B
@@ -326,6 +327,10 @@ def test_the_command_goes_on_where_it_was_and_adds_videos(program: Program, caps
         assert command.main(arguments(program, "--videos", "3", *others)) == 2
         error = capsys.readouterr().err
         assert re.search(f"error: --out: {path} exists and was made with other .*{message}", error), error
+    with RunLock(program.folder / ".c.safetensors.lock", "") as other:
+        other.begin("process 7")
+        assert command.main(arguments(program, "--videos", "4")) == 2
+        assert f"--out: another run writes {path}; wait for its end" in capsys.readouterr().err
     assert torch.equal(Calibration.load(path, "").errors, three.errors)
 
 

@@ -10,6 +10,7 @@ predicted error and the cost over frames a head.
 from __future__ import annotations
 
 import argparse
+import os
 import shlex
 import sys
 from collections.abc import Sequence
@@ -36,6 +37,7 @@ from utils import command
 from utils.config import text_override
 from utils.errors import InputError
 from utils.files import ensure_writable, ensure_writable_folder
+from utils.lock import RunLock
 from utils.profiler import device_name
 from utils.user_paths import user_path
 
@@ -96,10 +98,13 @@ def run(arguments: argparse.Namespace, line: str) -> int:
     ensure_writable_folder(arguments.out.parent, "--out")
     ensure_writable(arguments.out)
     about = {"command": line, "torch": torch.__version__, "device": device_name(device)}
+    busy = f"--out: another run writes {arguments.out}; wait for its end, or give another file."
     with (
+        RunLock(arguments.out.with_name(f".{arguments.out.name}.lock"), busy) as lock,
         memory_explained(recording.config, device),
         tqdm(total=recording.videos, desc="videos", unit="video", disable=None) as bar,
     ):
+        lock.begin(f"process {os.getpid()}")
         record(recording, device, arguments.out, about, bar.update)
     sys.stdout.write(f"{arguments.out}\n{show_curve(arguments.out, [], None)}")
     return 0

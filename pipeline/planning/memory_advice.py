@@ -83,14 +83,27 @@ def bytes_needed(config: InferenceConfig, device: torch.device, batch: int = 1, 
 def out_of_memory(config: InferenceConfig, device: torch.device, batch: int = 1, ranks: int = 1) -> InputError:
     """The error for a run of `batch` videos at a time, by so many processes together, that needed more memory than the
     device has; names overrides that need less."""
-    available, needed = memory_of(device), bytes_needed(config, device, batch, ranks)
+    needed = bytes_needed(config, device, batch, ranks)
+    return InputError(f"device: {device} ran out of memory. {_advice(config, device, needed, batch, ranks)}")
+
+
+def shortage(config: InferenceConfig, device: torch.device, batch: int = 1, ranks: int = 1) -> str | None:
+    """What a run would take, what the device has, and what needs less, if the device cannot hold such a run."""
+    needed = bytes_needed(config, device, batch, ranks)
+    if needed <= Room.here(config, device, ranks).own:
+        return None
+    return f"{device} has not the memory for it. {_advice(config, device, needed, batch, ranks)}"
+
+
+def _advice(config: InferenceConfig, device: torch.device, needed: int, batch: int, ranks: int) -> str:
+    available = Room.here(config, device, ranks).own
     changes = remedies(config, device, batch)
     sized = ((remedy, bytes_needed(remedy.config, device, remedy.batch, ranks)) for remedy in changes)
     fitting = (f"{remedy} ({format_bytes(size)})" for remedy, size in sized if size < min(available, needed))
     advice = "; ".join(islice(fitting, SHOWN))
-    return InputError(
-        f"device: {device} ran out of memory. This run takes about {format_bytes(needed)} of tensors, "
-        f"{device} has {format_bytes(available)}, and programs and libraries hold some of it. "
+    has = f"{device} has {format_bytes(available)}" + (f" for each of {ranks} processes" if ranks > 1 else "")
+    return (
+        f"This run takes about {format_bytes(needed)} of tensors, {has}, and programs and libraries hold some of it. "
         + (f"Less is needed with: {advice}" if advice else "No smaller setting would fit.")
     )
 
