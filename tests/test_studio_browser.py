@@ -126,12 +126,12 @@ def test_the_picture_moves_and_obeys(open_page: Open) -> None:
     assert np.abs(picture(page) - before).max() > 80  # and moves
     rate, fps = look(page, "[studio.player.rate(), studio.player.fps]")
     assert rate == pytest.approx(fps, rel=0.35)
-    say(page, "A large blue ball moves to the right.")
+    say(page, "It turns blue.")
     (latency,) = wait(page, "studio.state.latencies.length && studio.state.latencies")
     assert 0 < latency < PATIENCE_S
-    assert page.inner_text("#caption") == "A large blue ball moves to the right."
+    assert page.inner_text("#caption") == "It turns blue."
     until(lambda: coloured(page, 2) > 150 and coloured(page, 0) < 150, "a blue ball")
-    assert page.inner_text("#timeline li.now span") == "A large blue ball moves to the right."
+    assert page.inner_text("#timeline li.now span") == "It turns blue."
     assert "fps" in page.inner_text("#numbers") and f"{latency:.2f} s" in page.inner_text("#numbers")
     assert look(page, "document.querySelectorAll('#heads g').length") == 24
 
