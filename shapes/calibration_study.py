@@ -142,12 +142,14 @@ def table(content: Mapping[str, Any]) -> str:
         difference = "{mean:+.1f} [{low:+.1f}, {high:+.1f}]".format(**less)
         return f"{text}, {f'**{difference}**' if less['low'] * less['high'] > 0 else difference}"
 
-    lines = ["| question | trial | " + " | ".join(f"{frames:g} frames" for frames in FRAMES) + " |", "|---" * 5 + "|"]
+    budgets = [frames for frames in FRAMES if any(row["frames"] == frames for row in content["rows"])]
+    titles = ["question", "trial", *(f"{frames:g} frames" for frames in budgets)]
+    lines = [f"| {' | '.join(titles)} |", "|---" * len(titles) + "|"]
     for question, trial in dict.fromkeys((row["question"], row["trial"]) for row in content["rows"]):
         mine = [row for row in content["rows"] if (row["question"], row["trial"]) == (question, trial)]
-        cells = [cell([row for row in mine if row["frames"] == frames]) for frames in FRAMES]
+        cells = [cell([row for row in mine if row["frames"] == frames]) for frames in budgets]
         if mine[0]["frames"] is None:
-            cells = [cell(mine), "", ""]
+            cells = [cell(mine), *[""] * (len(budgets) - 1)]
         lines.append(f"| {question} | {trial} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
