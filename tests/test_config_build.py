@@ -243,3 +243,11 @@ TEXTS = ["1", "off", "null", "~x", "a: b", "[a]", "a #1", " a ", "q\"uo'te", "é
 @pytest.mark.parametrize("text", [*TEXTS, r"a\b", r"a\\${oc.env:HOME}\b", "${", "$seed", "a=b"])
 def test_a_text_as_an_override_is_what_it_is(text: str) -> None:
     assert load_mapping({"seed": 1}, [text_override("data_path", text)]) == {"seed": 1, "data_path": text}
+
+
+@pytest.mark.parametrize("text", ["/a/folder #1", "#1", "5 # frames", "a#b"])
+def test_overrides_hold_no_comments(text: str) -> None:
+    """A folder whose name ends in ` #1` is not the one without."""
+    assert load_mapping({}, [f"output_folder={text}"]) == {"output_folder": text}
+    assert load_mapping({}, ["steps=[1, 2] # both"]) == {"steps": [1, 2]}
+    assert load_mapping({}, ["output_folder='a #1'"]) == {"output_folder": "a #1"}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import re
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
@@ -60,7 +62,7 @@ def _merge(settings: DictConfig, override: str) -> DictConfig:
     if not equals or not key.strip() or "" in key.split("."):
         raise InputError(f"{said}: expected key=value, for example seed=1 or model_kwargs.sink_size=3")
     with _yaml_errors(f"{said}: the value is not valid YAML"):
-        parsed = OmegaConf.from_dotlist([override])
+        parsed = OmegaConf.from_dotlist([_without_comments(override)])
         OmegaConf.to_container(parsed, throw_on_missing=True)  # merging would skip the value ??? in silence
     try:
         return cast(DictConfig, OmegaConf.merge(settings, parsed))
@@ -69,6 +71,17 @@ def _merge(settings: DictConfig, override: str) -> DictConfig:
             f"{said}: puts a section of keys in place of a list, or the other way round; give the whole value, "
             "such as denoising_step_list=[1000,500] or model_kwargs.sink_size=3"
         ) from error
+
+
+def _without_comments(override: str) -> str:
+    """The override with a text in quotation marks of which YAML would take the end, as in `a/folder #1`, for a comment:
+    on a command line there are none."""
+    key, _, value = override.partition("=")
+    if not re.search(r"(^|\s)#", value):
+        return override
+    node = yaml.compose(value, Loader=yaml.SafeLoader)
+    plain = node is None or (isinstance(node, yaml.ScalarNode) and node.style is None)
+    return f"{key}={json.dumps(value.strip())}" if plain else override
 
 
 @contextmanager
