@@ -134,6 +134,12 @@ def test_storyboards(tmp_path: Path) -> None:
     assert read_storyboards(path) == [Storyboard(("a", "b\u2028c"), (40,)), Storyboard(("x",), None)]
 
 
+def test_lines_of_one_prompt_do_not_grow_together(tmp_path: Path) -> None:
+    board = _file(tmp_path, json.dumps({"prompts": ["A red\nball\r\nmoves.\n"]}))
+    assert read_storyboards(board)[0].prompts == ("A red ball moves.",)
+    assert read_prompts(_file(tmp_path, "A red\fball\n")) == ["A red ball"]
+
+
 @pytest.mark.parametrize(
     ("line", "message"),
     [

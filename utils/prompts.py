@@ -28,14 +28,25 @@ _STRUCTURED = frozenset(
 )
 _FRAME_DIGITS = 9
 _INVISIBLE_CATEGORIES = frozenset({"Cc", "Cf", "Mn", "Me", "Zs", "Zl", "Zp"})
+_LINE_ENDS = re.compile("[\n\r\v\f\x1c-\x1f\x85]+")  # control characters that part words
 _FILLERS = frozenset("\u115f\u1160\u2800\u3164\uffa0")  # letters and a Braille pattern that are blank
 
 
 def clean_line(line: str) -> str:
-    """The text without the white space around it and without invisible characters, which tools leave in files; "" if
-    nothing is left that can be seen, also where that is written as HTML (`&nbsp;`)."""
-    text = "".join(char for char in line if not _is_dropped(char)).strip()
+    """The text on one line, without the white space around it and without invisible characters, which tools leave in
+    files; "" if nothing is left that can be seen, also where that is written as HTML (`&nbsp;`)."""
+    text = "".join(char for char in _LINE_ENDS.sub(" ", line) if not _is_dropped(char)).strip()
     return text if any(map(_is_visible, html.unescape(html.unescape(text)))) else ""
+
+
+def prompt_text(prompt: object, where: str) -> str:
+    """A prompt, cleaned as `clean_line` does. Raises InputError, which begins with `where`, for what is none."""
+    text = clean_line(prompt) if isinstance(prompt, str) else ""
+    if not text:
+        raise InputError(f"{where} must be a text that is not blank, not {brief(prompt)}.")
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        raise InputError(f"{where} holds half a character (\\ud800 to \\udfff). Remove it.")
+    return text
 
 
 def _is_dropped(char: str) -> bool:
@@ -161,15 +172,7 @@ def _record(where: str, line: str) -> dict[str, object]:
 def _storyboard_prompts(where: str, value: object) -> tuple[str, ...]:
     if not isinstance(value, list) or not value:
         raise InputError(f"{where}: prompts must be a list of at least one text, not {brief(value)}.")
-    prompts = []
-    for index, prompt in enumerate(value):
-        text = clean_line(prompt) if isinstance(prompt, str) else ""
-        if not text:
-            raise InputError(f"{where}: prompts[{index}] must be a text that is not blank, not {brief(prompt)}.")
-        if any("\ud800" <= char <= "\udfff" for char in text):
-            raise InputError(f"{where}: prompts[{index}] holds half a character (\\ud800 to \\udfff). Remove it.")
-        prompts.append(text)
-    return tuple(prompts)
+    return tuple(prompt_text(prompt, f"{where}: prompts[{index}]") for index, prompt in enumerate(value))
 
 
 def frame_list(value: object, where: str) -> list[int]:
