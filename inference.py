@@ -70,10 +70,11 @@ def run(arguments: argparse.Namespace) -> int:
 
 
 def load(arguments: argparse.Namespace) -> tuple[InferenceConfig, list[VideoJob]]:
-    from pipeline.config.config import load_config
+    from pipeline.config.config import load_config, warn_of_what_is_off
     from pipeline.config.jobs import read_jobs
 
     config = load_config(arguments.config_path, arguments.overrides)
+    warn_of_what_is_off(config, arguments.overrides)
     return config, read_jobs(config)
 
 

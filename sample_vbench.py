@@ -38,11 +38,12 @@ def parse_arguments(argv: Sequence[str] | None) -> argparse.Namespace:
 
 def run(arguments: argparse.Namespace, world: World) -> int:
     """Returns the exit status; raises InputError for what the user must mend."""
-    from pipeline.config.config import load_config
+    from pipeline.config.config import load_config, warn_of_what_is_off
     from pipeline.vbench.prompts import check_folder, fetch_extended_list, read_vbench_jobs
     from pipeline.vbench.sampling import THREADS, sample
 
     config = load_config(arguments.config_path, arguments.overrides)
+    warn_of_what_is_off(config, arguments.overrides)
     if arguments.fetch:
         print(fetch_extended_list(config))
         return 0

@@ -12,7 +12,7 @@ import pytest
 import yaml
 
 from dummy.config import DummyForcingConfig
-from pipeline.config.config import InferenceConfig, as_dict, check_against_model, load_config
+from pipeline.config.config import InferenceConfig, as_dict, check_against_model, load_config, warn_of_what_is_off
 from pipeline.config.paths import TEXT_ENCODER_NAMES, VAE_NAMES, resolve_path
 from pipeline.config.published_keys import WITHOUT_USE
 from utils.errors import InputError
@@ -347,3 +347,19 @@ def test_none_as_python_writes_it_is_null() -> None:
 
 def test_switch_frames_may_be_texts() -> None:
     assert load_config(SELF_FORCING, ["switch_frame_indices=['6','12']"]).switch_frame_indices == (6, 12)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "warned"),
+    [
+        (["dummy_forcing.policy=calibrated", "seed=1"], True),
+        (["dummy_forcing.policy=calibrated", "dummy_forcing=off"], False),
+        (["seed=1"], False),
+    ],
+)
+def test_a_method_that_is_asked_for_where_the_section_is_off(
+    overrides: list[str], warned: bool, caplog: pytest.LogCaptureFixture
+) -> None:
+    off = ROOT / "configs" / "shapes_interactive.yaml"
+    warn_of_what_is_off(load_config(off, overrides), overrides)
+    assert ("dummy_forcing.policy: without effect" in caplog.text) == warned

@@ -6,6 +6,7 @@ conditions that need the model's sizes are in `check_against_model`.
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -20,6 +21,8 @@ from utils.config import build
 from wan.config import ModelConfig
 from wan.geometry import LatentGeometry
 
+logger = logging.getLogger(__name__)
+
 
 @dataclass(frozen=True)
 class InferenceConfig(Settings):
@@ -33,8 +36,10 @@ class InferenceConfig(Settings):
         check_settings(self)
 
 
-def load_config(source: str | Path | Mapping[str, object], overrides: Sequence[str] = ()) -> InferenceConfig:
-    """From a YAML file of Dummy Forcing, Self-Forcing, LongLive or ours, or from stored settings, with changes.
+def load_config(
+    source: str | Path | Mapping[str, object] | InferenceConfig, overrides: Sequence[str] = ()
+) -> InferenceConfig:
+    """From a YAML file of Dummy Forcing, Self-Forcing, LongLive or ours, or from settings, with changes.
 
     Keys that the published files carry and that have no use here are named in one warning.
 
@@ -43,8 +48,22 @@ def load_config(source: str | Path | Mapping[str, object], overrides: Sequence[s
     """
     from utils.settings_file import load_mapping  # the rest of the program does without OmegaConf
 
+    if isinstance(source, InferenceConfig):
+        if not overrides:
+            return source
+        source = as_dict(source)
     settings = translate(load_mapping(source, expand_overrides(overrides)))
     return build(InferenceConfig, paths.expand_paths(settings))
+
+
+def warn_of_what_is_off(config: InferenceConfig, overrides: Sequence[str]) -> None:
+    """Name overrides of `dummy_forcing` in a warning if the section is off in the file, which nobody expects who asks
+    for a method."""
+    section, switches = "dummy_forcing.", {"dummy_forcing", "dummy_forcing.enabled"}
+    keys = [override.partition("=")[0].strip() for override in overrides]
+    asked = [key for key in keys if key.startswith(section)]
+    if asked and not switches & {*keys} and not config.dummy_forcing.enabled:
+        logger.warning("%s: without effect, since dummy_forcing is off; add dummy_forcing=on", ", ".join(asked))
 
 
 def geometry_of(config: InferenceConfig, channels: int) -> LatentGeometry:
