@@ -7,7 +7,6 @@ import logging
 import threading
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import NamedTuple
@@ -16,14 +15,30 @@ import torch
 from torch import Tensor
 
 from dummy.policy import ContextPolicy
-from pipeline.config.config import InferenceConfig, as_dict, check_against_model, geometry_of, load_config
+from pipeline.config.arguments import (
+    SEEDS,
+    given_overrides,
+    given_path,
+    given_prompts,
+    given_seeds,
+    session_config,
+    whole_number,
+)
+from pipeline.config.checks import MOST
+from pipeline.config.config import (
+    InferenceConfig,
+    check_against_model,
+    geometry_of,
+    load_config,
+    warn_of_what_is_off,
+)
 from pipeline.planning.memory_advice import memory_explained
 from pipeline.planning.plan import choose_strategy
 from pipeline.planning.together import choose_together
 from pipeline.runtime.decoding import BlockDecoder, DecodeStrategy, start_decoder
 from pipeline.runtime.engine import choose_engine, start_engine, use_compile_cache
 from pipeline.runtime.generator import BlockGenerator
-from pipeline.runtime.inputs import GeneratorSettings, require_bounded
+from pipeline.runtime.inputs import require_bounded, session_geometry
 from pipeline.runtime.loading import (
     check_before_loading,
     choose_device,
@@ -36,7 +51,7 @@ from pipeline.runtime.loading import (
     require_files,
     require_heads,
 )
-from pipeline.runtime.prefix import load_prefix
+from pipeline.runtime.prefix import VideoLength, load_prefix
 from pipeline.runtime.prompts import PromptEncoder
 from pipeline.runtime.speed import at_speed
 from pipeline.runtime.together import checked_by_all
@@ -51,14 +66,6 @@ from wan.vae.streaming import LatentDecoder
 from wan.vae.vae import VAE
 
 logger = logging.getLogger(__name__)
-
-
-SESSION_SETTINGS = frozenset(
-    ("dummy_forcing", "model_kwargs", "rope", "rope_window", "rolling", "global_sink", "kv_flush", "scene_cut_from")
-) | frozenset(
-    ("context_noise", "denoising_step_list", "denoising_step_list_first_chunk", "first_frame_denoising_step_list")
-)
-"""What sessions of one pipeline may differ in: what heads keep, and how blocks are denoised."""
 
 
 class Parts(NamedTuple):
@@ -157,7 +164,7 @@ class Pipeline:
         overrides: Sequence[str] = (),
         prompts: Sequence[str] = (),
         *,
-        device: torch.device | None = None,
+        device: torch.device | str | None = None,
         batch: int = 1,
         exchange: HeadExchange | None = None,
     ) -> Pipeline:
@@ -171,10 +178,13 @@ class Pipeline:
 
         Raises InputError, before anything large is loaded, if a setting or a file does not fit.
         """
-        settings = config if isinstance(config, InferenceConfig) else load_config(config, overrides)
-        device = choose_device(settings) if device is None else device
+        changes, texts = given_overrides(overrides), given_prompts(prompts)
+        batch = whole_number("batch", batch, 1, MOST["samples_per_batch"] + 1)
+        settings = load_config(config, changes)
+        warn_of_what_is_off(settings, changes)
+        device = choose_device(settings) if device is None else torch.device(device)
         with memory_explained(settings, device, batch, 1 if exchange is None else exchange.ranks):
-            return cls(settings, assemble(settings, prompts, device, batch, exchange))
+            return cls(settings, assemble(settings, texts, device, batch, exchange))
 
     def session(
         self,
@@ -194,14 +204,19 @@ class Pipeline:
         video of a batch, in place of `seed` (`utils.seed.video_seed`). `live`, `keep_buffers`: see Session.
 
         Raises InputError if the length is no multiple of the block, if a video without end would need memory without
-        end, or for an override that does not fit.
+        end, if what it starts from leaves nothing to make, or for an override that does not fit.
         """
-        seed = self.config.seed if seed is None else seed
-        seeds = [video_seed(seed, 0, 0)] if noise_seeds is None else list(noise_seeds)
-        prefix = None if start_from is None else self.prefix_latents(Path(start_from))
-        opening = Opening(next(self._numbers), seeds, frames, prefix, tuple(overrides), live, keep_buffers)
-        with self._lock:
-            self._geometry_for(frames, self._generator_for(opening.overrides).settings)  # what is wrong is told to none
+        seed = self.config.seed if seed is None else whole_number("seed", seed, 0, SEEDS)
+        seeds = [video_seed(seed, 0, 0)] if noise_seeds is None else given_seeds(noise_seeds)
+        changes = given_overrides(overrides)
+        with self._lock:  # what is wrong is told to no other process
+            settings = self._generator_for(changes).settings
+            geometry = session_geometry(self.geometry, frames, settings, prefix=start_from is not None)
+            prefix = None
+            if start_from is not None:
+                length = VideoLength(geometry.num_frames, "frames", settings.policy.online is not None)
+                prefix = self.prefix_latents(given_path("start_from", start_from), length=length)
+            opening = Opening(next(self._numbers), seeds, geometry, prefix, changes, live, keep_buffers)
             with self._turns.taken(opening):
                 return self._open(opening)
 
@@ -210,7 +225,7 @@ class Pipeline:
         filled_up = max(self.batch - len(seeds), 0)
         return Session(
             generator,
-            self._geometry_for(one.frames, generator.settings),
+            one.geometry,
             NoiseStream([*seeds, *seeds[-1:] * filled_up]),
             self.prompts,
             None if self.vae is None else lambda profiler: self._decoder(profiler, len(seeds)),
@@ -290,26 +305,21 @@ class Pipeline:
         require_bounded(settings)
         return settings.policy
 
-    def prefix_latents(self, path: Path, profiler: Profiler | None = None) -> Tensor:
-        """Latents [1, F, C, h, w] of the image or video to go on from. Raises InputError for files that do not fit."""
+    def prefix_latents(self, path: Path, profiler: Profiler | None = None, length: VideoLength | None = None) -> Tensor:
+        """Latents [1, F, C, h, w] of the image or video to go on from, in a video of the configuration's length unless
+        given. Raises InputError for files that do not fit."""
         if self.encoder is None:
             raise InputError("start_from: this pipeline has no encoder; set start_from in its configuration")
         span = nullcontext() if profiler is None else profiler.span("init", self.encoder.device)
         with self._lock, span, torch.inference_mode():
-            return load_prefix(path, self.config, self.encoder)
+            return load_prefix(path, self.config, self.encoder, length)
 
     def _generator_for(self, overrides: tuple[str, ...]) -> BlockGenerator:
         """The loop over the shared model under other settings; what was captured is shared too."""
         if not overrides:
             return self.generator
         if overrides not in self._others:
-            config = load_config(as_dict(self.config), overrides)
-            changed = {key for key, value in as_dict(config).items() if value != as_dict(self.config)[key]}
-            if not changed <= SESSION_SETTINGS:
-                raise InputError(
-                    f"{min(changed - SESSION_SETTINGS)}: a session cannot have its own; it may have its own "
-                    f"{', '.join(sorted(SESSION_SETTINGS))}. Make another pipeline for the rest."
-                )
+            config = session_config(self.config, overrides)
             model = self.generator.model
             check_against_model(config, model.config)
             settings = generator_settings(config, model.config)
@@ -317,15 +327,6 @@ class Pipeline:
             _measure_speed(made, config, self.geometry)
             self._others[overrides] = made
         return self._others[overrides]
-
-    def _geometry_for(self, frames: int | None, settings: GeneratorSettings) -> LatentGeometry:
-        block = self.geometry.frames_per_block
-        if frames is None:
-            require_bounded(settings)
-            return self.geometry.endless()
-        if frames < block or frames % block:
-            raise InputError(f"frames: {frames} is no positive multiple of the block's {block} latent frames")
-        return replace(self.geometry, num_frames=frames)
 
     def close(self) -> None:
         """Free what sessions have left and the text encoder; open sessions go on."""

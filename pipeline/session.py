@@ -17,7 +17,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Collection, Iterator, Sequence
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from dataclasses import dataclass, field
 from types import TracebackType
 
@@ -25,6 +25,7 @@ import torch
 from torch import Tensor
 
 from dummy.roles import HeadRoles
+from pipeline.config.arguments import given_prompt, given_storyboard
 from pipeline.runtime.decoding import BlockDecoder, HostFrames
 from pipeline.runtime.generator import BlockGenerator, Rollout
 from pipeline.runtime.inputs import NoiseSource
@@ -132,6 +133,7 @@ class Session:
         self._typing = threading.Lock()
         self._scenes: list[tuple[int, Prompt]] = []
         self.closed = False
+        self._broken_off: str | None = None  # by what, if a block was
         endless = geometry.num_frames >= ENDLESS - geometry.frames_per_block
         self.profiler = Profiler(generator.model.device, keep=TIMED_BLOCKS if endless else None)
         with self._lock, torch.inference_mode():
@@ -154,9 +156,11 @@ class Session:
         scene. Of several that come while one block is made, the last counts. Encodes it, so it may take as long as the
         text encoder does.
 
-        Raises InputError for an empty prompt, one that the settings leave no place for, or if the session is closed.
+        Raises InputError for an empty prompt, one that the settings leave no place for, after the last block, or if the
+        session is closed.
         """
-        given: Prompt = text if isinstance(text, str) else tuple(text)
+        given = given_prompt(text, self._batch)
+        self._check_open_to("prompt")
         self._generator.settings.check_switch(self._next_frame, cut)
         embeds = self._embedded(given)
         with self._typing:
@@ -166,31 +170,39 @@ class Session:
 
     def plan(self, storyboard: Sequence[tuple[int, str | Sequence[str]]], cuts: Collection[int] = ()) -> None:
         """Let prompts take effect at the blocks that begin at or after the given latent frames; those of the frames
-        `cuts` begin another scene. Raises InputError as `prompt` does."""
-        planned = [(frame, text if isinstance(text, str) else tuple(text), frame in cuts) for frame, text in storyboard]
+        `cuts` begin another scene. Raises InputError as `prompt` does, and for frames that do not ascend or at or after
+        which no block begins."""
+        whole, frames = self._geometry.frames_per_block, self._geometry.num_frames
+        planned = given_storyboard(storyboard, cuts, self._batch, whole, frames)
+        self._check_open_to("storyboard")
         for frame, text, cut in planned:
             self._generator.settings.check_switch(frame, cut)
             self._embedded(text)  # what is wrong with a prompt is told now
-        self._planned += planned
+        self._planned = sorted([*self._planned, *planned], key=lambda one: one[0])
+
+    def _check_open_to(self, what: str) -> None:
+        """Raises InputError if a prompt that is given now, as `what`, could take no effect."""
+        if self.closed:
+            raise InputError(f"{what}: the session is closed; open another one")
+        if self._next_frame >= self._geometry.num_frames:
+            raise InputError(f"{what}: the video of {self._next_frame} latent frames is complete; open another session")
+        if self._next_frame and not self._live:
+            raise InputError(f"{what}: a session with live=False takes prompts before its first block; use live=True")
 
     def _embedded(self, prompt: Prompt) -> list[Tensor]:
         texts = [prompt] * self._batch if isinstance(prompt, str) else list(prompt)
-        if len(texts) != self._batch:
-            raise InputError(f"prompt: {len(texts)} prompts for {self._batch} videos; give one, or one for each video")
-        if not all(text.strip() for text in texts):
-            raise InputError("prompt: it is empty; write what is to be seen")
         return [self._embed(text) for text in texts]
 
     def _due(self) -> Due | None:
         """The prompt that takes effect with the next block, if there is a new one."""
         # A prompt that takes effect now or later needs the clean frames of the block before it.
         self.rollout.keep_past = self._live or bool(self._planned)
+        now = [one for one in self._planned if one[0] <= self._next_frame]
+        planned = [Due(prompt, self._embedded(prompt), cut) for _, prompt, cut in now[-1:]]
+        del self._planned[: len(now)]
         with self._typing:
-            due, self._typed = self._typed, None
-        while self._planned and self._planned[0][0] <= self._next_frame:
-            _, prompt, cut = self._planned.pop(0)
-            due = Due(prompt, self._embedded(prompt), cut)
-        return due
+            typed, self._typed = self._typed, None
+        return planned[0] if planned else typed
 
     def _text(self, embeds: Sequence[Tensor]) -> TextContext:
         model = self._generator.model
@@ -203,20 +215,41 @@ class Session:
 
     def __next__(self) -> SessionBlock:
         """The next block. Raises StopIteration after the last one, and when the session is closed; InputError if there
-        is no prompt yet."""
-        if self.closed:
-            raise StopIteration
+        is no prompt yet, or if a block was broken off by an exception, after which the video cannot go on."""
         began = time.perf_counter()
         with self._lock:
+            if self.closed:
+                raise StopIteration
+            self._check_whole()
             due = self._due()
             if due is None and not self._scenes:
-                raise InputError("prompt: the session has none yet; call session.prompt(text) before the first block")
-            with self._turns.taken(Turn(self._number, due)):
+                raise InputError(
+                    "prompt: the session has none yet; call session.prompt(text) before the first block, or let the "
+                    "storyboard begin at latent frame 0"
+                )
+            with self._turns.taken(Turn(self._number, due)), self._noticed():
                 block = self._advance(due)
                 host = None if block is None or self._decoder is None else self._decoder.decode(block.latents)
             if block is None:
                 raise StopIteration
+            self._note(block, due)
         return self._finished(block, host, began)
+
+    @contextmanager
+    def _noticed(self) -> Iterator[None]:
+        """Remember what breaks off a block: of the loop nothing is left then, as if the video were complete."""
+        try:
+            yield
+        except BaseException as error:
+            self._broken_off = type(error).__name__
+            raise
+
+    def _check_whole(self) -> None:
+        if self._broken_off is not None:
+            raise InputError(
+                f"session: the block at latent frame {self._next_frame} was broken off ({self._broken_off}), and the "
+                "video cannot go on; open another session with the same seed and plan(storyboard)"
+            )
 
     def follow(self, due: Due | None) -> None:
         """Make the next block, whose latents another process takes; where tiles are dealt, decode one's own."""
@@ -229,12 +262,14 @@ class Session:
         """The next block, with the prompt that takes effect with it; None after the last one."""
         if due is not None:
             self.rollout.prompt(self._text(due.embeds), due.cut)
-            self._scenes.append((self._next_frame, due.prompt))
-            self.cuts += [self._next_frame] * due.cut
-        block = next(self._blocks, None)
-        if block is not None:
-            self._next_frame = block.start_frame + self._geometry.frames_per_block
-        return block
+        return next(self._blocks, None)
+
+    def _note(self, block: CleanBlock, due: Due | None) -> None:
+        """Count a block that is made, with the prompt that took effect with it."""
+        if due is not None:
+            self._scenes.append((block.start_frame, due.prompt))
+            self.cuts += [block.start_frame] * due.cut
+        self._next_frame = block.start_frame + self._geometry.frames_per_block
 
     def _finished(self, block: CleanBlock, host: HostFrames | None, began: float) -> SessionBlock:
         prompt, roles = self._scenes[-1][1], self.rollout.roles
@@ -268,7 +303,10 @@ class Session:
         return self.rollout.roles
 
     def held(self) -> list[list[HeldFrames]]:
-        """What every head of every layer keeps, and which earlier latent frames it holds now; between blocks."""
+        """What every head of every layer keeps, and which earlier latent frames it holds now; between blocks. Raises
+        InputError if the session is closed."""
+        if self.closed:
+            raise InputError("held: the session is closed and holds nothing; ask before close()")
         return held_by_head(self.rollout.cache)
 
     def close(self) -> None:

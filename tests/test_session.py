@@ -265,7 +265,7 @@ def test_what_cannot_be_is_told(pipeline_of: Pipelines) -> None:
         with pytest.raises(InputError, match="the session has none yet"):
             next(session)
         for empty in ("", " \n"):
-            with pytest.raises(InputError, match="prompt: it is empty"):
+            with pytest.raises(InputError, match="prompt must be a text that is not blank"):
                 session.prompt(empty)
         with pytest.raises(InputError, match="prompt: 2 prompts for 1 videos"):
             session.prompt((FOX, BIRD))

@@ -17,7 +17,7 @@ from utils.errors import InputError, quoted, require_range, shown
 from wan.geometry import MOST_FRAMES
 
 # What no run can mean, though it may be a slip of the keyboard; each of these is built as a list somewhere.
-_MOST = {"num_samples": 10_000, "num_flickering_samples": 10_000, "samples_per_batch": 1_000}
+MOST = {"num_samples": 10_000, "num_flickering_samples": 10_000, "samples_per_batch": 1_000}
 _MOST_FPS = 1000
 
 
@@ -78,7 +78,7 @@ def _check_run(config: Settings) -> None:
         config.inference_iter == -1 or config.inference_iter >= 1,
         f"inference_iter: must be -1 (all prompts) or 1 or more, got {config.inference_iter}",
     )
-    for name, most in _MOST.items():
+    for name, most in MOST.items():
         require_range(name, getattr(config, name), 1, most, "videos")
     tile = config.vae_tile
     require(
@@ -169,19 +169,23 @@ def check_switches(switches: Sequence[int], config: Settings, where: str) -> Non
         InputError: not increasing, past the end, or two in one block; `where` begins the message.
     """
     check_cuts(switches, (), config, where)
-    frames, block = list(switches), config.num_frame_per_block
+    check_switch_frames(switches, config.num_frame_per_block, config.num_output_frames, where, "num_output_frames")
+
+
+def check_switch_frames(switches: Sequence[int], block: int, length: int, where: str, setting: str) -> None:
+    """The same of a video that `setting` makes so many latent frames long, in blocks. Raises InputError."""
+    frames = list(switches)
     require(
         all(frame >= 1 for frame in frames) and frames == sorted(set(frames)),
         f"{where}: must be positive and strictly increasing latent frames, got {frames}",
     )
     starts = [-(-frame // block) * block for frame in frames]  # the first block that starts at or after the switch
-    latest = config.num_output_frames - block
+    latest = length - block
     remedy = f"use {latest} or less, or a longer video" if latest > 0 else "make the video longer"
     for frame, start in zip(frames, starts, strict=True):
         require(
-            start < config.num_output_frames,
-            f"{where}: no block starts at or after frame {frame} in num_output_frames "
-            f"{config.num_output_frames}; {remedy}",
+            start < length,
+            f"{where}: no block starts at or after frame {frame} in {setting} {length}; {remedy}",
         )
     require(
         len(set(starts)) == len(starts),

@@ -4,16 +4,18 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Protocol
 
 from torch import Tensor
 
 from dummy.policy import ContextPolicy
+from pipeline.config.arguments import whole_number
 from pipeline.config.cache_rules import SwitchRules
 from pipeline.runtime.schedule import DenoisingSchedule
 from utils.errors import InputError
 from wan.attention.cache import KVCache
+from wan.geometry import MOST_FRAMES, LatentGeometry
 from wan.transformer.model import TeaCacheResidual, TextContext, TimeContext
 
 logger = logging.getLogger(__name__)
@@ -92,6 +94,28 @@ class Passes(Protocol):
     def commit(
         self, latents: Tensor, time: TimeContext, text: TextContext, cache: KVCache, start_frame: int
     ) -> None: ...
+
+
+def session_geometry(
+    usual: LatentGeometry, frames: object, settings: GeneratorSettings, prefix: bool
+) -> LatentGeometry:
+    """The `usual` sizes for a video of so many latent `frames`, or with None without end, which begins with a `prefix`
+    or with noise. Raises InputError where there is no such video."""
+    block, rolling, steps = usual.frames_per_block, settings.rolling is not None, len(settings.schedule)
+    if rolling and prefix:
+        raise InputError("start_from: has no meaning with a rolling window (rolling); remove one of the two")
+    if frames is None:
+        require_bounded(settings)
+        return usual.endless()
+    length = whole_number("frames", frames, 1, MOST_FRAMES + 1)
+    if length % block:
+        raise InputError(f"frames: {length} is no positive multiple of the block's {block} latent frames")
+    if rolling and length < steps * block:
+        raise InputError(
+            f"frames: {length} are fewer than the {steps} blocks of {block} that a rolling window denoises at once; "
+            f"use {steps * block} or more"
+        )
+    return replace(usual, num_frames=length)
 
 
 def require_bounded(settings: GeneratorSettings) -> None:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
@@ -27,15 +28,30 @@ logger = logging.getLogger(__name__)
 _SAME_SPEED = 0.05  # a difference in speed that is not worth a word
 
 
-def load_prefix(path: Path, config: InferenceConfig, vae: VAE) -> Tensor:
+@dataclass(frozen=True)
+class VideoLength:
+    """How many latent `frames` the video has that begins with a file, under which setting, and whether it calibrates
+    itself by a block that it makes."""
+
+    frames: int
+    setting: str
+    online: bool
+
+    @classmethod
+    def of(cls, config: InferenceConfig) -> VideoLength:
+        """That of the configuration."""
+        return cls(config.num_output_frames, "num_output_frames", config.dummy_forcing.online)
+
+
+def load_prefix(path: Path, config: InferenceConfig, vae: VAE, length: VideoLength | None = None) -> Tensor:
     """Latents [1, F, C, h, w] of the image or video in `path`, F a multiple of the block and less than the video.
 
     Frames are taken as they are shown: upright, with square pixels, one by one at the file's own rate. Raises
     InputError for a file that cannot be read, is too short or too long, or has another size than the configuration
-    (unless `start_from_fit` is set).
+    (unless `start_from_fit` is set). The `length` of the video is the configuration's unless given.
     """
-    media = check_prefix(path, config)
-    left_out = _first_used(media, config)
+    media = check_prefix(path, config, length)
+    left_out = _first_used(media, config, length or VideoLength.of(config))
     if left_out:
         logger.warning(
             "start_from: the first %d frames of %s are left out, so that whole blocks remain", left_out, path
@@ -58,13 +74,13 @@ def check_start_files(config: InferenceConfig, jobs: Sequence[VideoJob]) -> None
             check_prefix(path, config)
 
 
-def check_prefix(path: Path, config: InferenceConfig) -> Media:
+def check_prefix(path: Path, config: InferenceConfig, length: VideoLength | None = None) -> Media:
     """What `path` holds, once it is found to suit the configuration. Raises InputError as `load_prefix`."""
     try:
         media = open_media(path)
     except InputError as error:
         raise InputError(f"start_from: {error}") from error
-    _first_used(media, config)
+    _first_used(media, config, length or VideoLength.of(config))
     height, width = config.pixel_size
     if (media.height, media.width) != (height, width) and not config.start_from_fit:
         raise InputError(
@@ -81,7 +97,7 @@ def _read(media: Media) -> Frames:
         raise InputError(f"start_from: {error}") from error
 
 
-def _first_used(media: Media, config: InferenceConfig) -> int:
+def _first_used(media: Media, config: InferenceConfig, length: VideoLength) -> int:
     """How many leading frames to leave out so that whole blocks remain; 0 if all fit."""
     block, frames = config.num_frame_per_block, media.frames
     latents = (frames - 1) // TEMPORAL_COMPRESSION + 1
@@ -92,16 +108,16 @@ def _first_used(media: Media, config: InferenceConfig) -> int:
             f"start_from: {media.path} has {frames} frames, but blocks of num_frame_per_block {block} need {needed} or "
             "more; an image starts a video with frame-wise checkpoints (num_frame_per_block: 1)"
         )
-    if whole >= config.num_output_frames:
+    if whole >= length.frames:
         raise InputError(
             f"start_from: {media.path} is {whole} latent frames long, which leaves nothing to make of "
-            f"num_output_frames {config.num_output_frames}; use num_output_frames={whole + block} or more"
+            f"{length.setting} {length.frames}; use {length.setting}={whole + block} or more"
         )
-    if config.dummy_forcing.online and whole + block >= config.num_output_frames:
+    if length.online and whole + block >= length.frames:
         raise InputError(
             f"start_from: {media.path} is {whole} latent frames long, and dummy_forcing.calibration=online goes by "
-            f"what the block after them shows, but num_output_frames {config.num_output_frames} makes no other after "
-            f"that one; use num_output_frames={whole + 2 * block} or more, or a calibration file"
+            f"what the block after them shows, but {length.setting} {length.frames} makes no other after that one; use "
+            f"{length.setting}={whole + 2 * block} or more, or a calibration file"
         )
     return frames - (1 + TEMPORAL_COMPRESSION * (whole - 1))
 

@@ -14,6 +14,7 @@ from typing import NamedTuple
 from torch import Tensor
 
 from wan.attention.exchange import HeadExchange
+from wan.geometry import LatentGeometry
 
 Prompt = str | tuple[str, ...]
 """One for all videos of a session, or one for each."""
@@ -32,7 +33,7 @@ class Opening(NamedTuple):
 
     number: int
     seeds: Sequence[int]
-    frames: int | None
+    geometry: LatentGeometry
     prefix_latents: Tensor | None
     overrides: tuple[str, ...]
     live: bool
