@@ -8,6 +8,7 @@ from __future__ import annotations
 import io
 import logging
 import pickle
+import shlex
 import sys
 import time
 from collections.abc import Callable, Mapping
@@ -128,7 +129,7 @@ def save(state: Mapping[str, object], path: Path) -> None:
 
 def load(path: Path) -> dict[str, object]:
     """What a stage has left. Raises InputError if it is missing or damaged."""
-    stage = f"python -m shapes.train {path.stem} --work {path.parent}"
+    stage = f"python -m shapes.train {path.stem} --work {shlex.quote(str(path.parent))}"
     if not path.exists():
         raise InputError(f"{path}: is missing; {stage} makes it")
     require_file(path, "", "state of a training")

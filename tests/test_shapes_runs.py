@@ -106,6 +106,11 @@ def test_what_a_new_run_begins_with_is_looked_at_first(tmp_path: Path) -> None:
         train.main(["dit", "--work", str(tmp_path), "--start-from", str(MODEL), "--steps", "100", "--until", "20"])
 
 
+def test_the_command_that_makes_a_state_can_be_copied(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"train dit --work '.*/a folder #1' makes it"):
+        load(tmp_path / "a folder #1" / "dit.pt")
+
+
 def test_nothing_is_exported_of_what_is_not_complete(begun: Path, tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"dit.pt: is missing; python -m shapes.train dit --work .* makes it"):
         export(begun, tmp_path / "out")
