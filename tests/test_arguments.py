@@ -121,6 +121,22 @@ def test_a_block_that_is_broken_off_is_no_end(
     assert len(pipeline.generate(FOX, frames=6)) == 21
 
 
+def test_a_switch_whose_text_was_interrupted_still_comes(
+    pipeline_of: Callable[..., Pipeline], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(_: str) -> torch.Tensor:
+        raise KeyboardInterrupt
+
+    with pipeline_of(*WINDOW).session(frames=6) as session:
+        session.plan([(0, FOX), (3, BIRD)])
+        next(session)
+        with monkeypatch.context() as patch:
+            patch.setattr(session, "_embed", interrupted)
+            with pytest.raises(KeyboardInterrupt):
+                next(session)
+        assert next(session).prompt == BIRD
+
+
 def test_a_prompt_that_could_take_no_effect(pipeline_of: Callable[..., Pipeline]) -> None:
     pipeline = pipeline_of(*WINDOW)
     with pipeline.session(frames=6) as session:
