@@ -331,6 +331,7 @@ def test_the_command_goes_on_where_it_was_and_adds_videos(program: Program, caps
         other.begin("process 7")
         assert command.main(arguments(program, "--videos", "4")) == 2
         assert f"--out: another run writes {path}; wait for its end" in capsys.readouterr().err
+    assert not [*program.folder.glob(".*")]  # no lock is left
     assert torch.equal(Calibration.load(path, "").errors, three.errors)
 
 

@@ -69,6 +69,7 @@ def test_only_one_run_trains_a_stage(tmp_path: Path, capsys: pytest.CaptureFixtu
         lock.begin("another")
         assert command.run(lambda: train.main(["text", "--work", str(tmp_path)]), log_format=None) == 2
     assert "error: --work: another run trains text in" in capsys.readouterr().err
+    assert not [*tmp_path.iterdir()]
 
 
 @pytest.mark.parametrize(

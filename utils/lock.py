@@ -8,7 +8,7 @@ system passes locks on (NFS does).
 from __future__ import annotations
 
 import logging
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from pathlib import Path
 from types import TracebackType
 from typing import final
@@ -23,8 +23,8 @@ logger = logging.getLogger(__name__)
 
 @final
 class RunLock:
-    """The lock of the file `path`, and one beside it for each further process; free again when its `with` block or its
-    process ends.
+    """The lock of the file `path`, and one beside it for each further process; free again, and its file gone, when its
+    `with` block ends, and free when its process does.
 
     Where locks cannot be had (some network file systems) one warning says so, and everybody gets it.
     """
@@ -46,14 +46,19 @@ class RunLock:
     def begin(self, holder: str) -> None:
         """Take the run, and leave `holder` for others to read. Raises InputError if anybody works on one."""
         self._take(self._path)
+        self._held.callback(_remove, self._path)
         for member in self._path.parent.glob(f"{self._path.name}.[0-9]*"):
-            self._take(member).release()
+            lock = self._take(member)
+            _remove(member)
+            lock.release()
         write_atomic(self._holder_file, holder)
         self._held.callback(self._holder_file.unlink, missing_ok=True)  # before the lock is free for others
 
     def join(self, number: int) -> None:
         """Work on a run that another process has begun, as its process `number`. Raises InputError."""
-        self._take(self._path.with_name(f"{self._path.name}.{number}"))
+        member = self._path.with_name(f"{self._path.name}.{number}")
+        self._take(member)
+        self._held.callback(_remove, member)
 
     def holder(self) -> str:
         """What the one that began the run has left, or one that was killed before."""
@@ -78,3 +83,9 @@ class RunLock:
             raise write_error(path, error) from error
         self._held.callback(lock.release)
         return lock
+
+
+def _remove(path: Path) -> None:
+    """A lock's file, while the lock is held: whoever waits for it sees that its file is gone, and makes another."""
+    with suppress(OSError):  # on Windows it is in use, and goes with the lock
+        path.unlink()
