@@ -310,13 +310,16 @@ def test_the_command_goes_on_where_it_was_and_adds_videos(program: Program, caps
     assert command.main(arguments(program, "--videos", "1")) == 0
     (first,) = Calibration.load(path, "").errors
     assert first.shape == (3, 3, 4, 16) and bool((first[..., -1] == 0).all()) and float(first[..., 0].min()) > 0
+    told = capsys.readouterr().out
+    assert "measured in 1 video\n" in told and "nan" not in told
     assert command.main(arguments(program, "--videos", "3")) == 0
     three = Calibration.load(path, "")
     assert three.videos == (*PROMPTS, PROMPTS[0]) and torch.equal(three.errors[0], first)
     assert len(set(three.about["seeds"])) == 3 and three.passes == ("0", "3") and three.blocks == (1, 2, 3)
     assert command.main(arguments(program, "--videos", "3", out="whole.safetensors")) == 0
     assert torch.equal(Calibration.load(program.folder / "whole.safetensors", "").errors, three.errors)
-    assert "frames a head   error %" in capsys.readouterr().out
+    told = capsys.readouterr().out
+    assert "frames a head   error %" in told and "measured in 3 videos\n" in told
     for others, message in (
         (["--candidates", "0+0,0+all"], "candidates"),
         (["seed=5"], "settings \\(seed\\), prompts, seeds or number of videos"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -39,11 +40,12 @@ class Point:
 def show_curve(path: Path, overrides: Sequence[str], plot: Path | None) -> str:
     """The table as text; with `plot` the picture is written into that folder. Raises InputError."""
     config, sizes = stored(path, overrides)
-    points = curve(load_dial(config, sizes, path), config, sizes)
+    dial = load_dial(config, sizes, path)
+    points, videos = curve(dial, config, sizes), len(dial.calibration.videos)
     if plot is not None:
         save(draw(points), plot, "curve")
         save(draw_kept(points), plot, "kept")
-    return table(points)
+    return f"{table(points)}measured in {videos} video{'s' if videos > 1 else ''}\n"
 
 
 def stored(path: Path, overrides: Sequence[str]) -> tuple[InferenceConfig, ModelConfig]:
@@ -75,13 +77,14 @@ def curve(dial: Dial, config: InferenceConfig, sizes: ModelConfig) -> list[Point
 
 def table(points: Sequence[Point]) -> str:
     """A row a budget; errors (root mean squares) in per cent of the heads' outputs, with their standard error over
-    videos."""
+    videos, which one video does not have."""
     whole = points[-1].operations
     lines = [f"{'frames a head':>14}{'error %':>10}{'+-':>8}{'lengths':>9}{'TFLOP a block':>15}{'of the most %':>15}"]
     for point in points:
         one = point.allocation
+        spread = "-" if math.isnan(one.spread) else f"{100 * one.spread:.3f}"
         lines.append(
-            f"{one.frames:14.2f}{100 * one.error:10.3f}{100 * one.spread:8.3f}{one.table.lengths():9}"
+            f"{one.frames:14.2f}{100 * one.error:10.3f}{spread:>8}{one.table.lengths():9}"
             f"{point.operations / 1e12:15.4g}{100 * point.operations / whole:15.1f}"
         )
     return "\n".join(lines) + "\n"
