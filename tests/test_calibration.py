@@ -305,21 +305,21 @@ def arguments(program: Program, *others: str, out: str = "c.safetensors") -> lis
     return [*given, "--out", str(program.folder / out), "--queries", "9", "--steps", "0,3", *others]
 
 
-def test_the_command_goes_on_where_it_was_and_adds_videos(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+def test_the_command_goes_on_where_it_was_and_adds_videos(
+    program: Program, capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
     path = program.folder / "c.safetensors"
     assert command.main(arguments(program, "--videos", "1")) == 0
     (first,) = Calibration.load(path, "").errors
     assert first.shape == (3, 3, 4, 16) and bool((first[..., -1] == 0).all()) and float(first[..., 0].min()) > 0
-    told = capsys.readouterr().out
-    assert "measured in 1 video\n" in told and "nan" not in told
+    assert "measured in 1 video\n" in caplog.text and "nan" not in capsys.readouterr().out
     assert command.main(arguments(program, "--videos", "3")) == 0
     three = Calibration.load(path, "")
     assert three.videos == (*PROMPTS, PROMPTS[0]) and torch.equal(three.errors[0], first)
     assert len(set(three.about["seeds"])) == 3 and three.passes == ("0", "3") and three.blocks == (1, 2, 3)
     assert command.main(arguments(program, "--videos", "3", out="whole.safetensors")) == 0
     assert torch.equal(Calibration.load(program.folder / "whole.safetensors", "").errors, three.errors)
-    told = capsys.readouterr().out
-    assert "frames a head   error %" in told and "measured in 3 videos\n" in told
+    assert "frames a head   error %" in capsys.readouterr().out and "measured in 3 videos\n" in caplog.text
     for others, message in (
         (["--candidates", "0+0,0+all"], "candidates"),
         (["seed=5"], "settings \\(seed\\), prompts, seeds or number of videos"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -24,6 +25,8 @@ from wan.config import ModelConfig
 if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
+logger = logging.getLogger(__name__)
+
 MOST_SHOWN = 12.0  # frames; more are drawn as dark as that
 MAPPED = (1.33, 2, 4)  # budgets whose choices are drawn head by head
 FRAMES = (0, 0.5, 1, 1.33, 1.67, 2, 2.5, 3, 4, 5, 6, 7, 8, 9, 10, 12, 15, 18, 24, 30, 48, 72, 96, 120, 180, 240)
@@ -45,7 +48,8 @@ def show_curve(path: Path, overrides: Sequence[str], plot: Path | None) -> str:
     if plot is not None:
         save(draw(points), plot, "curve")
         save(draw_kept(points), plot, "kept")
-    return f"{table(points)}measured in {videos} video{'s' if videos > 1 else ''}\n"
+    logger.info("%s: measured in %d video%s", path, videos, "s" if videos > 1 else "")
+    return table(points)
 
 
 def stored(path: Path, overrides: Sequence[str]) -> tuple[InferenceConfig, ModelConfig]:
