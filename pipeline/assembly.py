@@ -16,7 +16,6 @@ from torch import Tensor
 
 from dummy.policy import ContextPolicy
 from pipeline.config.arguments import (
-    SEEDS,
     given_overrides,
     given_path,
     given_prompts,
@@ -24,7 +23,7 @@ from pipeline.config.arguments import (
     session_config,
     whole_number,
 )
-from pipeline.config.checks import MOST
+from pipeline.config.checks import MOST, SEEDS
 from pipeline.config.config import (
     InferenceConfig,
     check_against_model,

@@ -5,8 +5,9 @@ from __future__ import annotations
 import gc
 import os
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +23,9 @@ if TYPE_CHECKING:  # the studio's packages may be missing where the tests marked
     from tests.studio_server import Studio
 
 command.let_memory_grow()  # as in every program, before the first tensor on a GPU
+
+Pipelines = Callable[..., Pipeline]
+"""By overrides."""
 
 ROOT = Path(__file__).parents[1]
 PROMPTS = ("A red fox runs.", "A blue bird sings.", "A green fish swims.")
@@ -118,6 +122,19 @@ def checkpoints(tmp_path_factory: pytest.TempPathFactory) -> SmallCheckpoints:
 @pytest.fixture
 def program(tmp_path: Path, checkpoints: SmallCheckpoints) -> Program:
     return Program(tmp_path, checkpoints.root)
+
+
+@pytest.fixture(scope="module")
+def pipeline_of(tmp_path_factory: pytest.TempPathFactory, checkpoints: SmallCheckpoints) -> Pipelines:
+    """One pipeline for all sessions under the same settings: nothing of a session stays behind."""
+    program = Program(tmp_path_factory.mktemp("pipelines"), checkpoints.root)
+
+    @cache
+    def made(*overrides: str) -> Pipeline:
+        arguments = program.arguments(*overrides)
+        return Pipeline.from_config(arguments[1], arguments[2:])
+
+    return made
 
 
 @pytest.fixture(scope="session")

@@ -3,14 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from functools import cache
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from pipeline import Pipeline
 from pipeline.config.arguments import (
     given_overrides,
     given_path,
@@ -21,26 +19,13 @@ from pipeline.config.arguments import (
     whole_number,
 )
 from pipeline.config.config import load_config
-from tests.conftest import PROMPTS, Program
-from tests.small_checkpoints import SmallCheckpoints
+from tests.conftest import PROMPTS, Pipelines
 from utils.errors import InputError
 from utils.video import VideoWriter
 
 FOX, BIRD, FISH = PROMPTS
 WINDOW = ("dummy_forcing.enabled=false", "model_kwargs.local_attn_size=9", "rope=relative")
 ROLLING = (*WINDOW[:1], "model_kwargs.local_attn_size=-1", "rolling={max_attention: 15}", "rope=absolute")
-
-
-@pytest.fixture(scope="module")
-def pipeline_of(tmp_path_factory: pytest.TempPathFactory, checkpoints: SmallCheckpoints) -> Callable[..., Pipeline]:
-    program = Program(tmp_path_factory.mktemp("pipelines"), checkpoints.root)
-
-    @cache
-    def made(*overrides: str) -> Pipeline:
-        arguments = program.arguments(*overrides)
-        return Pipeline.from_config(arguments[1], arguments[2:])
-
-    return made
 
 
 @pytest.mark.parametrize("value", [6, np.int64(6), torch.tensor(6)])
@@ -99,9 +84,7 @@ def test_settings_that_are_read_take_changes_too() -> None:
     assert load_config(config, ["seed=5"]).seed == 5
 
 
-def test_a_block_that_is_broken_off_is_no_end(
-    pipeline_of: Callable[..., Pipeline], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_block_that_is_broken_off_is_no_end(pipeline_of: Pipelines, monkeypatch: pytest.MonkeyPatch) -> None:
     pipeline = pipeline_of(*WINDOW)
 
     def interrupted(*_: object, **__: object) -> None:
@@ -122,7 +105,7 @@ def test_a_block_that_is_broken_off_is_no_end(
 
 
 def test_a_switch_whose_text_was_interrupted_still_comes(
-    pipeline_of: Callable[..., Pipeline], monkeypatch: pytest.MonkeyPatch
+    pipeline_of: Pipelines, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def interrupted(_: str) -> torch.Tensor:
         raise KeyboardInterrupt
@@ -137,7 +120,7 @@ def test_a_switch_whose_text_was_interrupted_still_comes(
         assert next(session).prompt == BIRD
 
 
-def test_a_prompt_that_could_take_no_effect(pipeline_of: Callable[..., Pipeline]) -> None:
+def test_a_prompt_that_could_take_no_effect(pipeline_of: Pipelines) -> None:
     pipeline = pipeline_of(*WINDOW)
     with pipeline.session(frames=6) as session:
         session.plan([(3, BIRD)])
@@ -157,9 +140,7 @@ def test_a_prompt_that_could_take_no_effect(pipeline_of: Callable[..., Pipeline]
         next(session)
 
 
-def test_what_a_session_starts_from_goes_by_its_own_length(
-    pipeline_of: Callable[..., Pipeline], tmp_path: Path
-) -> None:
+def test_what_a_session_starts_from_goes_by_its_own_length(pipeline_of: Pipelines, tmp_path: Path) -> None:
     pipeline, given = pipeline_of(*WINDOW, "num_output_frames=12"), tmp_path / "given.mp4"
     with VideoWriter(given, 48, 32) as writer:
         writer.write(np.full((45, 32, 48, 3), 128, np.uint8))  # twelve latent frames

@@ -7,8 +7,7 @@ import gc
 import json
 import threading
 import weakref
-from collections.abc import Callable, Sequence
-from functools import cache
+from collections.abc import Sequence
 
 import pytest
 import torch
@@ -19,30 +18,13 @@ from pipeline import Pipeline, Session
 from pipeline.config.config import load_config
 from pipeline.config.jobs import read_jobs
 from pipeline.video_files import write_videos
-from tests.conftest import PROMPTS, Program
-from tests.small_checkpoints import SmallCheckpoints
+from tests.conftest import PROMPTS, Pipelines, Program
 from utils.errors import InputError
 from utils.video import VideoWriter
 
 FOX, BIRD, FISH = PROMPTS
 WINDOW = ("dummy_forcing.enabled=false", "model_kwargs.local_attn_size=9", "rope=relative")
 PACKED = ("dummy_forcing.enabled=true", "model_kwargs.local_attn_size=9", "rope=relative", "dummy_forcing.ar_start=1")
-
-
-Pipelines = Callable[..., Pipeline]
-
-
-@pytest.fixture(scope="module")
-def pipeline_of(tmp_path_factory: pytest.TempPathFactory, checkpoints: SmallCheckpoints) -> Pipelines:
-    """One pipeline for all sessions under the same settings: nothing of a session stays behind."""
-    program = Program(tmp_path_factory.mktemp("pipelines"), checkpoints.root)
-
-    @cache
-    def made(*overrides: str) -> Pipeline:
-        arguments = program.arguments(*overrides)
-        return Pipeline.from_config(arguments[1], arguments[2:])
-
-    return made
 
 
 def take(session: Session, blocks: int, prompts: dict[int, str]) -> torch.Tensor:

@@ -45,20 +45,16 @@ class RunLock:
 
     def begin(self, holder: str) -> None:
         """Take the run, and leave `holder` for others to read. Raises InputError if anybody works on one."""
-        self._take(self._path)
-        self._held.callback(_remove, self._path)
-        for member in self._path.parent.glob(f"{self._path.name}.[0-9]*"):
-            lock = self._take(member)
-            _remove(member)
-            lock.release()
+        self._take(self._path, self._held)
+        with ExitStack() as others:
+            for member in self._path.parent.glob(f"{self._path.name}.[0-9]*"):
+                self._take(member, others)
         write_atomic(self._holder_file, holder)
         self._held.callback(self._holder_file.unlink, missing_ok=True)  # before the lock is free for others
 
     def join(self, number: int) -> None:
         """Work on a run that another process has begun, as its process `number`. Raises InputError."""
-        member = self._path.with_name(f"{self._path.name}.{number}")
-        self._take(member)
-        self._held.callback(_remove, member)
+        self._take(self._path.with_name(f"{self._path.name}.{number}"), self._held)
 
     def holder(self) -> str:
         """What the one that began the run has left, or one that was killed before."""
@@ -68,7 +64,8 @@ class RunLock:
     def _holder_file(self) -> Path:
         return self._path.with_name(f"{self._path.name}.holder")
 
-    def _take(self, path: Path) -> filelock.BaseFileLock:
+    def _take(self, path: Path, held: ExitStack) -> None:
+        """Until `held` is closed."""
         lock = filelock.FileLock(path, timeout=0)
         try:
             lock.acquire()
@@ -81,8 +78,8 @@ class RunLock:
             logger.warning("%s: no locks on this file system; see that only one run works there", path)
         except OSError as error:
             raise write_error(path, error) from error
-        self._held.callback(lock.release)
-        return lock
+        held.callback(lock.release)
+        held.callback(_remove, path)
 
 
 def _remove(path: Path) -> None:

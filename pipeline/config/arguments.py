@@ -17,7 +17,6 @@ from pipeline.config.config import InferenceConfig, as_dict, load_config
 from utils.errors import InputError, brief
 from utils.prompts import prompt_text
 
-SEEDS = 2**63
 NOISE_SEEDS = 2**64
 SESSION_SETTINGS = frozenset(
     ("dummy_forcing", "model_kwargs", "rope", "rope_window", "rolling", "global_sink", "kv_flush", "scene_cut_from")

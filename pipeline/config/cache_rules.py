@@ -127,6 +127,16 @@ def _check_sinks(config: Settings) -> None:
     )
 
 
+def check_rolling_length(frames: int, setting: str, block: int, steps: int) -> None:
+    """Whether a rolling window has its blocks in a video that `setting` makes so many latent frames long. Raises
+    InputError."""
+    require(
+        frames >= steps * block,
+        f"{setting}: {frames} are fewer than the {steps} blocks of {block} that a rolling window denoises at once; use "
+        f"{steps * block} or more",
+    )
+
+
 def _check_rolling(config: Settings) -> None:
     if config.rolling is None:
         return
@@ -138,11 +148,7 @@ def _check_rolling(config: Settings) -> None:
         f"rolling.max_attention: {most} latent frames do not hold the {steps} blocks of {block} that are at work, one "
         f"for each denoising step, and the first block; use {(steps + 1) * block} or more",
     )
-    require(
-        config.num_blocks >= steps,
-        f"num_output_frames: {config.num_output_frames} are {config.num_blocks} blocks, fewer than the {steps} that a "
-        f"rolling window denoises at once; use {steps * block} or more",
-    )
+    check_rolling_length(config.num_output_frames, "num_output_frames", block, steps)
     others = {
         "rope": config.rope == "relative",
         "denoising_step_list_first_chunk": config.denoising_step_list_first_chunk is not None,

@@ -19,6 +19,7 @@ from wan.geometry import MOST_FRAMES
 # What no run can mean, though it may be a slip of the keyboard; each of these is built as a list somewhere.
 MOST = {"num_samples": 10_000, "num_flickering_samples": 10_000, "samples_per_batch": 1_000}
 _MOST_FPS = 1000
+SEEDS = 2**63
 
 
 def check_settings(config: Settings) -> None:
@@ -100,7 +101,7 @@ def _check_run(config: Settings) -> None:
         f"dummy_forcing.{config.dummy_forcing.cost_key}: a speed is measured by each process for itself, and several "
         "that make one video must agree; give a number of frames instead, or remove parallel",
     )
-    require(0 <= config.seed < 2**63, f"seed: must be from 0 to 2**63 - 1, got {config.seed}")
+    require(0 <= config.seed < SEEDS, f"seed: must be from 0 to 2**63 - 1, got {config.seed}")
     for name in ("device", "vae_device"):
         fits = re.fullmatch(r"auto|(cpu|cuda|mps|xpu)(:[0-9]{1,3})?", getattr(config, name))
         told = f"expected auto, cpu, cuda, cuda:1 or the like, got {quoted(getattr(config, name))}"

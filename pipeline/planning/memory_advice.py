@@ -10,6 +10,7 @@ from itertools import islice
 import torch
 
 from pipeline.config.config import InferenceConfig
+from pipeline.planning.memory_plan import MemoryPlan
 from pipeline.planning.plan import planner_for
 from pipeline.planning.together import Room, TogetherPlanner
 from pipeline.runtime.loading import generator_settings, text_encoder_place
@@ -77,6 +78,11 @@ def bytes_needed(config: InferenceConfig, device: torch.device, batch: int = 1, 
         plan = together.most
     else:
         _, plan = planner.fitting(config, settings, memory_of(device), batch)
+    return most_at_once(plan, config, device)
+
+
+def most_at_once(plan: MemoryPlan, config: InferenceConfig, device: torch.device) -> int:
+    """Bytes of tensors on the device: of the video, or of the text encoder before it."""
     return max(plan.peak, plan.text_encoder if text_encoder_place(config, device) == device else 0)
 
 
@@ -87,9 +93,11 @@ def out_of_memory(config: InferenceConfig, device: torch.device, batch: int = 1,
     return InputError(f"device: {device} ran out of memory. {_advice(config, device, needed, batch, ranks)}")
 
 
-def shortage(config: InferenceConfig, device: torch.device, batch: int = 1, ranks: int = 1) -> str | None:
-    """What a run would take, what the device has, and what needs less, if the device cannot hold such a run."""
-    needed = bytes_needed(config, device, batch, ranks)
+def shortage(
+    plan: MemoryPlan, config: InferenceConfig, device: torch.device, batch: int = 1, ranks: int = 1
+) -> str | None:
+    """What a run that is planned so would take, what the device has, and what needs less, if it cannot hold the run."""
+    needed = most_at_once(plan, config, device)
     if needed <= Room.here(config, device, ranks).own:
         return None
     return f"{device} has not the memory for it. {_advice(config, device, needed, batch, ranks)}"

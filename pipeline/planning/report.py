@@ -10,6 +10,7 @@ from dummy.roles import Role
 from pipeline.config.config import InferenceConfig, geometry_of
 from pipeline.planning.cost import assumed_roles, cost_lines, possible_roles
 from pipeline.planning.memory_advice import shortage
+from pipeline.planning.memory_plan import MemoryPlan
 from pipeline.planning.plan import Planner
 from pipeline.planning.scale import scale_lines, scale_of
 from pipeline.planning.together import Room, TogetherPlanner
@@ -88,11 +89,15 @@ def plan_lines(
     preview = "" if path is None else f"by the preview decoder {path}, of less quality than the VAE; "
     about = "" if batch == 1 else f", for {batch} videos at a time"
     ranks = config.ranks or (1 if config.parallel is None else processes)
-    too_little = shortage(config, device, batch, ranks)
-    warning = [] if too_little is None else [f"Warning: {too_little}"]
+
+    def warning(plan: MemoryPlan) -> list[str]:
+        too_little = shortage(plan, config, device, batch, ranks)
+        return [] if too_little is None else [f"Warning: {too_little}"]
+
     if ranks == 1:
         strategy, memory = planner.fitting(config, settings, memory_of(choose_vae_device(config, device)), batch)
-        return [*lines, f"Decoding: {preview}{strategy}", f"Memory, as tensors{about}:", *memory.lines(), *warning]
+        lines += [f"Decoding: {preview}{strategy}", f"Memory, as tensors{about}:", *memory.lines()]
+        return lines + warning(memory)
     require_heads(config, planner.sizes, ranks)
     steps, itemsize = len(config.denoising_step_list), planner.dtype.itemsize
     scale = scale_of(settings.policy, planner.sizes, geometry, ranks, steps, itemsize)
@@ -100,4 +105,4 @@ def plan_lines(
     plan = together.fitting(Room.here(config, device, ranks))
     lines += [*scale_lines(scale), *together.about_shards(plan)]
     lines += [f"Decoding: {preview}{plan.strategy}", *together.about_tiles(plan)]
-    return [*lines, *plan.lines(about), *warning]
+    return [*lines, *plan.lines(about), *warning(plan.most)]

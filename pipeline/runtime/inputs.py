@@ -11,7 +11,7 @@ from torch import Tensor
 
 from dummy.policy import ContextPolicy
 from pipeline.config.arguments import whole_number
-from pipeline.config.cache_rules import SwitchRules
+from pipeline.config.cache_rules import SwitchRules, check_rolling_length
 from pipeline.runtime.schedule import DenoisingSchedule
 from utils.errors import InputError
 from wan.attention.cache import KVCache
@@ -101,7 +101,7 @@ def session_geometry(
 ) -> LatentGeometry:
     """The `usual` sizes for a video of so many latent `frames`, or with None without end, which begins with a `prefix`
     or with noise. Raises InputError where there is no such video."""
-    block, rolling, steps = usual.frames_per_block, settings.rolling is not None, len(settings.schedule)
+    block, rolling = usual.frames_per_block, settings.rolling is not None
     if rolling and prefix:
         raise InputError("start_from: has no meaning with a rolling window (rolling); remove one of the two")
     if frames is None:
@@ -110,11 +110,8 @@ def session_geometry(
     length = whole_number("frames", frames, 1, MOST_FRAMES + 1)
     if length % block:
         raise InputError(f"frames: {length} is no positive multiple of the block's {block} latent frames")
-    if rolling and length < steps * block:
-        raise InputError(
-            f"frames: {length} are fewer than the {steps} blocks of {block} that a rolling window denoises at once; "
-            f"use {steps * block} or more"
-        )
+    if rolling:
+        check_rolling_length(length, "frames", block, len(settings.schedule))
     return replace(usual, num_frames=length)
 
 

@@ -37,11 +37,6 @@ class VideoLength:
     setting: str
     online: bool
 
-    @classmethod
-    def of(cls, config: InferenceConfig) -> VideoLength:
-        """That of the configuration."""
-        return cls(config.num_output_frames, "num_output_frames", config.dummy_forcing.online)
-
 
 def load_prefix(path: Path, config: InferenceConfig, vae: VAE, length: VideoLength | None = None) -> Tensor:
     """Latents [1, F, C, h, w] of the image or video in `path`, F a multiple of the block and less than the video.
@@ -51,7 +46,7 @@ def load_prefix(path: Path, config: InferenceConfig, vae: VAE, length: VideoLeng
     (unless `start_from_fit` is set). The `length` of the video is the configuration's unless given.
     """
     media = check_prefix(path, config, length)
-    left_out = _first_used(media, config, length or VideoLength.of(config))
+    left_out = _first_used(media, config, length)
     if left_out:
         logger.warning(
             "start_from: the first %d frames of %s are left out, so that whole blocks remain", left_out, path
@@ -80,7 +75,7 @@ def check_prefix(path: Path, config: InferenceConfig, length: VideoLength | None
         media = open_media(path)
     except InputError as error:
         raise InputError(f"start_from: {error}") from error
-    _first_used(media, config, length or VideoLength.of(config))
+    _first_used(media, config, length)
     height, width = config.pixel_size
     if (media.height, media.width) != (height, width) and not config.start_from_fit:
         raise InputError(
@@ -97,8 +92,9 @@ def _read(media: Media) -> Frames:
         raise InputError(f"start_from: {error}") from error
 
 
-def _first_used(media: Media, config: InferenceConfig, length: VideoLength) -> int:
+def _first_used(media: Media, config: InferenceConfig, length: VideoLength | None) -> int:
     """How many leading frames to leave out so that whole blocks remain; 0 if all fit."""
+    length = length or VideoLength(config.num_output_frames, "num_output_frames", config.dummy_forcing.online)
     block, frames = config.num_frame_per_block, media.frames
     latents = (frames - 1) // TEMPORAL_COMPRESSION + 1
     whole = latents - latents % block
