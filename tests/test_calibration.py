@@ -363,6 +363,12 @@ def test_prompts_of_any_name(program: Program, capsys: pytest.CaptureFixture[str
     assert "'a fox'" in capsys.readouterr().out
 
 
+def test_a_dry_run_names_each_prompt_once(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
+    prompts = program.file("two.txt", "a fox\na hare\n")
+    assert command.main(arguments(program, "--dry_run", "--prompts", str(prompts), "--videos", "1001")) == 0
+    assert capsys.readouterr().out.endswith("\n  'a fox', 501 videos\n  'a hare', 500 videos\n")
+
+
 def test_a_dry_run_says_time_and_memory_and_stops(program: Program, capsys: pytest.CaptureFixture[str]) -> None:
     assert command.main([*arguments(program, "--dry_run"), "model_name=Wan2.1-T2V-14B", "resolution=1080"]) == 2
     said = capsys.readouterr()

@@ -13,6 +13,7 @@ import argparse
 import os
 import shlex
 import sys
+from collections import Counter
 from collections.abc import Sequence
 
 import torch
@@ -144,7 +145,8 @@ def dry_run(recording: Recording, device: torch.device) -> int:
     settings = generator_settings(config, planner.sizes)
     lines = [*cost_lines(recording, planner.sizes, rate), *memory_lines(recording, settings, planner)]
     sys.stdout.write("\n".join(lines) + "\n")
-    sys.stdout.writelines(f"  {job.prompts[0][:70]!r}\n" for job in recording.jobs())
+    for prompt, videos in Counter(job.prompts[0] for job in recording.jobs()).items():
+        sys.stdout.write(f"  {prompt[:70]!r}{f', {videos} videos' if videos > 1 else ''}\n")
     require_files(config)
     check_before_loading(config, device)
     return 0
