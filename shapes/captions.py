@@ -77,13 +77,15 @@ def random_hidden(rng: np.random.Generator) -> Hidden:
 
 def caption(scene: Scene, rng: np.random.Generator) -> str:
     """A sentence for a first scene."""
+    return punctuated(scene_text(scene, rng), rng)
+
+
+def scene_text(scene: Scene, rng: np.random.Generator) -> str:
     named = [_name(thing, rng, scene.motion) for thing in scene.things]
     if scene.motion == "pass":
-        text = pick(PASSING, rng).format(a=with_article(named[0]), b=with_article(named[1]))
-    else:
-        verb = pick(VERBS[scene.motion], rng).format(go=pick(GO, rng), target=scene.target)
-        text = pick(OPENINGS, rng).format(a=with_article(named[0]), verb=verb)
-    return punctuated(text, rng)
+        return pick(PASSING, rng).format(a=with_article(named[0]), b=with_article(named[1]))
+    verb = pick(VERBS[scene.motion], rng).format(go=pick(GO, rng), target=scene.target)
+    return pick(OPENINGS, rng).format(a=with_article(named[0]), verb=verb)
 
 
 def punctuated(text: str, rng: np.random.Generator) -> str:

@@ -1,14 +1,25 @@
 """Wording of what follows a first scene: the random choice of commands, and sentences for them.
 
 A sentence names what changes, and refers to what is there: "it turns blue", "now the red ball is faster", "the other
-way". Every choice comes from the generator that is given.
+way". Or it is a whole new scene, worded like a first one. Every choice comes from the generator that is given.
 """
 
 from __future__ import annotations
 
 import numpy as np
 
-from shapes.captions import ADJECTIVES, GO, NOUNS, SHAPE_WEIGHTS, VERBS, kept_out, pick, punctuated, with_article
+from shapes.captions import (
+    ADJECTIVES,
+    GO,
+    NOUNS,
+    SHAPE_WEIGHTS,
+    VERBS,
+    kept_out,
+    pick,
+    punctuated,
+    scene_text,
+    with_article,
+)
 from shapes.world import (
     BACKGROUNDS,
     COLOURS,
@@ -21,6 +32,7 @@ from shapes.world import (
     SMALLEST,
     Body,
     Command,
+    Scene,
     Thing,
     World,
     as_floats,
@@ -71,6 +83,7 @@ SETTINGS = {
 OPENERS = ("", "", "now ", "then ", "and now ")
 HIGHEST_BOUNCE = 50.0  # y below which a bounce stays clear of the upper edge
 _WEIGHTS = {"morph": 2.0, "turn": 2.0, "reverse": 1.5, "bring": 1.5, "background": 1.5, "bounce": 0.7, "orbit": 0.7}
+_WEIGHTS |= {"describe": 4.0}  # any thing with any motion: more to learn than in each of the others
 
 
 def random_command(rng: np.random.Generator, world: World, held: bool | None = None) -> Command:
@@ -80,10 +93,16 @@ def random_command(rng: np.random.Generator, world: World, held: bool | None = N
     for _ in range(100):
         verb = str(rng.choice(verbs, p=weights / weights.sum()))
         command = _filled(verb, rng, world)
-        about = command.new or world.there[command.thing]
-        if held is None or kept_out(about.shape, about.colour, verb) == held:
+        if held is None or kept_out(*subject(command, world)) == held:
             break
     return command
+
+
+def subject(command: Command, world: World) -> tuple[str, str, str]:
+    """Shape, colour and verb that a command is about, in the world before it; a new scene's verb is its motion."""
+    about = command.new or world.there[command.thing]
+    motion = command.target if command.verb == "describe" else None
+    return about.shape, about.colour, motion or command.verb
 
 
 def is_common(verb: str) -> bool:
@@ -99,7 +118,7 @@ def _possible(verb: str, world: World) -> bool:
     if verb == "reverse":
         return path.motion in (*DIRECTIONS, "orbit")
     if verb == "bounce":
-        return path.motion != "bounce" and all(_place(body)[1] > HIGHEST_BOUNCE for body in world.there)
+        return path.motion != "bounce" and all(_can_bounce(body) for body in world.there)
     if verb in (*DIRECTIONS, "orbit", "still"):
         return path.motion != verb or (directed and path.rate < 0) or len(world.there) > 1
     if verb in ("grow", "shrink"):
@@ -109,9 +128,9 @@ def _possible(verb: str, world: World) -> bool:
     return True
 
 
-def _place(body: Body) -> tuple[float, float]:
-    (x,), (y,) = body.path.at(as_floats([0]))
-    return float(x), float(y)
+def _can_bounce(body: Body) -> bool:
+    _, (y,) = body.path.at(as_floats([0]))
+    return float(y) > HIGHEST_BOUNCE
 
 
 def _filled(verb: str, rng: np.random.Generator, world: World) -> Command:
@@ -123,13 +142,26 @@ def _filled(verb: str, rng: np.random.Generator, world: World) -> Command:
         shape = str(rng.choice(SHAPES, p=SHAPE_WEIGHTS))
     place = str(rng.choice([name for name in BACKGROUNDS if name != world.background]))
     size = str(rng.choice(list(SIZES)))
+    if verb == "describe":
+        return _new_scene(rng, world, Thing(shape, str(rng.choice(list(COLOURS))), size))
     target = {"turn": colour, "morph": shape, "background": place}.get(verb)
     return Command(verb, thing, target, Thing(shape, colour, size) if verb == "bring" else None)
+
+
+def _new_scene(rng: np.random.Generator, world: World, thing: Thing) -> Command:
+    """What has the new thing's colour already becomes it, else the first thing."""
+    colours = [body.colour for body in world.there]
+    place = colours.index(thing.colour) if thing.colour in colours else 0
+    motions = [motion for motion in (*MOVING, "still") if motion != "bounce" or _can_bounce(world.there[place])]
+    return Command("describe", place, str(rng.choice(motions)), thing)
 
 
 def sentence(command: Command, world: World, rng: np.random.Generator) -> str:
     """A sentence for a command in the world as it is before."""
     verb = command.verb
+    if verb == "describe":
+        assert command.new is not None and command.target is not None
+        return punctuated(pick(OPENERS, rng) + scene_text(Scene((command.new,), command.target), rng), rng)
     several = len(world.there) > 1
     it = "they" if several and is_common(verb) else "it"
     the = _reference(world.there[command.thing], several, rng) if it == "it" else pick(("they", "both"), rng)

@@ -30,7 +30,7 @@ QUESTIONS: dict[str, tuple[str, ...]] = {
     "colour": tuple(COLOURS),
     "shape": SHAPES,
     "size": tuple(SIZES),
-    "verb": tuple(dict.fromkeys((*MOTIONS, *COMMANDS))),
+    "verb": tuple(dict.fromkeys((*MOTIONS, *(verb for verb in COMMANDS if verb != "describe")))),
     "target": tuple(COLOURS),
     "target shape": SHAPES,
     "background": BACKGROUNDS,
@@ -77,7 +77,11 @@ def answers(scene: Scene, text: str) -> list[int]:
 
 
 def command_answers(command: Command, world: World, text: str) -> list[int]:
-    """To a command's sentence, which names a thing by its colour, by its shape, by both, or not at all."""
+    """To a command's sentence, which names a thing by its colour, by its shape, by both, or not at all. A whole new
+    scene is answered for as a first one is."""
+    if command.verb == "describe":
+        assert command.new is not None and command.target is not None
+        return answers(Scene((command.new,), command.target), text)
     body, verb, new = world.there[command.thing], command.verb, command.new
     common = is_common(verb) or new is not None
     named = any(noun in text for noun in NOUNS[body.shape]) and not common

@@ -38,7 +38,7 @@ MOTIONS = (*MOVING, "grow", "shrink", "turn", "still", "pass")  # of a first sce
 COMMANDS = (
     *(*MOVING, "still", "reverse", "fast", "slow"),  # for all things there are
     *("grow", "shrink", "turn", "morph"),  # for one thing
-    *("bring", "remove", "background"),
+    *("bring", "remove", "background", "describe"),
 )
 BACKGROUNDS = ("light", "dark", "land", "stripes")
 MARKS = ("none", "white", "black")
@@ -74,7 +74,8 @@ class Scene:
 @dataclass(frozen=True)
 class Command:
     """A verb of COMMANDS. `thing`: the place, among the things that are there, of the one that it is for; `target`: the
-    colour of "turn", the shape of "morph", the name of a background; `new`: what "bring" brings."""
+    colour of "turn", the shape of "morph", the name of a background, the motion of "describe", which is a whole new
+    scene; `new`: what "bring" brings, and what "describe" has there alone."""
 
     verb: str
     thing: int = 0
@@ -213,8 +214,21 @@ class Body:
         assert command.target is not None
         if command.verb == "turn":
             return replace(self, colour=command.target, tint=self.tint.towards(*COLOURS[command.target]))
-        assert command.verb == "morph", command
-        return replace(self, shape=command.target, former=self.shape, morph=Ramp((0.0,), (1.0,), 0.0, SWIFT))
+        if command.verb == "morph":
+            return replace(self, shape=command.target, former=self.shape, morph=Ramp((0.0,), (1.0,), 0.0, SWIFT))
+        assert command.verb == "describe" and command.new is not None, command
+        return self._become(command.new, command.target)
+
+    def leave(self) -> Body:
+        return replace(self, leaving=True, presence=Ramp((1.0,), (0.0,), 0.0, SWIFT))
+
+    def _become(self, thing: Thing, motion: str) -> Body:
+        """Another thing, that begins a motion where this one is."""
+        looks = (Command("turn", target=thing.colour), Command("morph", target=thing.shape))
+        body = self
+        for command in looks:
+            body = body.obey(command)
+        return replace(body, path=self.path.obey(motion), radius=self.radius.towards(SIZES[thing.size]))
 
     def track(self, frames: int) -> Track:
         t = np.arange(frames, dtype=np.float32)
@@ -254,8 +268,10 @@ class World:
             assert command.new is not None
             bodies.append(self._beside(command.new))
         elif command.verb == "remove":
-            body = bodies[command.thing]
-            bodies[command.thing] = replace(body, leaving=True, presence=Ramp((1.0,), (0.0,), 0.0, SWIFT))
+            bodies[command.thing] = bodies[command.thing].leave()
+        elif command.verb == "describe":
+            bodies = [body.leave() for body in bodies]
+            bodies[command.thing] = self.there[command.thing].obey(command)
         elif command.verb in ("grow", "shrink", "turn", "morph"):
             bodies[command.thing] = bodies[command.thing].obey(command)
         else:

@@ -308,6 +308,11 @@ def test_what_a_caption_says() -> None:
             "A small green box appears",
             {"verb": "bring", "size": "small", "second colour": "green", "second shape": "square"},
         ),
+        (
+            Command("describe", target="up", new=Thing("square", "green", "small")),
+            "Then a small green box rises.",
+            {"verb": "up", "size": "small", "colour": "green", "shape": "square"},
+        ),
     ],
 )
 def test_what_a_sentence_says(command: Command, text: str, wanted: dict[str, str]) -> None:

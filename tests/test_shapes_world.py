@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from shapes.captions import caption, held_out, random_scene
-from shapes.commands import is_common, random_command, sentence
+from shapes.commands import is_common, random_command, sentence, subject
 from shapes.data import Clip, make_clip, pixel_frame
 from shapes.drawing import background, render
 from shapes.film import Film, film, tracks, world_at
@@ -117,6 +117,30 @@ def test_a_second_thing_comes_moves_along_and_goes() -> None:
     assert first.radius[-1] == 0 and second.radius[-1] == 12
 
 
+def test_what_is_there_becomes_a_new_scene() -> None:
+    new = Thing("cross", "blue", "large")
+    (track,) = after(Command("describe", target="up", new=new)).tracks
+    (dx, dy), plain = steps(track), film(BALL, Hidden(), START + 1).tracks[0]
+    assert np.allclose(track.x[START:], plain.x[START]) and np.allclose(dy[START + 1 :], -0.55, atol=1e-3)
+    assert not dx[START:].any() and track.shape == "cross"
+    assert track.radius[START] == 15 and track.radius[START + SWIFT] == 18
+    assert np.allclose(track.colour[START + SWIFT], COLOURS["blue"])
+
+
+def test_of_two_things_the_one_of_its_colour_becomes_the_new_scene() -> None:
+    rng = np.random.default_rng(0)
+    world = begin(Scene((Thing("disc", "red", "small"), Thing("square", "blue", "small")), "pass"), Hidden())
+    commands = [random_command(rng, world) for _ in range(400)]
+    scenes = [command for command in commands if command.verb == "describe" and command.new is not None]
+    assert {command.thing for command in scenes if command.new and command.new.colour == "blue"} == {1}
+    assert {command.thing for command in scenes if command.new and command.new.colour != "blue"} == {0}
+    left, stays = world.obey(Command("describe", 1, "still", Thing("cross", "blue"))).bodies
+    assert left.leaving and not stays.leaving and (stays.shape, stays.path.motion) == ("cross", "still")
+    assert world.obey(Command("describe", 1, "still", Thing("cross", "blue"))).later(SWIFT).there == (
+        stays.later(SWIFT),
+    )
+
+
 @pytest.mark.parametrize("motion", [motion for motion in MOTIONS if motion not in ("grow", "shrink", "turn", "still")])
 def test_things_go_on_moving_for_minutes(motion: str) -> None:
     things = (Thing("square", "blue"), Thing("disc", "red"))[: 2 if motion == "pass" else 1]
@@ -170,7 +194,7 @@ def test_every_command_has_sentences_that_fit() -> None:
     rng, tokenizer = np.random.default_rng(0), build_tokenizer()
     unknown = {tokenizer.token_to_id(letter) for letter in "bcdefghijklmnopqrstuvwxyz"}
     told = set()
-    for _ in range(60):
+    for _ in range(120):
         world = begin(random_scene(rng), Hidden()).later(30)
         for _ in range(8):
             command = random_command(rng, world)
@@ -191,9 +215,7 @@ def about(held: bool) -> set[tuple[str, str, str]]:
     found = set()
     for index in range(40):
         clip = make_clip(5, index, (9,), held=held)
-        world, (command,) = world_at(clip.scene, clip.hidden, (), START), clip.commands
-        thing = command.new or world.there[command.thing]
-        found.add((thing.shape, thing.colour, command.verb))
+        found.add(subject(clip.commands[0], world_at(clip.scene, clip.hidden, (), START)))
     return found
 
 
