@@ -50,7 +50,8 @@ class DiTRecipe:
     background. `storyboards`: share of batches of more than one block with a prompt switch. `own_history`: share of
     batches, from `own_from` on, whose history the model has drawn itself. From `distill_from` on clips of few blocks
     are distilled. From `passing_from` on clips with two things, the hardest captions, come with `passing_weight`.
-    A run that begins with the weights of a finished model begins at `joined`, where first videos are known.
+    A run that begins with the weights of a finished model begins at `joined`, where everything is known; they are its
+    own teacher.
     `wide`: so many times the clips of BATCHES, but for stories; a GPU takes little longer. `batch` instead of all these
     numbers.
     """
@@ -62,7 +63,7 @@ class DiTRecipe:
         Phase(0.7, {1: 0.1, 3: 0.05, 7: 0.1, COMMANDS: 0.6, STORIES: 0.15}),
         Phase(1.0, {1: 0.1, 3: 0.05, 7: 0.1, COMMANDS: 0.4, STORIES: 0.35}),
     )
-    joined: float = 0.3
+    joined: float = 0.75
     plain_until: float = 0.05
     storyboards: float = 0.3
     own_history: float = 0.6

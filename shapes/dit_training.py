@@ -33,7 +33,7 @@ from shapes.distill import distillation_loss
 from shapes.dit import Flow
 from shapes.forward import Plan
 from shapes.optim import Average, Optimizers, trapezoid
-from shapes.reading import trained_text_encoder
+from shapes.reading import adopt_text_encoder, trained_text_encoder
 from shapes.runs import Stage, averaged, fast_precision, log_to_stdout, save, sizes_of, training_device
 from shapes.schedule import a_little_noisy, add_noise, noise_like, random_sigmas, random_steps
 from shapes.stories import Stories
@@ -86,13 +86,16 @@ def _redrawn(flow: Flow, batch: Batch, generator: torch.Generator) -> Tensor:
 def train_dit(folder: Path, recipe: DiTRecipe, until: int | None = None, start_from: Path | None = None) -> Flow:
     """Train, or go on training; returns the transformer with averaged weights.
 
-    `start_from`: folder of a finished model whose transformer a new run begins with, at the recipe's `joined`.
+    `start_from`: folder of a finished model whose transformer a new run begins with, at the recipe's `joined`, and
+    whose text encoder it learns by where `folder` has none.
     """
     stage = _stage(folder, recipe, until)
     if stage.stored() is None and start_from is not None:
         finished_weights(start_from)
         if stage.end <= (first := int(recipe.joined * recipe.steps)):
             raise InputError(f"--until: {until} is before step {first}, at which --start-from begins; give more")
+    if start_from is not None:
+        adopt_text_encoder(folder, start_from)
     trained_text_encoder(folder)
     fit_linear_code(folder)
     loaders = LOADERS if training_device().type == "cuda" else 0

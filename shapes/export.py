@@ -18,7 +18,7 @@ import torch
 from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
-from shapes.dit import SIZES, Flow, TextEncoder
+from shapes.dit import SIZES, TEXT_ENCODER_FILE, Flow, TextEncoder
 from shapes.reading import trained_text_encoder
 from shapes.runs import averaged, save
 from shapes.tokenizer import write_tokenizer
@@ -58,7 +58,7 @@ def _write_transformer(flow: Flow, target: Path) -> None:
 
 def _write_text_encoder(text: TextEncoder, target: Path) -> None:
     state = {name: value.bfloat16() for name, value in wan_text_names(text.umt5.state_dict()).items()}
-    save(state, target / "models_t5_umt5-xxl-enc-bf16.pth")
+    save(state, target / TEXT_ENCODER_FILE)
 
 
 def _halved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:

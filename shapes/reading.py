@@ -20,9 +20,12 @@ from torch import Tensor, nn
 
 from shapes.captions import NOUNS, caption, random_hidden, random_scene
 from shapes.commands import is_common, random_command, sentence
-from shapes.dit import TEXT_SIZES, TextEncoder
-from shapes.runs import Stage, averaged, sizes_of, training_device
+from shapes.dit import TEXT_ENCODER_FILE, TEXT_SIZES, TextEncoder
+from shapes.runs import Stage, averaged, load, save, sizes_of, training_device
 from shapes.world import BACKGROUNDS, COLOURS, COMMANDS, MOTIONS, SHAPES, SIZES, SWIFT, Command, Scene, World, begin
+from utils.errors import InputError
+from utils.user_paths import require_file
+from wan.checkpoints.text_names import to_transformers
 
 TRAIN_SEED = 41
 COMMAND_SHARE = 0.6  # of the captions; the others are first ones
@@ -107,6 +110,20 @@ def _places(said: Mapping[str, str | None]) -> list[int]:
 def trained_text_encoder(folder: Path) -> TextEncoder:
     """The frozen encoder that `train_text` has left in `folder`. Raises InputError if it has not."""
     return cast(TextEncoder, averaged(Stage(folder, "text", 0).path, TextEncoder()).requires_grad_(False))
+
+
+def adopt_text_encoder(folder: Path, finished: Path) -> None:
+    """Unless `folder` has one, it gets the encoder of a model that `shapes.export` has written. Raises InputError."""
+    state = Stage(folder, "text", 0).path
+    if state.exists():
+        return
+    path, encoder = finished / TEXT_ENCODER_FILE, TextEncoder()
+    require_file(path, "--start-from", "text encoder of a finished model")
+    try:
+        encoder.umt5.load_state_dict({name: value.float() for name, value in to_transformers(load(path)).items()})
+    except (RuntimeError, AttributeError) as error:
+        raise InputError(f"--start-from: {path} is of another model; give one that shapes.train has written") from error
+    save({"average": dict(encoder.named_parameters())}, state)
 
 
 class Reader(nn.Module):

@@ -74,6 +74,8 @@ class Stage:
         if not self.path.exists():
             return None
         state = load(self.path)
+        if "step" not in state:
+            raise InputError(f"{self.path}: is of a finished model that --start-from has named; give another --work")
         begun = cast("Mapping[str, object]", state.get("sizes", {}))  # which older states lack
         other = [name for name, value in self.sizes.items() if begun.get(name, value) != value]
         if other:

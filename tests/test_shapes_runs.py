@@ -9,8 +9,9 @@ import pytest
 import torch
 
 from shapes import obedience, train
-from shapes.export import export
-from shapes.reading import ReadingRecipe, train_text
+from shapes.dit import TEXT_ENCODER_FILE
+from shapes.export import export, wan_text_names
+from shapes.reading import ReadingRecipe, adopt_text_encoder, train_text, trained_text_encoder
 from shapes.runs import Stage, load, save
 from shapes.vae import fit_linear_code
 from utils import command
@@ -103,8 +104,32 @@ def test_what_a_new_run_begins_with_is_looked_at_first(tmp_path: Path) -> None:
             train.main(["dit", "--work", str(tmp_path), "--start-from", str(other)])
     with pytest.raises(InputError, match=r"--start-from: .*: there is no such transformer of a finished model"):
         train.main(["dit", "--work", str(tmp_path), "--start-from", str(tmp_path)])
-    with pytest.raises(InputError, match=r"--until: 20 is before step 30, at which --start-from begins"):
+    with pytest.raises(InputError, match=r"--until: 20 is before step 75, at which --start-from begins"):
         train.main(["dit", "--work", str(tmp_path), "--start-from", str(MODEL), "--steps", "100", "--until", "20"])
+
+
+def test_a_finished_models_text_encoder_is_taken_over_as_it_is(tmp_path: Path) -> None:
+    adopt_text_encoder(tmp_path, MODEL)
+    found = wan_text_names(trained_text_encoder(tmp_path).umt5.state_dict())
+    finished = torch.load(MODEL / TEXT_ENCODER_FILE, weights_only=True)
+    assert found.keys() == finished.keys() and all(torch.equal(found[name], finished[name].float()) for name in found)
+    with pytest.raises(InputError, match=r"text.pt: is of a finished model that --start-from has named"):
+        train_text(tmp_path, ReadingRecipe(steps=2, batch=2))
+
+
+def test_a_text_encoder_that_has_been_trained_stays(begun: Path) -> None:
+    before = (begun / "text.pt").read_bytes()
+    adopt_text_encoder(begun, MODEL)
+    assert (begun / "text.pt").read_bytes() == before
+
+
+def test_a_finished_models_text_encoder_that_does_not_fit_is_said(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"--start-from: .*: there is no such text encoder of a finished model"):
+        adopt_text_encoder(tmp_path, tmp_path)
+    save({"norm.weight": torch.ones(64)}, tmp_path / TEXT_ENCODER_FILE)
+    with pytest.raises(InputError, match=r"--start-from: .* is of another model"):
+        adopt_text_encoder(tmp_path, tmp_path)
+    assert not (tmp_path / "text.pt").exists()
 
 
 def test_the_command_that_makes_a_state_can_be_copied(tmp_path: Path) -> None:
