@@ -149,7 +149,9 @@ class Visitor:
 
     def wait_for_frames(self, count: int, take: int | None = None) -> None:
         """Until there have been so many (of that take)."""
+        ends = time.monotonic() + PATIENCE_S
         while sum(take in (None, frame[0]) for frame in self.frames) < count:
+            assert time.monotonic() < ends, f"{count} frames of take {take} have not come"
             self.hear()
 
 
