@@ -32,7 +32,6 @@ from shapes.world import (
     SMALLEST,
     Body,
     Command,
-    Scene,
     Thing,
     World,
     as_floats,
@@ -82,8 +81,10 @@ SETTINGS = {
 }
 OPENERS = ("", "", "now ", "then ", "and now ")
 HIGHEST_BOUNCE = 50.0  # y below which a bounce stays clear of the upper edge
-_WEIGHTS = {"morph": 2.0, "turn": 2.0, "reverse": 1.5, "bring": 1.5, "background": 1.5, "bounce": 0.7, "orbit": 0.7}
-_WEIGHTS |= {"describe": 4.0}  # any thing with any motion: more to learn than in each of the others
+_WEIGHTS = {
+    **{"morph": 2.0, "turn": 2.0, "reverse": 1.5, "bring": 1.5, "background": 1.5, "bounce": 0.7, "orbit": 0.7},
+    "describe": 4.0,  # any thing with any motion: more to learn than in each of the others
+}
 
 
 def random_command(rng: np.random.Generator, world: World, held: bool | None = None) -> Command:
@@ -101,8 +102,7 @@ def random_command(rng: np.random.Generator, world: World, held: bool | None = N
 def subject(command: Command, world: World) -> tuple[str, str, str]:
     """Shape, colour and verb that a command is about, in the world before it; a new scene's verb is its motion."""
     about = command.new or world.there[command.thing]
-    motion = command.target if command.verb == "describe" else None
-    return about.shape, about.colour, motion or command.verb
+    return about.shape, about.colour, command.scene.motion if command.scene else command.verb
 
 
 def is_common(verb: str) -> bool:
@@ -159,9 +159,8 @@ def _new_scene(rng: np.random.Generator, world: World, thing: Thing) -> Command:
 def sentence(command: Command, world: World, rng: np.random.Generator) -> str:
     """A sentence for a command in the world as it is before."""
     verb = command.verb
-    if verb == "describe":
-        assert command.new is not None and command.target is not None
-        return punctuated(pick(OPENERS, rng) + scene_text(Scene((command.new,), command.target), rng), rng)
+    if command.scene:
+        return punctuated(pick(OPENERS, rng) + scene_text(command.scene, rng), rng)
     several = len(world.there) > 1
     it = "they" if several and is_common(verb) else "it"
     the = _reference(world.there[command.thing], several, rng) if it == "it" else pick(("they", "both"), rng)

@@ -87,14 +87,13 @@ def train_dit(folder: Path, recipe: DiTRecipe, until: int | None = None, start_f
     """Train, or go on training; returns the transformer with averaged weights.
 
     `start_from`: folder of a finished model whose transformer a new run begins with, at the recipe's `joined`, and
-    whose text encoder it learns by where `folder` has none.
+    whose text encoder it learns by.
     """
     stage = _stage(folder, recipe, until)
     if stage.stored() is None and start_from is not None:
         finished_weights(start_from)
         if stage.end <= (first := int(recipe.joined * recipe.steps)):
             raise InputError(f"--until: {until} is before step {first}, at which --start-from begins; give more")
-    if start_from is not None:
         adopt_text_encoder(folder, start_from)
     trained_text_encoder(folder)
     fit_linear_code(folder)

@@ -82,9 +82,8 @@ def answers(scene: Scene, text: str) -> list[int]:
 def command_answers(command: Command, world: World, text: str) -> list[int]:
     """To a command's sentence, which names a thing by its colour, by its shape, by both, or not at all. A whole new
     scene is answered for as a first one is."""
-    if command.verb == "describe":
-        assert command.new is not None and command.target is not None
-        return answers(Scene((command.new,), command.target), text)
+    if command.scene:
+        return answers(command.scene, text)
     body, verb, new = world.there[command.thing], command.verb, command.new
     common = is_common(verb) or new is not None
     named = any(noun in text for noun in NOUNS[body.shape]) and not common
@@ -113,17 +112,20 @@ def trained_text_encoder(folder: Path) -> TextEncoder:
 
 
 def adopt_text_encoder(folder: Path, finished: Path) -> None:
-    """Unless `folder` has one, it gets the encoder of a model that `shapes.export` has written. Raises InputError."""
+    """`folder` gets the encoder of a model that `shapes.export` has written, by which that model's transformer has
+    learnt. Raises InputError, also if `folder` has another one."""
     state = Stage(folder, "text", 0).path
-    if state.exists():
-        return
     path, encoder = finished / TEXT_ENCODER_FILE, TextEncoder()
     require_file(path, "--start-from", "text encoder of a finished model")
     try:
         encoder.umt5.load_state_dict({name: value.float() for name, value in to_transformers(load(path)).items()})
     except (RuntimeError, AttributeError) as error:
         raise InputError(f"--start-from: {path} is of another model; give one that shapes.train has written") from error
-    save({"average": dict(encoder.named_parameters())}, state)
+    if not state.exists():
+        save({"average": dict(encoder.named_parameters())}, state)
+    pairs = zip(trained_text_encoder(folder).parameters(), encoder.parameters(), strict=True)
+    if not all(torch.equal(here.bfloat16(), there.bfloat16()) for here, there in pairs):  # as it is exported
+        raise InputError(f"--start-from: {state} is another text encoder than {path}; give another --work")
 
 
 class Reader(nn.Module):

@@ -82,6 +82,14 @@ class Command:
     target: str | None = None
     new: Thing | None = None
 
+    @property
+    def scene(self) -> Scene | None:
+        """What "describe" says, which is worded and read as a first scene is; other commands have none."""
+        if self.verb != "describe":
+            return None
+        assert self.new is not None and self.target is not None
+        return Scene((self.new,), self.target)
+
 
 @dataclass(frozen=True)
 class Hidden:
@@ -216,18 +224,15 @@ class Body:
             return replace(self, colour=command.target, tint=self.tint.towards(*COLOURS[command.target]))
         if command.verb == "morph":
             return replace(self, shape=command.target, former=self.shape, morph=Ramp((0.0,), (1.0,), 0.0, SWIFT))
-        assert command.verb == "describe" and command.new is not None, command
-        return self._become(command.new, command.target)
+        assert command.scene is not None, command
+        return self._become(command.scene.things[0], command.scene.motion)
 
     def leave(self) -> Body:
         return replace(self, leaving=True, presence=Ramp((1.0,), (0.0,), 0.0, SWIFT))
 
     def _become(self, thing: Thing, motion: str) -> Body:
         """Another thing, that begins a motion where this one is."""
-        looks = (Command("turn", target=thing.colour), Command("morph", target=thing.shape))
-        body = self
-        for command in looks:
-            body = body.obey(command)
+        body = self.obey(Command("turn", target=thing.colour)).obey(Command("morph", target=thing.shape))
         return replace(body, path=self.path.obey(motion), radius=self.radius.towards(SIZES[thing.size]))
 
     def track(self, frames: int) -> Track:

@@ -110,6 +110,7 @@ def test_what_a_new_run_begins_with_is_looked_at_first(tmp_path: Path) -> None:
 
 def test_a_finished_models_text_encoder_is_taken_over_as_it_is(tmp_path: Path) -> None:
     adopt_text_encoder(tmp_path, MODEL)
+    adopt_text_encoder(tmp_path, MODEL)  # as where the first step was not reached
     found = wan_text_names(trained_text_encoder(tmp_path).umt5.state_dict())
     finished = torch.load(MODEL / TEXT_ENCODER_FILE, weights_only=True)
     assert found.keys() == finished.keys() and all(torch.equal(found[name], finished[name].float()) for name in found)
@@ -119,7 +120,8 @@ def test_a_finished_models_text_encoder_is_taken_over_as_it_is(tmp_path: Path) -
 
 def test_a_text_encoder_that_has_been_trained_stays(begun: Path) -> None:
     before = (begun / "text.pt").read_bytes()
-    adopt_text_encoder(begun, MODEL)
+    with pytest.raises(InputError, match=r"--start-from: .*text.pt is another text encoder than .*; give another"):
+        adopt_text_encoder(begun, MODEL)
     assert (begun / "text.pt").read_bytes() == before
 
 
