@@ -61,7 +61,7 @@ MANY_FRAMES = 2  # long videos made together
 WINDOW = 7  # latent frames: the first, three recent ones, and the block: what a neighbour head and a sink head keep
 LEAST_FRAMES = 4 * BLOCK  # latent frames of a video: the time of its fourth block counts
 LEAST_OF_STORYBOARDS = max(SWITCHES) + 2 * BLOCK  # a block in which a switch is obeyed, and one that is scored
-HALF = "dummy_forcing.num_dummy=12"  # of 24 heads
+HALF = "dummy_forcing.num_dummy=0.5"  # of the heads
 
 
 def calibrated(frames: float, calibration: str | Path = CALIBRATION) -> list[str]:
@@ -84,7 +84,7 @@ POLICIES = {
     "packed": ["dummy_forcing.enabled=true", "dummy_forcing.policy=packed", "dummy_forcing.preset=paper", HALF],
     "anchored": ["dummy_forcing.enabled=true", "dummy_forcing.policy=packed", "dummy_forcing.preset=anchored", HALF],
 }
-# Frames a head: the cost of packed (32 for 24 heads), half of the window's, and the window's.
+# Frames a head: the cost of packed, half of the window's, and the window's.
 POLICIES |= {f"calibrated:{frames:g}": calibrated(frames) for frames in (1.33, 2, 4)}
 POLICIES |= {f"{ONLINE}:{frames:g}": calibrated(frames, ONLINE) for frames in (1.33, 2, 4)}
 # What a policy needs for videos without end: no distance beyond what was trained, and a window for what a switch
@@ -240,7 +240,9 @@ def _evaluate_stories(
     one.sort(key=lambda clip: clip.starts)
     for batch, group in generate(parts, config(settings), one, args.batch):
         for video, clip in zip(batch.videos, group, strict=True):
-            report.add(name, _prefixed("later", score_scenes(video, clip)[-1]))
+            last = score_scenes(video, clip)[-1]
+            kind = "scene" if clip.commands[-1].scene else "command"
+            report.add(name, {**_prefixed("later", last), f"later_{kind}_right": last.right})
     frames = pixel_frame(TEN_FRAMES)
     ten = [make_clip(TEN_SEED, i, TEN_SWITCHES, frames, held=True) for i in range(args.ten)]
     for batch, group in generate(parts, config([*streaming, f"num_output_frames={TEN_FRAMES}"]), ten, MANY_FRAMES):

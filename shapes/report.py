@@ -48,6 +48,8 @@ COLUMNS = {
     "seam": ("seam", 1, 2),
     "psnr": ("PSNR to full dB", 1, 1),
     "later_right": ("after switch %", 100, 1),
+    "later_command_right": ("after switch: commands %", 100, 1),
+    "later_scene_right": ("after switch: new scenes %", 100, 1),
     "later_colour": ("after switch: colour %", 100, 1),
     "later_shape": ("after switch: shape %", 100, 1),
     "later_motion": ("after switch: motion %", 100, 1),
