@@ -51,9 +51,9 @@ def most(names: Iterable[str | None]) -> str | None:
     return name if 2 * count >= len(entries) else None
 
 
-def saturated(video: Floats) -> Masks:
-    """Video [frames, H, W, 3] in 0..1 to the pixels of things [frames, H, W]."""
-    masks: Masks = (video.max(-1) - video.min(-1)) > SATURATED
+def saturated(video: Floats, least: float = SATURATED) -> Masks:
+    """Colours [..., 3] in 0..1, a video's for example, to where they are those of things [...]."""
+    masks: Masks = (video.max(-1) - video.min(-1)) > least
     return masks
 
 

@@ -8,6 +8,7 @@ video's own choice: it is read off the first block, and all scenes are held to i
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -16,6 +17,8 @@ from shapes.data import Clip
 from shapes.film import world_at
 from shapes.measure import (
     LEAST_AREA,
+    SATURATED,
+    Masks,
     Seen,
     brightness_change,
     drift,
@@ -26,12 +29,13 @@ from shapes.measure import (
     wrapped,
 )
 from shapes.score import LAST, chosen, distance
-from shapes.world import BACKGROUNDS, COLOURS, FRAMES, HEIGHT, WIDTH, Body, Floats, Hidden, Track, World, begin
+from shapes.world import BACKGROUNDS, COLOURS, FRAMES, HEIGHT, WIDTH, Floats, Hidden, Track, World, begin
 
 SETTLED = 12  # pixel frames, a block, after which a caption must have been obeyed
 PATH_ERROR = 4.0  # pixels, from where it was when the caption had been obeyed: up to here a motion is right
 SIZE_ERROR = 0.15  # of the radius
 SECOND = 16  # pixel frames
+GREY = 0.1  # more saturation than what can just be seen: there a video may be a frame early or late
 ANCHOR = 4  # pixel frames whose mean place is where a thing was
 
 
@@ -69,31 +73,44 @@ def score_scene(part: Floats, world: World, known: bool) -> SceneScore:
     several = len(world.there) > 1
     seen = [see(settled, body.colour if several else None) for body in world.there]
     expected = [body.track(len(part)).cut(SETTLED, len(part)) for body in world.there]
-    pairs = list(zip(seen, expected, strict=True))
+    shown = [_shown(track, body.colour if several else None) for track, body in zip(expected, world.there, strict=True)]
+    rows = list(zip(seen, expected, shown, strict=True))
     return SceneScore(
-        colour=float(_colours_are_right(settled[-LAST:], world.there)),
+        colour=float(_colours_are_right(settled[-LAST:], [track.cut(-LAST, None) for track in expected])),
         shape=float(all(one.shape == body.shape for one, body in zip(seen, world.there, strict=True))),
-        motion=float(all(_moves_like(one, track) for one, track in pairs)),
+        motion=float(all(_moves_like(*row) for row in rows)),
         background=float(known and which_background(settled[-LAST:]) == BACKGROUNDS.index(world.background)),
-        position=float(np.mean([distance(one, track).mean() for one, track in pairs])),
+        position=float(np.mean([distance(one, track)[frames].mean() for one, track, frames in rows])),
     )
 
 
-def _colours_are_right(frames: Floats, bodies: tuple[Body, ...]) -> bool:
-    """Whether in most frames exactly the colours of these things are there."""
+def _shown(track: Track, only: str | None) -> Masks:
+    """The frames in which a thing has a colour by which it can be seen, which is `only` where there are two: on its way
+    to another one it may pass grey. All of them where there would be none."""
+    found = saturated(track.colour, SATURATED + GREY)
+    if only is not None:
+        found &= nearest_colour(track.colour) == list(COLOURS).index(only)
+    return found if found.any() else np.ones_like(found)
+
+
+def _colours_are_right(frames: Floats, things: Sequence[Track]) -> bool:
+    """Whether in most frames exactly the colours that these things have by then are there."""
     masks, colours = saturated(frames), nearest_colour(frames)
     areas = np.stack([(masks & (colours == i)).sum((1, 2)) for i in range(len(COLOURS))], axis=1)
-    wanted = [any(body.colour == name for body in bodies) for name in COLOURS]
+    tints = [np.where(saturated(track.colour), nearest_colour(track.colour), -1) for track in things]
+    wanted = np.stack([np.any([tint == i for tint in tints], axis=0) for i in range(len(COLOURS))], axis=1)
     return bool(((areas >= LEAST_AREA) == wanted).all(1).mean() >= 0.5)
 
 
-def _moves_like(seen: Seen, track: Track) -> bool:
-    """Whether a thing goes the way of the track from where it was seen first, and is as large in the end."""
-    if np.isnan(seen.x).any():
+def _moves_like(seen: Seen, track: Track, shown: Masks) -> bool:
+    """Whether a thing goes the way of the track from where it was seen first, and is as large in the end; by the frames
+    in which it is shown."""
+    x, y, radius = (part[shown] for part in (seen.x, seen.y, seen.radius))
+    if np.isnan(x).any():
         return False
-    dx, dy = wrapped(seen.x - track.x, WIDTH), wrapped(seen.y - track.y, HEIGHT)
+    dx, dy = wrapped(x - track.x[shown], WIDTH), wrapped(y - track.y[shown], HEIGHT)
     dx, dy = wrapped(dx - dx[:ANCHOR].mean(), WIDTH), wrapped(dy - dy[:ANCHOR].mean(), HEIGHT)
-    sized = abs(float(seen.radius[-LAST:].mean()) / float(track.radius[-LAST:].mean()) - 1) < SIZE_ERROR
+    sized = abs(float(radius[-LAST:].mean()) / float(track.radius[shown][-LAST:].mean()) - 1) < SIZE_ERROR
     return sized and float(np.hypot(dx, dy).mean()) < PATH_ERROR
 
 

@@ -119,7 +119,7 @@ class Track:
         """What it is in the end."""
         return SHAPES[int(self.after[-1])]
 
-    def cut(self, first: int, stop: int) -> Track:
+    def cut(self, first: int, stop: int | None) -> Track:
         return Track(*(getattr(self, name)[first:stop] for name in self.__dataclass_fields__))
 
 
