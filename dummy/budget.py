@@ -23,8 +23,7 @@ class DummyBudget:
     lose together at most `max_loss` of the attention of all heads.
 
     `max_loss` bounds the loss in the pass in which the roles are found. Later blocks lose more, since more history is
-    there to be lost: the small trained model, bounded by 0.05, loses 0.046, 0.077, 0.091, 0.104 and 0.116 in blocks 1
-    to 5 (`python -m pipeline.atlas --atlas checkpoints/shapes/atlas.safetensors dummy_forcing.num_dummy=auto`).
+    there to be lost (docs/policies.md has figures).
 
     `within`: of all heads of the model, or of each layer's.
     """
