@@ -30,11 +30,12 @@ from torch.utils.data import DataLoader
 
 from shapes.batches import PARTS, TRAIN_SEED, Batch, Batches, DiTRecipe
 from shapes.distill import distillation_loss
-from shapes.dit import Flow
+from shapes.dit import SIZES, Flow
 from shapes.forward import Plan
+from shapes.growth import deepened, layers_of
 from shapes.optim import Average, Optimizers, trapezoid
 from shapes.reading import adopt_text_encoder, trained_text_encoder
-from shapes.runs import Stage, averaged, fast_precision, log_to_stdout, save, sizes_of, training_device
+from shapes.runs import Stage, averaged, fast_precision, fingerprint, log_to_stdout, save, sizes_of, training_device
 from shapes.schedule import a_little_noisy, add_noise, noise_like, random_sigmas, random_steps
 from shapes.stories import Stories
 from shapes.vae import fit_linear_code
@@ -42,6 +43,7 @@ from utils import command
 from utils.errors import InputError, ToldElsewhere
 from utils.user_paths import require_file
 
+TEACHER = "teacher.pt"  # in the folder of a training
 TOLD = 2  # status of a process that has said what the user has to mend
 LOADERS = 6  # of each process, which make clips for a GPU: it is faster than one of them
 
@@ -89,13 +91,7 @@ def train_dit(folder: Path, recipe: DiTRecipe, until: int | None = None, start_f
     `start_from`: folder of a finished model whose transformer a new run begins with, at the recipe's `joined`, and
     whose text encoder it learns by.
     """
-    stage = _stage(folder, recipe, until)
-    if stage.stored() is None and start_from is not None:
-        finished_weights(start_from)
-        if stage.end <= (first := int(recipe.joined * recipe.steps)):
-            raise InputError(f"--until: {until} is before step {first}, at which --start-from begins; give more")
-        adopt_text_encoder(folder, start_from)
-    trained_text_encoder(folder)
+    _check(folder, recipe, until, start_from)
     fit_linear_code(folder)
     loaders = LOADERS if training_device().type == "cuda" else 0
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
@@ -107,7 +103,32 @@ def train_dit(folder: Path, recipe: DiTRecipe, until: int | None = None, start_f
         if error.exit_code != TOLD:
             raise
         raise ToldElsewhere("a process of the training has said what is wrong") from error
-    return cast(Flow, averaged(stage.path, Flow()))
+    return cast(Flow, averaged(_stage(folder, recipe, until).path, Flow()))
+
+
+def _check(folder: Path, recipe: DiTRecipe, until: int | None, start_from: Path | None) -> None:
+    """Raises InputError if the run cannot begin, or cannot go on with what `folder` holds, before anything of a run
+    that has begun is changed."""
+    stage = _stage(folder, recipe, until)
+    state, first = stage.stored(), int(recipe.joined * recipe.steps)
+    if start_from is not None:
+        if state is None:
+            finished_weights(start_from)
+        elif not state["began"]:
+            raise InputError(f"--start-from: {stage.path} was begun without it; leave it out, or give another --work")
+        if state is None and stage.end <= first:
+            raise InputError(f"--until: {until} is before step {first}, at which --start-from begins; give more")
+        adopt_text_encoder(folder, start_from)
+    text = trained_text_encoder(folder)
+    if state is None:
+        (folder / TEACHER).unlink(missing_ok=True)  # of a run whose state is gone
+        return
+    averaged(stage.path, Flow())
+    if state.get("text", fingerprint(text)) != fingerprint(text):  # which older states lack
+        raise InputError(
+            f"{folder / 'text.pt'}: is not the text encoder by which {stage.path} has learnt; bring that back, or give "
+            "another --work"
+        )
 
 
 def _stage(folder: Path, recipe: DiTRecipe, until: int | None) -> Stage:
@@ -115,13 +136,16 @@ def _stage(folder: Path, recipe: DiTRecipe, until: int | None) -> Stage:
 
 
 def finished_weights(folder: Path) -> dict[str, Tensor]:
-    """The transformer of a model that `shapes.export` has written. Raises InputError."""
+    """The transformer of a model that `shapes.export` has written; one of fewer layers is made deeper
+    (`shapes.growth`). Raises InputError."""
     path = folder / "diffusion_pytorch_model.safetensors"
     require_file(path, "--start-from", "transformer of a finished model")
     try:
         weights: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:
         raise InputError(f"--start-from: {path} is damaged ({error}); give a finished model's folder") from error
+    if 0 < layers_of(weights) < SIZES.num_layers:
+        weights = deepened(weights, SIZES.num_layers)
     sizes = {name: value.shape for name, value in Flow().model.state_dict().items()}
     if {name: value.shape for name, value in weights.items()} != sizes:
         raise InputError(
@@ -162,6 +186,7 @@ class _Run:
         self._recipe, self._rank, self._workers = recipe, rank, workers
         self._device = training_device()
         code, text = fit_linear_code(folder), trained_text_encoder(folder)
+        self._text = fingerprint(text)
         self._batches = Batches(recipe, code, text, rank, workers)
         self._stories = {part: Stories(code, text, part, recipe.batch) for part in range(rank, PARTS, workers)}
         self._stage = _stage(folder, recipe, until)
@@ -222,7 +247,7 @@ class _Run:
 
     def _frozen_teacher(self) -> Flow:
         """The averaged model as it was when distillation began; kept in a file for runs that are resumed."""
-        path = self._stage.folder / "teacher.pt"
+        path = self._stage.folder / TEACHER
         if not path.is_file() and self._rank == 0:
             save({"average": self._average.values}, path)
         if self._workers > 1:
@@ -241,7 +266,7 @@ class _Run:
 
     def _state(self) -> dict[str, object]:
         states = {"flow": self._flow.state_dict(), "optimizers": self._optimizers.state_dict()}
-        return {**states, "average": self._average.values, "began": self._began}
+        return {**states, "average": self._average.values, "began": self._began, "text": self._text}
 
     def _restore(self, start_from: Path | None) -> None:
         state = self._stage.resume()

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from shapes.dit import SIZES, TEXT_ENCODER_FILE, Flow, TextEncoder
 from shapes.reading import trained_text_encoder
 from shapes.runs import averaged, save
-from shapes.tokenizer import write_tokenizer
+from shapes.tokenizer import TOKENIZER, write_tokenizer
 from shapes.vae import build_vae
 from utils.files import write_atomic
 from wan.checkpoints.text_names import WAN_IN_BLOCK, WAN_TOP_LEVEL
@@ -41,7 +41,7 @@ def export(work: Path, folder: Path) -> Path:
     path = target / "Wan2.1_VAE.pth"
     flow, text = cast(Flow, averaged(work / "dit.pt", Flow())), trained_text_encoder(work)
     vae = averaged(work / "vae.pt", build_vae()) if (work / "vae.pt").exists() or not path.is_file() else None
-    write_tokenizer(target / "google" / "umt5-xxl")
+    write_tokenizer(target / TOKENIZER)
     _write_transformer(flow, target)
     _write_text_encoder(text, target)
     if vae is not None:

@@ -8,6 +8,7 @@ left", which colour comes first) was still mixed up when everything else was rig
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,9 +23,10 @@ from shapes.captions import NOUNS, caption, random_hidden, random_scene
 from shapes.commands import is_common, random_command, sentence
 from shapes.dit import TEXT_ENCODER_FILE, TEXT_SIZES, TextEncoder
 from shapes.runs import Stage, averaged, load, save, sizes_of, training_device
+from shapes.tokenizer import TOKENIZER
 from shapes.world import BACKGROUNDS, COLOURS, COMMANDS, MOTIONS, SHAPES, SIZES, SWIFT, Command, Scene, World, begin
 from utils.errors import InputError
-from utils.user_paths import require_file
+from utils.user_paths import read_json, require_file
 from wan.checkpoints.text_names import to_transformers
 
 TRAIN_SEED = 41
@@ -117,6 +119,9 @@ def adopt_text_encoder(folder: Path, finished: Path) -> None:
     state = Stage(folder, "text", 0).path
     path, encoder = finished / TEXT_ENCODER_FILE, TextEncoder()
     require_file(path, "--start-from", "text encoder of a finished model")
+    words = finished / TOKENIZER / "tokenizer.json"
+    if read_json(words, "--start-from", "tokenizer of a finished model") != json.loads(encoder.tokenizer.to_str()):
+        raise InputError(f"--start-from: {words} has other words than captions have now; train the text encoder anew")
     try:
         encoder.umt5.load_state_dict({name: value.float() for name, value in to_transformers(load(path)).items()})
     except (RuntimeError, AttributeError) as error:

@@ -5,6 +5,7 @@ A stage's state is written to a temporary file and renamed, so a kill at any mom
 
 from __future__ import annotations
 
+import hashlib
 import io
 import logging
 import pickle
@@ -141,6 +142,14 @@ def load(path: Path) -> dict[str, object]:
         reason = str(error).partition("\n")[0] or type(error).__name__
         raise InputError(f"{path}: is damaged ({reason}); delete it and make it again") from error
     return state
+
+
+def fingerprint(module: nn.Module) -> str:
+    """The same for equal weights."""
+    digest = hashlib.sha256()
+    for value in module.state_dict().values():
+        digest.update(value.detach().cpu().contiguous().numpy().tobytes())
+    return digest.hexdigest()
 
 
 def averaged(path: Path, module: nn.Module) -> nn.Module:

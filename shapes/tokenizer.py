@@ -17,6 +17,7 @@ from shapes.world import COLOURS
 
 SPECIAL = ("<pad>", "</s>", "<unk>")
 ENDINGS = ("ing", "ed", "er", "ly", "es", "al", "th", "an", "in", "on", "re", "st", "en", "or", "ar", "s", ".", ",")
+TOKENIZER = Path("google") / "umt5-xxl"  # in a model's folder
 MAX_TOKENS = 48  # a caption has at most 25; the transformer's text_len
 
 

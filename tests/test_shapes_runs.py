@@ -7,12 +7,16 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import save as serialized
 
 from shapes import obedience, train
-from shapes.dit import TEXT_ENCODER_FILE
+from shapes.batches import DiTRecipe
+from shapes.dit import TEXT_ENCODER_FILE, Flow
+from shapes.dit_training import _check
 from shapes.export import export, wan_text_names
 from shapes.reading import ReadingRecipe, adopt_text_encoder, train_text, trained_text_encoder
-from shapes.runs import Stage, load, save
+from shapes.runs import Stage, fingerprint, load, save
+from shapes.tokenizer import TOKENIZER
 from shapes.vae import fit_linear_code
 from utils import command
 from utils.errors import InputError
@@ -98,6 +102,7 @@ def test_what_a_new_run_begins_with_is_looked_at_first(tmp_path: Path) -> None:
     for content, said in (
         (b"", r"--start-from: .*safetensors is damaged"),
         (b"\x02\0\0\0\0\0\0\0{}", r"--start-from: .* is of another model"),
+        (serialized({"blocks.a.weight": torch.ones(1)}), r"--start-from: .* is of another model"),
     ):
         file.write_bytes(content)
         with pytest.raises(InputError, match=said):
@@ -106,6 +111,59 @@ def test_what_a_new_run_begins_with_is_looked_at_first(tmp_path: Path) -> None:
         train.main(["dit", "--work", str(tmp_path), "--start-from", str(tmp_path)])
     with pytest.raises(InputError, match=r"--until: 20 is before step 75, at which --start-from begins"):
         train.main(["dit", "--work", str(tmp_path), "--start-from", str(MODEL), "--steps", "100", "--until", "20"])
+
+
+@pytest.fixture
+def trained(tmp_path: Path) -> Path:
+    """A folder in which the transformer has been trained from a finished model."""
+    adopt_text_encoder(tmp_path, MODEL)
+    text = fingerprint(trained_text_encoder(tmp_path))
+    save({"step": 76, "began": 75, "average": dict(Flow().named_parameters()), "text": text}, tmp_path / "dit.pt")
+    save({"average": dict(Flow().named_parameters())}, tmp_path / "teacher.pt")
+    return tmp_path
+
+
+def test_what_a_run_goes_on_with_stays(trained: Path) -> None:
+    before = {path.name: path.read_bytes() for path in trained.iterdir()}
+    for given in (None, MODEL):
+        _check(trained, DiTRecipe(steps=100), None, given)
+    assert {path.name: path.read_bytes() for path in trained.iterdir()} == before
+    (trained / "text.pt").unlink()
+    _check(trained, DiTRecipe(steps=100), None, MODEL)
+    assert (trained / "text.pt").read_bytes() == before["text.pt"]
+
+
+def test_a_run_begins_without_the_teacher_of_another(trained: Path) -> None:
+    (trained / "dit.pt").unlink()
+    _check(trained, DiTRecipe(steps=100), None, MODEL)
+    assert {path.name for path in trained.iterdir()} == {"text.pt"}
+
+
+def test_what_a_run_cannot_go_on_with_is_said_before_there_are_processes(trained: Path) -> None:
+    shallow = {name: value for name, value in Flow().named_parameters() if ".blocks.1." not in name}
+    state = load(trained / "dit.pt")
+    for changes, given, said in (
+        ({"average": shallow}, [], r"dit.pt: is not of the model that is trained now; give another --work"),
+        ({"text": "another"}, [], r"text.pt: is not the text encoder by which .*dit.pt has learnt; bring that back"),
+        ({"began": 0}, ["--start-from", str(MODEL)], r"--start-from: .*dit.pt was begun without it; leave it out"),
+        ({}, ["--start-from", str(trained)], r"--start-from: .*: there is no such text encoder of a finished model"),
+    ):
+        save({**state, **changes}, trained / "dit.pt")
+        with pytest.raises(InputError, match=said):
+            train.main(["dit", "--work", str(trained), "--steps", "100", *given])
+
+
+def test_a_finished_models_words_must_be_those_of_captions(tmp_path: Path) -> None:
+    other = tmp_path / "other"
+    shutil.copytree(MODEL, other, ignore=shutil.ignore_patterns("*.safetensors"))
+    words = other / TOKENIZER / "tokenizer.json"
+    words.write_text(words.read_text(encoding="utf-8").replace("triangle", "trilateral"), encoding="utf-8")
+    with pytest.raises(InputError, match=r"--start-from: .*tokenizer.json has other words than captions have now"):
+        adopt_text_encoder(tmp_path, other)
+    words.write_text("{", encoding="utf-8")
+    with pytest.raises(InputError, match=r"--start-from: .*tokenizer.json: is not a JSON file"):
+        adopt_text_encoder(tmp_path, other)
+    assert not (tmp_path / "text.pt").exists()
 
 
 def test_a_finished_models_text_encoder_is_taken_over_as_it_is(tmp_path: Path) -> None:
@@ -128,6 +186,7 @@ def test_a_text_encoder_that_has_been_trained_stays(begun: Path) -> None:
 def test_a_finished_models_text_encoder_that_does_not_fit_is_said(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"--start-from: .*: there is no such text encoder of a finished model"):
         adopt_text_encoder(tmp_path, tmp_path)
+    shutil.copytree(MODEL / TOKENIZER, tmp_path / TOKENIZER)
     save({"norm.weight": torch.ones(64)}, tmp_path / TEXT_ENCODER_FILE)
     with pytest.raises(InputError, match=r"--start-from: .* is of another model"):
         adopt_text_encoder(tmp_path, tmp_path)
