@@ -56,7 +56,7 @@ class DiTRecipe:
     numbers.
     """
 
-    steps: int = 10000
+    steps: int = 14000
     phases: tuple[Phase, ...] = (
         Phase(0.12, {1: 0.7, 3: 0.3}),
         Phase(0.3, {1: 0.4, 3: 0.3, 7: 0.3}),

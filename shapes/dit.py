@@ -16,7 +16,7 @@ from wan.transformer.model import CausalWanModel
 
 TEXT_SIZES: dict[str, Any] = {"d_model": 64, "d_kv": 16, "d_ff": 128, "num_layers": 2, "num_heads": 4}
 SIZES = ModelConfig(
-    dim=192, ffn_dim=768, num_heads=6, num_layers=6, freq_dim=64, text_dim=TEXT_SIZES["d_model"], text_len=MAX_TOKENS
+    dim=192, ffn_dim=768, num_heads=6, num_layers=4, freq_dim=64, text_dim=TEXT_SIZES["d_model"], text_len=MAX_TOKENS
 )
 INIT_SEED = 21
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"

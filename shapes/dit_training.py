@@ -30,9 +30,8 @@ from torch.utils.data import DataLoader
 
 from shapes.batches import PARTS, TRAIN_SEED, Batch, Batches, DiTRecipe
 from shapes.distill import distillation_loss
-from shapes.dit import SIZES, Flow
+from shapes.dit import Flow
 from shapes.forward import Plan
-from shapes.growth import deepened, layers_of
 from shapes.optim import Average, Optimizers, trapezoid
 from shapes.reading import adopt_text_encoder, trained_text_encoder
 from shapes.runs import Stage, averaged, fast_precision, fingerprint, log_to_stdout, save, sizes_of, training_device
@@ -136,16 +135,13 @@ def _stage(folder: Path, recipe: DiTRecipe, until: int | None) -> Stage:
 
 
 def finished_weights(folder: Path) -> dict[str, Tensor]:
-    """The transformer of a model that `shapes.export` has written; one of fewer layers is made deeper
-    (`shapes.growth`). Raises InputError."""
+    """The transformer of a model that `shapes.export` has written. Raises InputError."""
     path = folder / "diffusion_pytorch_model.safetensors"
     require_file(path, "--start-from", "transformer of a finished model")
     try:
         weights: dict[str, Tensor] = load_file(path)
     except SafetensorError as error:
         raise InputError(f"--start-from: {path} is damaged ({error}); give a finished model's folder") from error
-    if 0 < layers_of(weights) < SIZES.num_layers:
-        weights = deepened(weights, SIZES.num_layers)
     sizes = {name: value.shape for name, value in Flow().model.state_dict().items()}
     if {name: value.shape for name, value in weights.items()} != sizes:
         raise InputError(

@@ -43,7 +43,7 @@ logger = logging.getLogger(__name__)
 SHORT = (DENSE, ORIGINAL, "traded")
 FROM = pixel_frame(2 * BLOCK)  # the first block that a split after block 1 can change
 SHARES = (0.25, 0.75)  # of dummy heads, beside the usual half
-ANCHORED_AT_COST = (0.79, 0.83)  # shares of dummy heads with which `anchor` costs no more than `paper` with half
+ANCHORED_AT_COST = (19, 20)  # dummy heads of 24 with which `anchor` costs no more than `paper` with 12
 # What costs the same (but for `calibrated 2`, which costs half of `window 7`), compared caption by caption.
 COMPARED = (
     *(("calibrated 1.33", other) for other in (ORIGINAL, *(f"calibrated 1.33 R{n}" for n in (2, 3, 4)))),
@@ -80,8 +80,8 @@ def points() -> dict[str, list[str]]:
             found[f"{name} {100 * share:.0f}%"] = [*found[name], f"dummy_forcing.num_dummy={share}"]
     found[f"{ORIGINAL} by layer"] = [*found[ORIGINAL], "dummy_forcing.num_dummy_within=layer"]
     found[f"{ORIGINAL} auto"] = [*found[ORIGINAL], "dummy_forcing.num_dummy=auto"]
-    for share in ANCHORED_AT_COST:
-        found[f"anchor {100 * share:.0f}%"] = [*found["anchor"], f"dummy_forcing.num_dummy={share}"]
+    for heads in ANCHORED_AT_COST:
+        found[f"anchor {heads} of 24"] = [*found["anchor"], f"dummy_forcing.num_dummy={heads}"]
     equal = ["dummy_forcing.equal_cost=window", "model_kwargs.local_attn_size=7", "model_kwargs.sink_size=1"]
     found[f"{ORIGINAL} at window 7"] = [*found[ORIGINAL], *equal]
     for share in (*SHARES, 0.5):

@@ -197,7 +197,7 @@ def test_the_evaluation_in_short_keeps_the_gate(tmp_path: Path, capsys: pytest.C
     assert report["packed"]["psnr"]["n"] == 6 and "psnr" not in report["full"]
     assert report["full"]["later_right"]["n"] == 4
     assert sum(report["full"][f"later_{kind}_right"]["n"] for kind in ("command", "scene")) == 4
-    assert len(report["packed"]["current_share"]) == 6
+    assert len(report["packed"]["current_share"]) == 4
 
 
 def test_precisions_are_those_of_the_product() -> None:
