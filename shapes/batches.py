@@ -48,7 +48,8 @@ class DiTRecipe:
 
     All that changes on the way does so at a share of `steps`. To `plain_until` captions leave nothing open but the
     background. `storyboards`: share of batches of more than one block with a prompt switch. `own_history`: share of
-    batches, from `own_from` on, whose history the model has drawn itself. From `distill_from` on clips of few blocks
+    batches, from `own_from` on, whose history the model has drawn itself; `own_answers`: of those with one of its own
+    answers. From `distill_from` on clips of few blocks
     are distilled. From `passing_from` on clips with two things, the hardest captions, come with `passing_weight`.
     A run that begins with the weights of a finished model begins at `joined`, where everything is known; they are its
     own teacher.
@@ -68,6 +69,7 @@ class DiTRecipe:
     storyboards: float = 0.3
     own_history: float = 0.6
     own_from: float = 0.3
+    own_answers: float = 0.75
     distill_from: float = 0.75
     passing_weight: float = 4.0
     passing_from: float = 0.25
@@ -97,7 +99,9 @@ class Batch:
     `seed` decides its noise, `share` is its part of the step's clips. `redraw`: the history is to be the model's own
     drawing. `first_block`: whether the first block counts; once it is distilled, flow matching would only pull it back.
     `early`: the first copy is always at the noise levels of the first two sampling steps, where a command is obeyed or
-    not; later ones only finish what is there.
+    not. `answered`: the last copy is one of the model's own answers that is noised again for a later sampling step,
+    where the truth is still the goal; `answers` [B, K, n, 16, h, w], if they are known. Over noised truth alone a later
+    step learns to believe what it sees, and finishes what the first one got wrong.
     """
 
     history: Tensor
@@ -111,10 +115,12 @@ class Batch:
     distilled: bool = False
     first_block: bool = True
     early: bool = False
+    answered: bool = False
+    answers: Tensor | None = None
 
     def to(self, device: torch.device) -> Batch:
         tensors = {name: getattr(self, name).to(device) for name in ("history", "target", "embeds")}
-        return replace(self, **tensors)
+        return replace(self, **tensors, answers=None if self.answers is None else self.answers.to(device))
 
 
 class Batches(Dataset[list[Batch]]):
@@ -139,6 +145,7 @@ class Batches(Dataset[list[Batch]]):
         storyboard = blocks > 1 and rng.random() < recipe.storyboards
         switch = int(rng.integers(min(2, blocks - 1), min(5, blocks))) if storyboard else 0
         own = step >= recipe.own_from * recipe.steps and rng.random() < recipe.own_history
+        answered = step >= recipe.own_from * recipe.steps and rng.random() < recipe.own_answers
         distilling = step >= recipe.distill_from * recipe.steps
         distilled = distilling and blocks <= MOST_DISTILLED and not switch
         first_block = not distilling or bool(switch)
@@ -152,7 +159,7 @@ class Batches(Dataset[list[Batch]]):
             clips = [make_clip(TRAIN_SEED, i, switches, frames, plain=plain, passing_weight=weight) for i in numbers]
             latents = self._code.encode(torch.stack([as_video(clip.video) for clip in clips]))
             batch = self._batch(clips, latents, plan, copies, seed + part, size)
-            batches.append(replace(batch, redraw=own, distilled=distilled, first_block=first_block))
+            batches.append(replace(batch, redraw=own, distilled=distilled, first_block=first_block, answered=answered))
         return batches
 
     def _commands(self, step: int, rng: np.random.Generator) -> list[Batch]:
@@ -164,6 +171,7 @@ class Batches(Dataset[list[Batch]]):
         prefix = int(rng.choice(list(PREFIXES), p=list(PREFIXES.values())))
         plan = Plan(blocks, prefix, window=WINDOW if prefix == WINDOW else None)
         own = blocks > 1 and rng.random() < recipe.own_history
+        answered = rng.random() < recipe.own_answers
         seed = int(rng.integers(1 << 40))
         batches = []
         for part, numbers in self._numbers(step, size).items():
@@ -178,7 +186,7 @@ class Batches(Dataset[list[Batch]]):
                 clips.append(clip)
             encode = self._code.encode_later if prefix == WINDOW else self._code.encode
             batch = self._batch(clips, encode(torch.stack(videos)), plan, copies, seed + part, size)
-            batches.append(replace(batch, redraw=own, early=True))
+            batches.append(replace(batch, redraw=own, early=True, answered=answered))
         return batches
 
     @torch.no_grad()

@@ -35,7 +35,7 @@ from shapes.forward import Plan
 from shapes.optim import Average, Optimizers, trapezoid
 from shapes.reading import adopt_text_encoder, trained_text_encoder
 from shapes.runs import Stage, averaged, fast_precision, fingerprint, log_to_stdout, save, sizes_of, training_device
-from shapes.schedule import a_little_noisy, add_noise, noise_like, random_sigmas, random_steps
+from shapes.schedule import SCHEDULE, a_little_noisy, add_noise, noise_like, random_sigmas, random_steps
 from shapes.stories import Stories
 from shapes.vae import fit_linear_code
 from utils import command
@@ -59,17 +59,39 @@ def batch_loss(flow: Flow, teacher: Flow | None, batch: Batch) -> Tensor:
 
 def teacher_forcing_loss(flow: Flow, batch: Batch, generator: torch.Generator) -> Tensor:
     history = _redrawn(flow, batch, generator) if batch.redraw else batch.history
-    target = batch.target[:, None].expand(-1, batch.copies, -1, -1, -1, -1, -1)
-    noise = noise_like(target, generator)
-    sigma = random_sigmas(target.shape[:3], generator)
+    history = a_little_noisy(history, generator)
+    target = batch.target[:, None]
+    clean = target.repeat(1, batch.copies, 1, 1, 1, 1, 1)
+    noise = noise_like(clean, generator)
+    sigma = random_sigmas(clean.shape[:3], generator).to(target.device)
     if batch.early:
         sigma[:, 0] = random_steps(sigma[:, 0].shape, generator, last=1)
-    sigma = sigma.to(target.device)
+    if batch.answers is not None:
+        clean[:, -1] = batch.answers
+        sigma[:, -1] = random_steps(sigma[:, -1].shape, generator, first=1)
+    elif batch.answered:
+        step = int(torch.randint(1, len(SCHEDULE), (), generator=generator))
+        clean[:, -1] = _answers(flow, batch, history, step, generator)
+        sigma[:, -1] = SCHEDULE.sigmas[step]
+    noisy = add_noise(clean, noise, sigma)
     with fast_precision(target.device):
-        noisy = add_noise(target, noise, sigma)
-        found = flow(a_little_noisy(history, generator), noisy, 1000 * sigma, batch.embeds, batch.plan)
+        found = flow(history, noisy, 1000 * sigma, batch.embeds, batch.plan)
+    goal = (noisy - target) / sigma[..., None, None, None, None]
     first = 0 if batch.first_block else 1
-    return torch.nn.functional.mse_loss(found[:, :, first:], (noise - target)[:, :, first:])
+    return torch.nn.functional.mse_loss(found[:, :, first:], goal[:, :, first:])
+
+
+@torch.no_grad()
+def _answers(flow: Flow, batch: Batch, history: Tensor, steps: int, generator: torch.Generator) -> Tensor:
+    """What the model makes of the blocks in its first sampling steps [B, K, n, C, h, w], each over its history."""
+    clean = torch.zeros_like(batch.target[:, None])
+    for step in range(steps):
+        sigma = torch.full(clean.shape[:3], SCHEDULE.sigmas[step], device=clean.device)
+        noisy = add_noise(clean, noise_like(clean, generator), sigma)
+        with fast_precision(clean.device):
+            found = flow(history, noisy, 1000 * sigma, batch.embeds, batch.plan)
+        clean = noisy - sigma[..., None, None, None, None] * found
+    return clean[:, 0]
 
 
 @torch.no_grad()

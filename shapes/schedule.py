@@ -17,7 +17,7 @@ SCHEDULE = DenoisingSchedule.build((1000, 750, 500, 250), SHIFT, warp=True)
 def random_sigmas(shape: Sequence[int], generator: torch.Generator) -> Tensor:
     """Half of them exactly the sampling steps', half from the shifted schedule."""
     steps = random_steps(shape, generator)
-    u = torch.rand(tuple(shape), generator=generator)
+    u = 1 - torch.rand(tuple(shape), generator=generator)  # never 0
     return torch.where(torch.rand(tuple(shape), generator=generator) < 0.5, steps, SHIFT * u / (1 + (SHIFT - 1) * u))
 
 

@@ -151,8 +151,8 @@ class Stories:
         group.recent = torch.cat((group.recent, blocks), dim=1)[:, -max(WINDOW, BLOCK * TURN) :]
         group.at, group.turns = stop, group.turns + 1
         history = torch.cat((past, blocks), dim=1)
-        target = truth.unflatten(1, (-1, BLOCK))
-        return Batch(history, target, embeds, plan, self._copies, seed, self._share)
+        target, answers = (frames.unflatten(1, (-1, BLOCK)) for frames in (truth, blocks))
+        return Batch(history, target, embeds, plan, self._copies, seed, self._share, answers=answers)
 
     def _put_right(self, group: Group, drawn: Tensor, truth: Tensor) -> Tensor:
         """What is drawn, but the truth from the first block on that is lost."""

@@ -76,7 +76,7 @@ def test_stories_go_on_where_they_were_stopped(code: LinearCode) -> None:
     turns(first, flow, range(2))
     second.restore(first.state())
     for one, other in zip(turns(whole, flow, range(2, 4)), turns(second, flow, range(2, 4)), strict=True):
-        tensors = {name: getattr(other, name) for name in ("history", "target", "embeds")}
+        tensors = {name: getattr(other, name) for name in ("history", "target", "embeds", "answers")}
         assert all(torch.equal(getattr(one, name), value) for name, value in tensors.items())
         assert replace(one, **tensors) == other
 
@@ -100,7 +100,7 @@ def test_a_story_is_told_turn_by_turn(code: LinearCode) -> None:
         else:
             assert torch.equal(group.prefix, prefix)
         truth = stories._truth(group, at, at + BLOCK * TURN)
-        assert torch.equal(batch.target.flatten(1, 2), truth)
+        assert torch.equal(batch.target.flatten(1, 2), truth) and torch.equal(batch.answers, batch.target)
         assert torch.equal(batch.history[:, -BLOCK * TURN :], truth)
         assert batch.history.shape[1] >= batch.plan.clean
     assert plans[0] == (BLOCK, Plan(TURN, prefix=BLOCK, window=WINDOW))
