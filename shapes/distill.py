@@ -18,7 +18,7 @@ from torch import Tensor
 
 from shapes.forward import Plan, TrainingForward
 from shapes.runs import fast_precision
-from shapes.schedule import SHIFT, a_little_noisy, add_noise, noise_like, random_steps
+from shapes.schedule import SHIFT, a_little_noisy, add_noise, flow_to, noise_like, random_steps, wide
 
 SOLVER_STEPS = 8
 DISTILLED_STEPS = 2  # the first ones: a background is decided by the third, a shape by the fourth
@@ -44,14 +44,9 @@ def distillation_loss(
     history = a_little_noisy(x0.flatten(1, 2), generator)
     with fast_precision(x0.device):
         clean = solve(teacher, history, noisy[:, :solved], sigma[:, :solved], embeds, plan)
-        goal[:, :solved] = (noisy[:, :solved] - clean) / _wide(sigma[:, :solved])
+        goal[:, :solved] = flow_to(clean, noisy[:, :solved], sigma[:, :solved])
         flow = student(history, noisy, 1000 * sigma, embeds, plan)
     return torch.nn.functional.mse_loss(flow, goal)
-
-
-def _wide(x: Tensor) -> Tensor:
-    """[...] over blocks [..., n, C, h, w]."""
-    return x[..., None, None, None, None]
 
 
 @torch.no_grad()
@@ -61,7 +56,7 @@ def solve(flow: TrainingForward, history: Tensor, noisy: Tensor, sigma: Tensor, 
     x = noisy
     for step in range(SOLVER_STEPS):
         here, there = (_shifted(u * (1 - i / SOLVER_STEPS)) for i in (step, step + 1))
-        x = x + _wide(there - here) * flow(history, x, 1000 * here, embeds, plan)
+        x = x + wide(there - here) * flow(history, x, 1000 * here, embeds, plan)
     return x
 
 

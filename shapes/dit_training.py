@@ -3,10 +3,11 @@ captions.
 
 Flow matching with block-causal teacher forcing (`shapes.forward`). Half of the noise levels are exactly those of the
 four sampling steps. The history is what the product will have: a little noisy, and for a share of the steps drawn by
-the model itself, in one step from noised truth, so that its own blur does no harm. Once first videos are known most
-batches show the blocks right after a prompt switch alone, since there is the one place where a command can be learnt:
-after them history tells what to draw. Others are stories, whose history the model has drawn over many blocks
-(`shapes.stories`). Near the end the blocks of short clips are distilled (`shapes.distill`).
+the model itself, in one step from noised truth, so that its own blur does no harm. So is what a block is noised from,
+for most steps: later sampling steps have to mend what the first ones have made, not to believe it. Once first videos
+are known most batches show the blocks right after a prompt switch alone, since there is the one place where a command
+can be learnt: after them history tells what to draw. Others are stories, whose history the model has drawn over many
+blocks (`shapes.stories`). Near the end the blocks of short clips are distilled (`shapes.distill`).
 
 Two processes share a step, each on one core: two threads in every operation would wait for each other all the time,
 and so small a model keeps a GPU less busy than the process that feeds it. A batch is always cut into the same two
@@ -35,7 +36,16 @@ from shapes.forward import Plan
 from shapes.optim import Average, Optimizers, trapezoid
 from shapes.reading import adopt_text_encoder, trained_text_encoder
 from shapes.runs import Stage, averaged, fast_precision, fingerprint, log_to_stdout, save, sizes_of, training_device
-from shapes.schedule import SCHEDULE, a_little_noisy, add_noise, noise_like, random_sigmas, random_steps
+from shapes.schedule import (
+    SCHEDULE,
+    a_little_noisy,
+    add_noise,
+    end_of,
+    flow_to,
+    noise_like,
+    random_sigmas,
+    random_steps,
+)
 from shapes.stories import Stories
 from shapes.vae import fit_linear_code
 from utils import command
@@ -76,7 +86,7 @@ def teacher_forcing_loss(flow: Flow, batch: Batch, generator: torch.Generator) -
     noisy = add_noise(clean, noise, sigma)
     with fast_precision(target.device):
         found = flow(history, noisy, 1000 * sigma, batch.embeds, batch.plan)
-    goal = (noisy - target) / sigma[..., None, None, None, None]
+    goal = flow_to(target, noisy, sigma)
     first = 0 if batch.first_block else 1
     return torch.nn.functional.mse_loss(found[:, :, first:], goal[:, :, first:])
 
@@ -87,10 +97,7 @@ def _answers(flow: Flow, batch: Batch, history: Tensor, steps: int, generator: t
     clean = torch.zeros_like(batch.target[:, None])
     for step in range(steps):
         sigma = torch.full(clean.shape[:3], SCHEDULE.sigmas[step], device=clean.device)
-        noisy = add_noise(clean, noise_like(clean, generator), sigma)
-        with fast_precision(clean.device):
-            found = flow(history, noisy, 1000 * sigma, batch.embeds, batch.plan)
-        clean = noisy - sigma[..., None, None, None, None] * found
+        clean = _answer(flow, batch, history, clean, sigma, generator)
     return clean[:, 0]
 
 
@@ -99,11 +106,18 @@ def _redrawn(flow: Flow, batch: Batch, generator: torch.Generator) -> Tensor:
     """The history as the model draws it in one step from noised truth, each block over the true ones."""
     target = batch.target[:, None]
     sigma = random_steps(target.shape[:3], generator, first=1).to(target.device)
-    noisy = add_noise(target, noise_like(target, generator), sigma)
-    with fast_precision(target.device):
-        found = flow(batch.history, noisy, 1000 * sigma, batch.embeds, batch.plan)
-    drawn = (noisy - sigma[..., None, None, None, None] * found).flatten(1, 3)
+    drawn = _answer(flow, batch, batch.history, target, sigma, generator).flatten(1, 3)
     return torch.cat((batch.history[:, : -drawn.shape[1]], drawn), dim=1)
+
+
+def _answer(
+    flow: Flow, batch: Batch, history: Tensor, clean: Tensor, sigma: Tensor, generator: torch.Generator
+) -> Tensor:
+    """What the model makes in one step of blocks [B, copies, K, n, C, h, w] that are noised to sigma."""
+    noisy = add_noise(clean, noise_like(clean, generator), sigma)
+    with fast_precision(clean.device):
+        found = flow(history, noisy, 1000 * sigma, batch.embeds, batch.plan)
+    return end_of(found, noisy, sigma)
 
 
 def train_dit(folder: Path, recipe: DiTRecipe, until: int | None = None, start_from: Path | None = None) -> Flow:
@@ -131,21 +145,21 @@ def _check(folder: Path, recipe: DiTRecipe, until: int | None, start_from: Path 
     """Raises InputError if the run cannot begin, or cannot go on with what `folder` holds, before anything of a run
     that has begun is changed."""
     stage = _stage(folder, recipe, until)
-    state, first = stage.stored(), int(recipe.joined * recipe.steps)
+    state = stage.stored()
     if start_from is not None:
         if state is None:
             finished_weights(start_from)
+            if stage.end <= (first := int(recipe.joined * recipe.steps)):
+                raise InputError(f"--until: {until} is before step {first}, at which --start-from begins; give more")
         elif not state["began"]:
             raise InputError(f"--start-from: {stage.path} was begun without it; leave it out, or give another --work")
-        if state is None and stage.end <= first:
-            raise InputError(f"--until: {until} is before step {first}, at which --start-from begins; give more")
         adopt_text_encoder(folder, start_from)
-    text = trained_text_encoder(folder)
+    text = fingerprint(trained_text_encoder(folder))
     if state is None:
         (folder / TEACHER).unlink(missing_ok=True)  # of a run whose state is gone
         return
     averaged(stage.path, Flow())
-    if state.get("text", fingerprint(text)) != fingerprint(text):  # which older states lack
+    if state.get("text", text) != text:  # which older states lack
         raise InputError(
             f"{folder / 'text.pt'}: is not the text encoder by which {stage.path} has learnt; bring that back, or give "
             "another --work"

@@ -35,8 +35,22 @@ def noise_like(x: Tensor, generator: torch.Generator) -> Tensor:
 
 def add_noise(x0: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """(1 - sigma) x0 + sigma noise; sigma [...] over blocks [..., n, C, h, w]."""
-    sigma = sigma[..., None, None, None, None]
-    return (1 - sigma) * x0 + sigma * noise
+    return (1 - wide(sigma)) * x0 + wide(sigma) * noise
+
+
+def flow_to(x0: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
+    """The flow that leads from noisy blocks to x0; where they are x0 noised, it is noise - x0."""
+    return (noisy - x0) / wide(sigma)
+
+
+def end_of(flow: Tensor, noisy: Tensor, sigma: Tensor) -> Tensor:
+    """The x0 to which a flow leads from noisy blocks."""
+    return noisy - wide(sigma) * flow
+
+
+def wide(sigma: Tensor) -> Tensor:
+    """[...] over blocks [..., n, C, h, w]."""
+    return sigma[..., None, None, None, None]
 
 
 def a_little_noisy(history: Tensor, generator: torch.Generator) -> Tensor:

@@ -70,10 +70,10 @@ def score_scene(part: Floats, world: World, known: bool) -> SceneScore:
     """A scene's frames against the world with which it begins. `known`: whether the video's first background was one of
     the world's; otherwise none is right."""
     settled = part[SETTLED:]
-    several = len(world.there) > 1
-    seen = [see(settled, body.colour if several else None) for body in world.there]
+    only = [body.colour if len(world.there) > 1 else None for body in world.there]
+    seen = [see(settled, colour) for colour in only]
     expected = [body.track(len(part)).cut(SETTLED, len(part)) for body in world.there]
-    shown = [_shown(track, body.colour if several else None) for track, body in zip(expected, world.there, strict=True)]
+    shown = [_shown(track, colour) for track, colour in zip(expected, only, strict=True)]
     rows = list(zip(seen, expected, shown, strict=True))
     return SceneScore(
         colour=float(_colours_are_right(settled[-LAST:], [track.cut(-LAST, None) for track in expected])),

@@ -18,12 +18,12 @@ from shapes.schedule import SCHEDULE
 WRONG = 5.0  # what the first steps answer everywhere
 
 
-def a_batch(copies: int = 2) -> Batch:
+def a_batch() -> Batch:
     generator = torch.Generator().manual_seed(3)
     target = torch.randn(2, 2, BLOCK, 16, 4, 6, generator=generator)
     plan = Plan(2, prefix=BLOCK)
     history = torch.randn(2, plan.prefix + 2 * BLOCK, 16, 4, 6, generator=generator)
-    return Batch(history, target, torch.zeros(2, 4, 8), plan, copies, seed=7, share=1.0, early=True)
+    return Batch(history, target, torch.zeros(2, 4, 8), plan, copies=2, seed=7, share=1.0, early=True)
 
 
 class Knowing:
