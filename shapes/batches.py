@@ -48,9 +48,9 @@ class DiTRecipe:
 
     All that changes on the way does so at a share of `steps`. To `plain_until` captions leave nothing open but the
     background. `storyboards`: share of batches of more than one block with a prompt switch. `own_history`: share of
-    batches, from `own_from` on, whose history the model has drawn itself; `own_answers`: share of those that are `answered`
-    (see Batch). From `distill_from` on clips of few blocks are distilled. From `passing_from` on clips with two things,
-    the hardest captions, come with `passing_weight`.
+    batches, from `own_from` on, whose history the model has drawn itself; `own_answers`: share of those that are
+    `answered` (see Batch). From `distill_from` on clips of few blocks are distilled. From `passing_from` on clips
+    with two things, the hardest captions, come with `passing_weight`.
     A run that begins with the weights of a finished model begins at `joined`, where everything is known; they are its
     own teacher.
     `wide`: so many times the clips of BATCHES, but for stories; a GPU takes little longer. `batch` instead of all these
