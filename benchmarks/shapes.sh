@@ -39,7 +39,7 @@ calibration() {
 
 evaluation() {
     local policies=full,window,prune,packed,anchored,calibrated:1.33,calibrated:2,calibrated:4,full@bf16,full@fp8
-    $PYTHON -m shapes.evaluate --policies $policies --captions 64 --storyboards 64 --ten 4 --long 8 \
+    $PYTHON -m shapes.evaluate --policies $policies --captions 64 --storyboards 128 --ten 4 --long 8 \
         --out "$FOLDER/evaluation"
     keep "$FOLDER/evaluation/report.json" shapes
     $PYTHON -m shapes.report benchmarks/results/shapes.json docs/shapes/policies.svg

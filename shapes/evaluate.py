@@ -237,7 +237,6 @@ def _evaluate_stories(
 ) -> None:
     """A switch, as the policy is; ten switches and a minute, as it is for videos without end."""
     one = [make_clip(STORYBOARD_SEED, i, (SWITCHES[i % len(SWITCHES)],), held=True) for i in range(args.storyboards)]
-    one.sort(key=lambda clip: clip.starts)
     for batch, group in generate(parts, config(settings), one, args.batch):
         for video, clip in zip(batch.videos, group, strict=True):
             last = score_scenes(video, clip)[-1]
@@ -273,12 +272,15 @@ def generate(
     parts: Parts, config: InferenceConfig, clips: Sequence[Clip], size: int
 ) -> Iterator[tuple[Batch, list[Clip]]]:
     """Videos in batches of at most `size` clips with equal switches; the noise depends on a clip's place alone."""
-    place = 0
-    while place < len(clips):
-        group = [clip for clip in clips[place : place + size] if clip.starts == clips[place].starts]
-        seeds = [video_seed(config.seed, place + i, 0) for i in range(len(group))]
-        yield _batch(parts, config, group, seeds), group
-        place += len(group)
+    places: dict[tuple[int, ...], list[int]] = {}
+    for place, clip in enumerate(clips):
+        places.setdefault(clip.starts, []).append(place)
+    for equal in places.values():
+        for first in range(0, len(equal), size):
+            group = equal[first : first + size]
+            seeds = [video_seed(config.seed, place, 0) for place in group]
+            chosen = [clips[place] for place in group]
+            yield _batch(parts, config, chosen, seeds), chosen
 
 
 @torch.inference_mode()
