@@ -45,6 +45,11 @@ evaluation() {
     $PYTHON -m shapes.report benchmarks/results/shapes.json docs/shapes/policies.svg
 }
 
+truth() {
+    $PYTHON -m shapes.evaluate --policies truth --captions 64 --storyboards 128 --ten 4 --long 8 --out "$FOLDER/truth"
+    keep "$FOLDER/truth/report.json" shapes_truth
+}
+
 frontier() {
     $PYTHON -m shapes.frontier --captions 20 --out "$FOLDER/frontier"
     keep "$FOLDER/frontier/frontier.json" frontier
@@ -81,7 +86,7 @@ tables() {
     $PYTHON -m benchmarks.tables
 }
 
-for part in calibration evaluation frontier frontier_calibrated comparison atlas pictures tables; do
+for part in calibration evaluation truth frontier frontier_calibrated comparison atlas pictures tables; do
     if [[ $part =~ $ONLY ]]; then
         printf '== %s %s\n' "$(date +%H:%M:%S)" $part
         $part

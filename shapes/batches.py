@@ -47,10 +47,10 @@ class DiTRecipe:
     """What is trained on, from the first block's picture to videos without end.
 
     All that changes on the way does so at a share of `steps`. To `plain_until` captions leave nothing open but the
-    background. `storyboards`: share of batches of more than one block with a prompt switch. `own_history`: share of
-    batches, from `own_from` on, whose history the model has drawn itself; `own_answers`: share of those that are
-    `answered` (see Batch). From `distill_from` on clips of few blocks are distilled. From `passing_from` on clips
-    with two things, the hardest captions, come with `passing_weight`.
+    background. `storyboards`: share of batches of more than one block with a prompt switch. From `own_from` on the
+    share `own_history` of batches has a history that the model has drawn itself, and the share `own_answers` of those
+    whose truth can be known is `answered` (see Batch). From `distill_from` on clips of few blocks are distilled. From
+    `passing_from` on clips with two things, the hardest captions, come with `passing_weight`.
     A run that begins with the weights of a finished model begins at `joined`, where everything is known; they are its
     own teacher.
     `wide`: so many times the clips of BATCHES, but for stories; a GPU takes little longer. `batch` instead of all these
@@ -99,9 +99,11 @@ class Batch:
     `seed` decides its noise, `share` is its part of the step's clips. `redraw`: the history is to be the model's own
     drawing. `first_block`: whether the first block counts; once it is distilled, flow matching would only pull it back.
     `early`: the first copy is always at the noise levels of the first two sampling steps, where a command is obeyed or
-    not. `answered`: the last copy is one of the model's own answers that is noised again for a later sampling step,
-    where the truth is still the goal; `answers` [B, K, n, 16, h, w], if they are known. Over noised truth alone a later
-    step learns to believe what it sees, and finishes what the first one got wrong.
+    not. `answered`: the last copy is the model's own answer after one to three sampling steps, noised again for the
+    next one, where the truth is still the goal. Over noised truth alone a later step learns to believe what it sees,
+    and finishes what the first one got wrong. So it is never in a first block whose background is the video's own
+    choice: there the mean of all backgrounds would be learnt. `answers` [B, K, n, 16, h, w] are used instead, if there
+    are any, for any later step: what a story has drawn in all its steps.
     """
 
     history: Tensor
@@ -144,11 +146,12 @@ class Batches(Dataset[list[Batch]]):
         assert size >= PARTS
         storyboard = blocks > 1 and rng.random() < recipe.storyboards
         switch = int(rng.integers(min(2, blocks - 1), min(5, blocks))) if storyboard else 0
-        own = step >= recipe.own_from * recipe.steps and rng.random() < recipe.own_history
-        answered = step >= recipe.own_from * recipe.steps and rng.random() < recipe.own_answers
+        own = self._own(step, recipe.own_history, rng) and blocks - switch > 1
         distilling = step >= recipe.distill_from * recipe.steps
         distilled = distilling and blocks <= MOST_DISTILLED and not switch
         first_block = not distilling or bool(switch)
+        known = bool(switch) or not first_block
+        answered = self._own(step, recipe.own_answers, rng) and known and not distilled
         seed = int(rng.integers(1 << 40))
         plain = step < recipe.plain_until * recipe.steps
         weight = recipe.passing_weight if step >= recipe.passing_from * recipe.steps else PASSING_WEIGHT
@@ -170,8 +173,8 @@ class Batches(Dataset[list[Batch]]):
         size = recipe.clips(BATCHES[COMMANDS][0] // blocks)
         prefix = int(rng.choice(list(PREFIXES), p=list(PREFIXES.values())))
         plan = Plan(blocks, prefix, window=WINDOW if prefix == WINDOW else None)
-        own = blocks > 1 and rng.random() < recipe.own_history
-        answered = rng.random() < recipe.own_answers
+        own = self._own(step, recipe.own_history, rng) and blocks > 1
+        answered = self._own(step, recipe.own_answers, rng)
         seed = int(rng.integers(1 << 40))
         batches = []
         for part, numbers in self._numbers(step, size).items():
@@ -196,10 +199,14 @@ class Batches(Dataset[list[Batch]]):
         target = latents[:, plan.prefix :].unflatten(1, (-1, BLOCK))
         return Batch(latents, target, embeds, plan, copies, seed, len(clips) / size)
 
+    def _own(self, step: int, share: float, rng: np.random.Generator) -> bool:
+        """Whether a batch has something that the model has made itself, as a share of them has from `own_from` on."""
+        return bool(step >= self._recipe.own_from * self._recipe.steps and rng.random() < share)
+
     def _numbers(self, step: int, size: int) -> dict[int, range]:
         """The clips of this process's parts of a step; no clip is seen twice."""
         most = max(clips for clips, _ in BATCHES.values())
-        first, cuts = step * self._recipe.wide * most, parts_of(size)
+        first, cuts = step * self._recipe.clips(most), parts_of(size)
         return {part: range(first + cuts[part][0], first + cuts[part][1]) for part in self._parts}
 
 

@@ -1,13 +1,14 @@
 """Training of the causal transformer on latents of the linear code and on what the frozen text encoder makes of
 captions.
 
-Flow matching with block-causal teacher forcing (`shapes.forward`). Half of the noise levels are exactly those of the
-four sampling steps. The history is what the product will have: a little noisy, and for a share of the steps drawn by
-the model itself, in one step from noised truth, so that its own blur does no harm. So is what a block is noised from,
-for most steps: later sampling steps have to mend what the first ones have made, not to believe it. Once first videos
-are known most batches show the blocks right after a prompt switch alone, since there is the one place where a command
-can be learnt: after them history tells what to draw. Others are stories, whose history the model has drawn over many
-blocks (`shapes.stories`). Near the end the blocks of short clips are distilled (`shapes.distill`).
+Flow matching with block-causal teacher forcing (`shapes.forward`). At least half of the noise levels are exactly those
+of the four sampling steps. The history is what the product will have: a little noisy, and for a share of the steps
+drawn by the model itself, in one step from noised truth, so that its own blur does no harm. One of the noisy copies of
+a block is often no noised truth, but the model's own answer after some sampling steps, noised again: the later steps
+have to mend what the first ones have made, not to believe it. Once first videos are known most batches show the blocks
+right after a prompt switch alone, since there is the one place where a command can be learnt: after them history tells
+what to draw. Others are stories, whose history the model has drawn over many blocks (`shapes.stories`). Near the end
+the blocks of short clips are distilled (`shapes.distill`).
 
 Two processes share a step, each on one core: two threads in every operation would wait for each other all the time,
 and so small a model keeps a GPU less busy than the process that feeds it. A batch is always cut into the same two

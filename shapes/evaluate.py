@@ -6,6 +6,7 @@ prints a table and writes report.json and report.svg: videos of one caption, vid
 (33 s), and of a minute (`shapes.score`, `shapes.story_score`). `--gate FILE` holds a short run to bounds and ends with
 status 1 when one is not met. Every policy gets the same captions and the same noise. `full@bf16` and `full@fp8` are
 the policy with the transformer in bf16, and with its linear layers in FP8 besides, as `precision` has them on a GPU.
+`truth` is no policy: it is the world's own films through the VAE, which no transformer can beat.
 """
 
 from __future__ import annotations
@@ -31,7 +32,7 @@ from pipeline.config.config import InferenceConfig, load_config
 from pipeline.runtime.generator import BlockGenerator
 from pipeline.runtime.loading import generator_settings, load_transformer, load_vae, model_sizes, require_files
 from pipeline.session import Session
-from shapes.data import BLOCK, Clip, make_clip, pixel_frame
+from shapes.data import BLOCK, Clip, as_video, make_clip, pixel_frame
 from shapes.measure import psnr
 from shapes.report import Report, check_gate, gate_bounds, table, write_report
 from shapes.score import Score, score
@@ -87,6 +88,8 @@ POLICIES = {
 # Frames a head: the cost of packed, half of the window's, and the window's.
 POLICIES |= {f"calibrated:{frames:g}": calibrated(frames) for frames in (1.33, 2, 4)}
 POLICIES |= {f"{ONLINE}:{frames:g}": calibrated(frames, ONLINE) for frames in (1.33, 2, 4)}
+TRUTH = "truth"
+POLICIES[TRUTH] = POLICIES["full"]
 # What a policy needs for videos without end: no distance beyond what was trained, and a window for what a switch
 # re-encodes. A full history has neither.
 STREAMING = ["rope=relative", "model_kwargs.local_attn_size=10", "model_kwargs.sink_size=1"]
@@ -101,6 +104,7 @@ class Parts:
     vae: VAE
     text: TextEncoder
     captions: dict[str, Tensor] = field(default_factory=dict)
+    truth: bool = False  # the world's films instead of what the model generates
 
     @classmethod
     def load(cls, config: InferenceConfig) -> Parts:
@@ -119,9 +123,12 @@ class Parts:
         """[B, text_len, text_dim]."""
         return pad([self.embed(caption) for caption in captions], self.model.config.text_len)
 
-    def at(self, precision: str) -> Parts:
-        """The same with the transformer in one of PRECISIONS; "" is as it was loaded."""
+    def of(self, policy: str) -> Parts:
+        """The same with the transformer in the precision that the policy names after an @."""
+        name, _, precision = policy.partition("@")
         assert precision in PRECISIONS
+        if name == TRUTH:
+            return replace(self, truth=True)
         if not precision:
             return self
         model = copy.deepcopy(self.model).to(torch.bfloat16)
@@ -181,7 +188,7 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     args = parser.parse_args(argv)
     for name in args.policies.split(","):
         policy, _, precision = name.partition("@")
-        if policy not in POLICIES or precision not in PRECISIONS:
+        if policy not in POLICIES or precision not in PRECISIONS or (policy == TRUTH and precision):
             parser.error(f"--policies: {name!r} is none of {', '.join(POLICIES)}, alone or with @bf16 or @fp8")
     return args
 
@@ -212,12 +219,12 @@ def evaluate(config_path: str, policies: Sequence[str], args: argparse.Namespace
     reference: list[Floats] = []
     for name, config in configs.items():
         began = time.monotonic()
-        parts = loaded.at(name.partition("@")[2])
+        parts = loaded.of(name)
         for number, (batch, group) in enumerate(generate(parts, config, clips, args.batch)):
             if name == policies[0]:
                 reference.append(batch.videos)
             for video, other, clip in zip(batch.videos, reference[number], group, strict=True):
-                fidelity = math.nan if name == policies[0] else _fidelity(video, other, config)
+                fidelity = math.nan if name in (policies[0], TRUTH) else _fidelity(video, other, config)
                 report.add(name, row_of(score(video, clip.scene)) | {"psnr": fidelity})
             report.add_batch(name, batch.block_ms, batch.current_share)
         streaming = settings[name] if name.split("@")[0] == "full" else [*settings[name], *STREAMING]
@@ -280,7 +287,15 @@ def generate(
             group = equal[first : first + size]
             seeds = [video_seed(config.seed, place, 0) for place in group]
             chosen = [clips[place] for place in group]
-            yield _batch(parts, config, chosen, seeds), chosen
+            yield _filmed(parts, chosen) if parts.truth else _batch(parts, config, chosen, seeds), chosen
+
+
+@torch.inference_mode()
+def _filmed(parts: Parts, clips: Sequence[Clip]) -> Batch:
+    """The films that captions describe, as the VAE gives them back."""
+    latents = [parts.vae.encode(as_video(clip.video)[None]) for clip in clips]
+    pixels = [parts.vae.decoder(one.shape[1]).decode(one) for one in latents]
+    return Batch(_floats(torch.cat(pixels)), [math.nan] * latents[0].shape[1], None, math.nan)
 
 
 @torch.inference_mode()
@@ -297,8 +312,12 @@ def _batch(parts: Parts, config: InferenceConfig, clips: Sequence[Clip], seeds: 
             pieces.append(decoder.decode(block.latents))
             times.append(1000 * block.seconds / len(clips))  # its predecessor's clean pass included
         attention, context = session.rollout.frame_attention, session.rollout.cache.frames_per_head
-    videos = as_floats(torch.cat(pieces, dim=1).permute(0, 1, 3, 4, 2).float().numpy() / 2 + 0.5)
-    return Batch(videos, times, None if attention is None else attention[..., 2], context)
+    return Batch(_floats(torch.cat(pieces, dim=1)), times, None if attention is None else attention[..., 2], context)
+
+
+def _floats(pixels: Tensor) -> Floats:
+    """Decoded pixels [B, frames, 3, H, W] in -1..1 as videos [B, frames, H, W, 3] in 0..1."""
+    return as_floats(pixels.permute(0, 1, 3, 4, 2).float().numpy() / 2 + 0.5)
 
 
 if __name__ == "__main__":

@@ -3,10 +3,11 @@
 Teacher forcing shows true histories alone, and those of one clip's length. Here a few stories are always under way.
 In every turn one of them goes on by some blocks that the model itself draws, in the product's four steps, through the
 product's cache (a window, relative positions, at a switch the last frames re-encoded in one pass); then the model
-learns what these blocks should have been, given the history that it has made (self-rollout, after Self Forcing, arXiv
-2506.08009; the truth stands in for their critics). So errors that grow over minutes are met while they are small.
-Where a drawn block is too far from the truth for that to teach anything, the story is put right; how old stories
-become before is a measure of what has been learnt.
+learns what these blocks should have been, given the history that it has made and, in one noisy copy, over what it has
+drawn (self-rollout, after Self Forcing, arXiv 2506.08009; the truth stands in for their critics). So errors that grow
+over minutes are met while they are small. Where a drawn block is too far from the truth for that to teach anything,
+the story is put right; how old stories become before is a measure of what has been learnt. In turns that are not
+drawn, and after blocks that are put right, the truth stands for what is drawn.
 """
 
 from __future__ import annotations

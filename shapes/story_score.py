@@ -30,6 +30,7 @@ from shapes.measure import (
 )
 from shapes.score import LAST, chosen, distance
 from shapes.world import BACKGROUNDS, COLOURS, FRAMES, HEIGHT, WIDTH, Floats, Hidden, Track, World, begin
+from utils.errors import InputError
 
 SETTLED = 12  # pixel frames, a block, after which a caption must have been obeyed
 PATH_ERROR = 4.0  # pixels, from where it was when the caption had been obeyed: up to here a motion is right
@@ -55,9 +56,13 @@ class SceneScore:
 
 
 def score_scenes(video: Floats, clip: Clip) -> list[SceneScore]:
-    """Every scene of a video [frames, H, W, 3] in 0..1, the first one too."""
+    """Every scene of a video [frames, H, W, 3] in 0..1, the first one too. Raises InputError for one that is over
+    before it has settled."""
     starts = [start for start, _ in clip.script]
     bounds = list(zip([0, *starts], [*starts, len(video)], strict=True))
+    shortest = min(stop - start for start, stop in bounds)
+    if shortest <= SETTLED:
+        raise InputError(f"a scene of {shortest} pixel frames cannot be scored; give every scene more than {SETTLED}")
     found = chosen(video, clip.scene)
     hidden = found or Hidden()
     worlds = [begin(clip.scene, hidden)]

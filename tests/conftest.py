@@ -16,6 +16,8 @@ import torch
 
 import inference
 from pipeline import Pipeline
+from shapes.reading import ReadingRecipe, train_text
+from shapes.vae import fit_linear_code
 from tests.small_checkpoints import SmallCheckpoints, write_small_checkpoints
 from utils import command
 
@@ -86,6 +88,15 @@ class Program:
     ) -> int:
         """Run in this process; returns the exit status."""
         return inference.main(self.arguments(*overrides, config=config, prompts=prompts))
+
+
+@pytest.fixture(scope="session")
+def shapes_work(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of a training of the small model that has its linear code and a text encoder; not to be written to."""
+    folder = tmp_path_factory.mktemp("shapes_work")
+    fit_linear_code(folder, clips=8)
+    train_text(folder, ReadingRecipe(steps=1, batch=2))
+    return folder
 
 
 @pytest.fixture(autouse=True)

@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from typing import Any, cast
+from pathlib import Path
+from typing import Any, NamedTuple, cast
 
 import pytest
 import torch
 from torch import Tensor
 
-from shapes.batches import BLOCK, Batch
+from shapes.batches import BLOCK, COMMANDS, Batch, Batches, DiTRecipe, Phase
 from shapes.dit import Flow
 from shapes.dit_training import batch_loss
 from shapes.forward import Plan
-from shapes.schedule import SCHEDULE
+from shapes.linear import LinearCode
+from shapes.reading import trained_text_encoder
+from shapes.schedule import SCHEDULE, wide
 
 WRONG = 5.0  # what the first steps answer everywhere
 
@@ -26,36 +29,94 @@ def a_batch() -> Batch:
     return Batch(history, target, torch.zeros(2, 4, 8), plan, copies=2, seed=7, share=1.0, early=True)
 
 
+class Pass(NamedTuple):
+    history: Tensor
+    noisy: Tensor
+    sigma: Tensor
+
+    def noise_over(self, clean: float) -> Tensor:
+        """Of the last copy, if it is `clean` that is noised there."""
+        level = self.sigma[:, -1, :, None, None, None, None]
+        return (self.noisy[:, -1] - (1 - level) * clean) / level
+
+    @property
+    def steps(self) -> set[int]:
+        """The sampling steps whose noise levels the last copy has."""
+        levels = self.sigma[:, -1].flatten().tolist()
+        return {min(range(4), key=lambda i: abs(SCHEDULE.sigmas[i] - level)) for level in levels}
+
+
 class Knowing:
     """A flow that points to `target`; in the passes that are to find an answer, to WRONG."""
 
     def __init__(self, target: Tensor) -> None:
-        self.target, self.seen = target[:, None], list[tuple[Tensor, Tensor]]()
+        self.target, self.seen = target[:, None], list[Pass]()
 
     def __call__(self, history: Tensor, noisy: Tensor, timesteps: Tensor, *_: Any) -> Tensor:
-        sigma = timesteps[..., None, None, None, None] / 1000
-        self.seen.append((noisy, timesteps / 1000))
+        self.seen.append(Pass(history, noisy, timesteps / 1000))
         goal = self.target if torch.is_grad_enabled() else torch.full_like(self.target, WRONG)
-        return (noisy - goal) / sigma
+        return (noisy - goal) / wide(timesteps / 1000)
 
 
-def loss(batch: Batch) -> tuple[float, Knowing]:
+def passes(batch: Batch) -> list[Pass]:
+    """Of a loss, which is none for a flow that knows the truth."""
     flow = Knowing(batch.target)
-    return float(batch_loss(cast(Flow, flow), None, batch)), flow
+    assert float(batch_loss(cast(Flow, flow), None, batch)) < 1e-6
+    return flow.seen
 
 
-@pytest.mark.parametrize("own", [{}, {"answered": True}, {"answers": torch.full((2, 2, BLOCK, 16, 4, 6), WRONG)}])
-def test_the_truth_is_the_goal_over_any_answer(own: dict[str, Any]) -> None:
-    found, flow = loss(replace(a_batch(), **own))
-    assert found < 1e-6
-    noisy, sigma = flow.seen[-1]
-    if own:  # the last copy is the answer, noised for a later step
-        level = sigma[:, -1, :, None, None, None, None]
-        noise = (noisy[:, -1] - (1 - level) * WRONG) / level
-        assert abs(noise.mean()) < 0.1 and abs(noise.std() - 1) < 0.1
-        steps = {
-            min(range(4), key=lambda i: abs(SCHEDULE.sigmas[i] - value)) for value in sigma[:, -1].flatten().tolist()
-        }
-        assert 0 not in steps
-    if own.get("answered"):
-        assert steps == {len(flow.seen) - 1}  # after so many steps of its own
+def is_noise(x: Tensor) -> bool:
+    return abs(float(x.mean())) < 0.1 and abs(float(x.std()) - 1) < 0.1
+
+
+def test_without_answers_the_truth_is_noised() -> None:
+    batch = a_batch()
+    (one,) = passes(batch)
+    level = one.sigma[:, -1, :, None, None, None, None]
+    assert is_noise((one.noisy[:, -1] - (1 - level) * batch.target) / level)
+
+
+def test_an_answer_is_noised_for_the_step_after_it() -> None:
+    """Each of the steps before begins with the answer of the one before it, over the same history; with new noise."""
+    lasts = set()
+    for seed in range(12):
+        *before, last = passes(replace(a_batch(), answered=True, seed=seed))
+        assert last.steps == {len(before)} and is_noise(last.noise_over(WRONG))
+        noises = [one.noise_over(0.0 if step == 0 else WRONG) for step, one in enumerate(before)]
+        assert all(map(is_noise, noises)) and len({float(noise.sum()) for noise in noises}) == len(before)
+        assert [one.steps for one in before] == [{step} for step in range(len(before))]
+        assert all(one.history is last.history for one in before)
+        lasts |= last.steps
+    assert lasts == {1, 2, 3}
+
+
+def test_a_storys_answers_are_noised_for_any_later_step() -> None:
+    steps = set()
+    for seed in range(12):
+        (one,) = passes(replace(a_batch(), answers=torch.full((2, 2, BLOCK, 16, 4, 6), WRONG), seed=seed))
+        assert is_noise(one.noise_over(WRONG))
+        steps |= one.steps
+    assert steps == {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("blocks", "storyboards", "step", "answered"),
+    [
+        (COMMANDS, 0.0, 50, True),
+        (COMMANDS, 0.0, 20, False),  # too early
+        (3, 1.0, 50, True),
+        (3, 0.0, 50, False),  # the first block's background cannot be known
+        (7, 0.0, 50, False),
+        (7, 0.0, 90, True),  # the first block does not count
+        (3, 0.0, 90, False),  # distilled
+    ],
+)
+def test_which_batches_have_answers(
+    blocks: int, storyboards: float, step: int, answered: bool, shapes_work: Path
+) -> None:
+    changes = {"phases": (Phase(1.0, {blocks: 1.0}),), "storyboards": storyboards, "steps": 100, "batch": 2}
+    code, text = LinearCode.load(shapes_work / "linear.pt"), trained_text_encoder(shapes_work)
+    for share in (0.0, 1.0):
+        recipe = DiTRecipe(own_answers=share, **cast("dict[str, Any]", changes))
+        parts = Batches(recipe, code, text)[step]
+        assert [part.answered for part in parts] == [answered and share > 0] * 2

@@ -7,15 +7,19 @@ import math
 import sys
 import xml.etree.ElementTree as ET
 from pathlib import Path
+from types import SimpleNamespace
+from typing import cast
 
 import pytest
 import torch
 
 from pipeline.config.config import load_config
 from shapes import evaluate
+from shapes.data import make_clip
 from shapes.report import Report, check_gate, main, plot, table, write_report
 from utils import command
 from utils.errors import InputError
+from utils.seed import video_seed
 from wan.transformer.fp8 import Fp8Linear
 
 ROOT = Path(__file__).parents[1]
@@ -156,7 +160,7 @@ def test_what_is_no_report_is_not_drawn(content: str, tmp_path: Path) -> None:
 def test_every_policy_is_the_one_that_it_is_called(name: str) -> None:
     config = load_config(ROOT / evaluate.CONFIG, evaluate.POLICIES[name])
     kind, _, frames = name.partition(":")
-    assert config.policy == {"anchored": "packed", "online": "calibrated"}.get(kind, kind)
+    assert config.policy == {"anchored": "packed", "online": "calibrated", "truth": "full"}.get(kind, kind)
     assert not frames or config.dummy_forcing.frames_per_head == float(frames)
 
 
@@ -204,14 +208,38 @@ def test_the_evaluation_in_short_keeps_the_gate(tmp_path: Path, capsys: pytest.C
 def test_precisions_are_those_of_the_product() -> None:
     config = load_config(ROOT / evaluate.CONFIG, [*evaluate.POLICIES["full"], f"model_root={ROOT / 'checkpoints'}"])
     loaded = evaluate.Parts.load(config)
-    half, eighth = (loaded.at(name).model for name in ("bf16", "fp8"))
+    half, eighth = (loaded.of(name).model for name in ("full@bf16", "full@fp8"))
     assert (loaded.model.dtype, half.dtype, eighth.dtype) == (torch.float32, torch.bfloat16, torch.bfloat16)
     assert isinstance(eighth.layers()[0].ffn[0], Fp8Linear) and not isinstance(half.layers()[0].ffn[0], Fp8Linear)
-    assert loaded.at("") is loaded
+    assert loaded.of("full") is loaded
 
 
-@pytest.mark.parametrize("name", ["full@fp16", "fulll", "@fp8"])
+@pytest.mark.parametrize("name", ["full@fp16", "fulll", "@fp8", "truth@bf16"])
 def test_unknown_policies_are_refused(name: str, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         evaluate.main(["--policies", f"full,{name}"])
     assert f"--policies: '{name}' is none of full, window" in capsys.readouterr().err
+
+
+def test_noise_depends_on_a_clips_place_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not on its switches, nor on how many there are; clips of a batch have their switches together."""
+    monkeypatch.setattr(evaluate, "_batch", lambda parts, config, clips, seeds: seeds)
+    config = load_config(evaluate.CONFIG)
+    clips = [make_clip(1, i, (evaluate.SWITCHES[i % 3],)) for i in range(10)]
+    parts = cast(evaluate.Parts, SimpleNamespace(truth=False))
+    for count in (4, 10):
+        seeds = {}
+        for found, group in evaluate.generate(parts, config, clips[:count], 3):
+            assert len(group) <= 3 and len({clip.starts for clip in group}) == 1
+            seeds |= {clips.index(clip): seed for clip, seed in zip(group, cast("list[int]", found), strict=True)}
+        assert seeds == {place: video_seed(config.seed, place, 0) for place in range(count)}
+
+
+def test_the_truth_through_the_vae_is_right(tmp_path: Path) -> None:
+    numbers = ["--captions=2", "--storyboards=2", "--ten=0", "--long=0", "--threads=1"]
+    places = ["--config", str(ROOT / evaluate.CONFIG), "--out", str(tmp_path)]
+    arguments = ["--policies=truth", *numbers, *places, "--set", f"model_root={ROOT / 'checkpoints'}"]
+    assert evaluate.main(arguments) == 0
+    truth = json.loads((tmp_path / "report.json").read_text(encoding="utf-8"))["policies"]["truth"]
+    assert all(truth[name]["mean"] == 1 for name in ("colour", "shape", "motion", "remembered", "later_right"))
+    assert truth["position"]["mean"] < 0.5 and "block_ms" not in truth

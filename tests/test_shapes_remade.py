@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parents[1]
-RESULTS = ("shapes", "frontier", "frontier_calibrated", "compare_shapes", "sampling")
+RESULTS = ("shapes", "shapes_truth", "frontier", "frontier_calibrated", "compare_shapes", "sampling")
 STAND_IN = f"""#!{sys.executable}
 # Stands for Python: notes what it is to run, and writes it wherever a result is looked for.
 import json, shlex, sys

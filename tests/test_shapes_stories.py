@@ -109,3 +109,16 @@ def test_a_story_is_told_turn_by_turn(code: LinearCode) -> None:
     torch.autograd.backward(batch_loss(flow, None, batch))
     head = flow.model.head.head.weight.grad
     assert head is not None and head.abs().max() > 0
+
+
+def test_a_story_goes_on_with_what_is_drawn(code: LinearCode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Which is its history then, and what the model learns to mend."""
+    monkeypatch.setattr("shapes.stories.LOST", float("inf"))
+    monkeypatch.setattr("shapes.stories.OWN", 1.0)
+    flow, text = Flow(), TextEncoder().requires_grad_(False)
+    batch = Stories(code, text, 0, batch=2).next(flow.model, 0)
+    assert batch.answers is not None
+    answers = batch.answers.flatten(1, 2)
+    assert torch.equal(answers, batch.history[:, -BLOCK * TURN :])
+    error = (batch.answers - batch.target).square().flatten(3).mean(3)
+    assert error.min() > 0.1  # the model knows nothing

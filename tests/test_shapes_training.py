@@ -5,7 +5,6 @@ from __future__ import annotations
 
 import json
 import shutil
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -17,16 +16,14 @@ from pipeline.config.config import load_config
 from pipeline.runtime.loading import load_transformer, load_vae, model_sizes
 from pipeline.runtime.prompts import PromptEncoder
 from shapes import dit_training, obedience, train
-from shapes.batches import BATCHES, COMMANDS, STORIES, WINDOW, Batches, DiTRecipe, Phase
-from shapes.data import Clip, as_video, make_clip, pixel_frame
+from shapes.batches import DiTRecipe
+from shapes.data import as_video, make_clip, pixel_frame
 from shapes.dit import Flow
-from shapes.dit_training import batch_loss
 from shapes.drawing import render
 from shapes.export import export, native_names
 from shapes.film import film
-from shapes.forward import Plan
 from shapes.linear import LinearCode
-from shapes.optim import Average, Optimizers, orthogonalize, trapezoid
+from shapes.optim import orthogonalize, trapezoid
 from shapes.reading import (
     QUESTIONS,
     Reader,
@@ -39,20 +36,11 @@ from shapes.reading import (
 )
 from shapes.runs import averaged
 from shapes.schedule import random_sigmas
-from shapes.stories import Stories, draw
-from shapes.vae import build_vae, decode_whole, encode_whole, fit_linear_code
+from shapes.vae import build_vae, decode_whole, encode_whole
 from shapes.world import Command, Hidden, Scene, Thing, begin
 from utils.errors import InputError
 
 KEYS = Path(__file__).parent / "data" / "checkpoint_keys.json"
-
-
-@pytest.fixture(scope="module")
-def code_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    folder = tmp_path_factory.mktemp("code")
-    fit_linear_code(folder, clips=8)
-    train_text(folder, ReadingRecipe(steps=1, batch=2))
-    return folder
 
 
 def stage(name: str, work: Path, until: int) -> dict[str, Tensor]:
@@ -76,10 +64,10 @@ def average(name: str, work: Path, step: int) -> dict[str, Tensor]:
 
 
 @pytest.fixture(scope="module")
-def whole(code_folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+def whole(shapes_work: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """The three stages without a pause."""
     work = tmp_path_factory.mktemp("whole")
-    shutil.copy(code_folder / "linear.pt", work)
+    shutil.copy(shapes_work / "linear.pt", work)
     for name in ("text", "vae"):
         stage(name, work, 4)
     transformer(work, 4)
@@ -132,8 +120,8 @@ def test_the_vae_has_the_published_names() -> None:
     assert native_names(build_vae().state_dict()).keys() == published.keys()
 
 
-def test_the_linear_code_is_white_and_draws_its_components(code_folder: Path) -> None:
-    code = LinearCode.load(code_folder / "linear.pt")
+def test_the_linear_code_is_white_and_draws_its_components(shapes_work: Path) -> None:
+    code = LinearCode.load(shapes_work / "linear.pt")
     latents = torch.randn(1, 3, 16, 2, 2, generator=torch.Generator().manual_seed(0))
     latents[:, 0] = 0  # the first frame stands for four
     assert torch.allclose(code.encode(code.decode(latents))[:, 1:], latents[:, 1:], atol=1e-3)
@@ -145,102 +133,6 @@ def test_half_of_the_noise_levels_are_the_sampling_steps() -> None:
     share = (sigmas[:, None] - steps).abs().min(1).values.lt(1e-6).float().mean()
     assert 0.45 < share < 0.56
     assert sigmas.min() > 0 and sigmas.max() <= 1
-
-
-def recipe(**changes: object) -> DiTRecipe:
-    return replace(DiTRecipe(phases=(Phase(1.0, {3: 1.0}),), storyboards=1.0, batch=2), **changes)
-
-
-def batches(chosen: DiTRecipe, folder: Path, rank: int = 0, workers: int = 1) -> Batches:
-    return Batches(chosen, LinearCode.load(folder / "linear.pt"), trained_text_encoder(folder), rank, workers)
-
-
-@pytest.mark.parametrize("own", [0.0, 1.0])
-def test_the_loss_reaches_all_weights(own: float, code_folder: Path) -> None:
-    (batch, other) = batches(recipe(own_history=own, own_from=0.0), code_folder)[0]
-    assert batch.plan == Plan(1, prefix=6) and batch.redraw == bool(own) and batch.share == other.share == 0.5
-    flow = Flow()
-    with torch.no_grad():
-        flow.model.head.head.weight.normal_(0, 0.1)  # it begins at zero, and nothing behind it would learn
-    torch.autograd.backward(batch_loss(flow, None, batch))
-    grads = {name: p.grad for name, p in flow.named_parameters()}
-    assert all(grad is not None and grad.abs().max() > 0 for grad in grads.values())
-
-
-@pytest.mark.parametrize("kind", [3, COMMANDS, STORIES])
-def test_a_step_is_computed_where_the_model_is(kind: int, code_folder: Path) -> None:
-    """On the meta device, whose tensors meet no others, as little as a GPU's do."""
-    there = torch.device("meta")
-    flow, teacher = Flow().to(there), Flow().to(there)
-    named = dict(flow.named_parameters())
-    phases = (Phase(1.0, {kind: 1.0}),)
-    chosen = recipe(phases=phases, storyboards=0.0, own_history=1.0, own_from=0.0, distill_from=0.5)
-    code, text = LinearCode.load(code_folder / "linear.pt"), trained_text_encoder(code_folder)
-    stories = Stories(code, text, part=0, batch=2)
-    for step in range(0, chosen.steps, chosen.steps // 2):
-        parts = batches(chosen, code_folder)[step] or [stories.next(Flow().model, step)]
-        for part in parts:
-            loss = batch_loss(flow, teacher, part.to(there))
-            torch.autograd.backward(loss)
-            assert loss.device == there and all(p.grad is not None for p in named.values())
-    matrices, rest = ([p for p in named.values() if (p.ndim == 2) == flat] for flat in (True, False))
-    Optimizers(matrices, rest, 0.1, 0.1).step(1.0)
-    Average(named, 0.9).update(named, step=3)
-    past, embeds = part.history[:, :3].to(there), part.embeds.to(there)
-    drawn = draw(flow.model, past, embeds, Plan(2, prefix=3, window=WINDOW), torch.Generator())
-    assert drawn.device == there and drawn.shape[1] == 6
-
-
-@pytest.mark.parametrize("kind", [3, COMMANDS])
-def test_workers_share_a_step_without_changing_it(kind: int, code_folder: Path) -> None:
-    chosen = recipe(phases=(Phase(1.0, {kind: 1.0}),), batch=4)
-    alone = batches(chosen, code_folder)[5]
-    shared = [part for rank in (0, 1) for part in batches(chosen, code_folder, rank, workers=2)[5]]
-    for one, other in zip(alone, shared, strict=True):
-        same = {name: getattr(other, name) for name in ("history", "target", "embeds")}
-        assert all(torch.equal(getattr(one, name), value) for name, value in same.items())
-        assert replace(one, **same) == other
-
-
-def test_wide_batches_have_more_clips_and_each_clip_once(code_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    numbers: list[int] = []
-
-    def noted(seed: int, index: int, *args: Any, **more: Any) -> Clip:
-        numbers.append(index)
-        return make_clip(seed, index, *args, **more)
-
-    monkeypatch.setattr("shapes.batches.make_clip", noted)
-    made = batches(recipe(phases=(Phase(1.0, {1: 1.0}),), batch=None, wide=2), code_folder)
-    clips = 2 * BATCHES[1][0]
-    assert [sum(len(part.target) for part in made[step]) for step in (4, 5)] == [clips, clips]
-    assert len(set(numbers)) == len(numbers) == 2 * clips
-
-
-def test_clips_of_commands_show_a_switch_and_the_frames_before_it(
-    code_folder: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    made: list[Clip] = []
-
-    def noted(*args: Any, **more: Any) -> Clip:
-        made.append(make_clip(*args, **more))
-        return made[-1]
-
-    monkeypatch.setattr("shapes.batches.make_clip", noted)
-    code, text = LinearCode.load(code_folder / "linear.pt"), trained_text_encoder(code_folder)
-    seen: set[tuple[int, int | None]] = set()
-    for step in range(12):
-        made.clear()
-        parts = batches(recipe(phases=(Phase(1.0, {COMMANDS: 1.0}),)), code_folder)[step]
-        for clip, batch in zip(made, parts, strict=True):
-            prefix, switch = batch.plan.prefix, clip.switches[-1]
-            whole = code.encode(as_video(clip.video)[None])
-            assert (batch.history - whole[:, switch - prefix :]).abs().max() < 1e-4
-            assert torch.equal(batch.target.flatten(1, 2), batch.history[:, prefix:])
-            assert batch.target.shape[1] == batch.plan.blocks
-            assert torch.equal(batch.embeds, text([clip.captions[-1]]))
-            assert (prefix == switch) == (batch.plan.window is None)
-            seen.add((prefix, batch.plan.window))
-    assert {(3, None), (WINDOW, WINDOW)} <= seen
 
 
 def test_how_far_commands_are_obeyed(whole: Path, capsys: pytest.CaptureFixture[str], monkeypatch: Any) -> None:

@@ -1,0 +1,118 @@
+"""What a step of training sees, and that it is computed alike wherever and by however many."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from shapes.batches import BATCHES, COMMANDS, STORIES, WINDOW, Batches, DiTRecipe, Phase
+from shapes.data import Clip, as_video, make_clip
+from shapes.dit import Flow
+from shapes.dit_training import batch_loss
+from shapes.forward import Plan
+from shapes.linear import LinearCode
+from shapes.optim import Average, Optimizers
+from shapes.reading import trained_text_encoder
+from shapes.stories import Stories, draw
+
+
+def recipe(**changes: object) -> DiTRecipe:
+    return replace(DiTRecipe(phases=(Phase(1.0, {3: 1.0}),), storyboards=1.0, batch=2), **changes)
+
+
+def batches(chosen: DiTRecipe, folder: Path, rank: int = 0, workers: int = 1) -> Batches:
+    return Batches(chosen, LinearCode.load(folder / "linear.pt"), trained_text_encoder(folder), rank, workers)
+
+
+@pytest.mark.parametrize("own", [0.0, 1.0])
+def test_the_loss_reaches_all_weights(own: float, shapes_work: Path) -> None:
+    chosen = recipe(phases=(Phase(1.0, {7: 1.0}),), own_history=own, own_from=0.0)
+    (batch, other) = batches(chosen, shapes_work)[0]
+    assert batch.plan.prefix + 3 * batch.plan.blocks == 21 and batch.plan.prefix > 0 and batch.plan.blocks > 1
+    assert batch.redraw == bool(own) and batch.share == other.share == 0.5
+    flow = Flow()
+    with torch.no_grad():
+        flow.model.head.head.weight.normal_(0, 0.1)  # it begins at zero, and nothing behind it would learn
+    torch.autograd.backward(batch_loss(flow, None, batch))
+    grads = {name: p.grad for name, p in flow.named_parameters()}
+    assert all(grad is not None and grad.abs().max() > 0 for grad in grads.values())
+
+
+@pytest.mark.parametrize("kind", [3, COMMANDS, STORIES])
+def test_a_step_is_computed_where_the_model_is(kind: int, shapes_work: Path) -> None:
+    """On the meta device, whose tensors meet no others, as little as a GPU's do."""
+    there = torch.device("meta")
+    flow, teacher = Flow().to(there), Flow().to(there)
+    named = dict(flow.named_parameters())
+    phases = (Phase(1.0, {kind: 1.0}),)
+    chosen = recipe(phases=phases, storyboards=0.0, own_history=1.0, own_from=0.0, distill_from=0.5)
+    code, text = LinearCode.load(shapes_work / "linear.pt"), trained_text_encoder(shapes_work)
+    stories = Stories(code, text, part=0, batch=2)
+    for step in range(0, chosen.steps, chosen.steps // 2):
+        parts = batches(chosen, shapes_work)[step] or [stories.next(Flow().model, step)]
+        for part in parts:
+            loss = batch_loss(flow, teacher, part.to(there))
+            torch.autograd.backward(loss)
+            assert loss.device == there and all(p.grad is not None for p in named.values())
+    matrices, rest = ([p for p in named.values() if (p.ndim == 2) == flat] for flat in (True, False))
+    Optimizers(matrices, rest, 0.1, 0.1).step(1.0)
+    Average(named, 0.9).update(named, step=3)
+    past, embeds = part.history[:, :3].to(there), part.embeds.to(there)
+    drawn = draw(flow.model, past, embeds, Plan(2, prefix=3, window=WINDOW), torch.Generator())
+    assert drawn.device == there and drawn.shape[1] == 6
+
+
+@pytest.mark.parametrize("kind", [3, COMMANDS])
+def test_workers_share_a_step_without_changing_it(kind: int, shapes_work: Path) -> None:
+    chosen = recipe(phases=(Phase(1.0, {kind: 1.0}),), batch=4)
+    alone = batches(chosen, shapes_work)[5]
+    shared = [part for rank in (0, 1) for part in batches(chosen, shapes_work, rank, workers=2)[5]]
+    for one, other in zip(alone, shared, strict=True):
+        same = {name: getattr(other, name) for name in ("history", "target", "embeds")}
+        assert all(torch.equal(getattr(one, name), value) for name, value in same.items())
+        assert replace(one, **same) == other
+
+
+def test_wide_batches_have_more_clips_and_each_clip_once(shapes_work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    numbers: list[int] = []
+
+    def noted(seed: int, index: int, *args: Any, **more: Any) -> Clip:
+        numbers.append(index)
+        return make_clip(seed, index, *args, **more)
+
+    monkeypatch.setattr("shapes.batches.make_clip", noted)
+    made = batches(recipe(phases=(Phase(1.0, {1: 1.0}),), batch=None, wide=2), shapes_work)
+    clips = 2 * BATCHES[1][0]
+    assert [sum(len(part.target) for part in made[step]) for step in (4, 5)] == [clips, clips]
+    assert len(set(numbers)) == len(numbers) == 2 * clips
+
+
+def test_clips_of_commands_show_a_switch_and_the_frames_before_it(
+    shapes_work: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    made: list[Clip] = []
+
+    def noted(*args: Any, **more: Any) -> Clip:
+        made.append(make_clip(*args, **more))
+        return made[-1]
+
+    monkeypatch.setattr("shapes.batches.make_clip", noted)
+    code, text = LinearCode.load(shapes_work / "linear.pt"), trained_text_encoder(shapes_work)
+    seen: set[tuple[int, int | None]] = set()
+    for step in range(12):
+        made.clear()
+        parts = batches(recipe(phases=(Phase(1.0, {COMMANDS: 1.0}),)), shapes_work)[step]
+        for clip, batch in zip(made, parts, strict=True):
+            prefix, switch = batch.plan.prefix, clip.switches[-1]
+            whole = code.encode(as_video(clip.video)[None])
+            assert (batch.history - whole[:, switch - prefix :]).abs().max() < 1e-4
+            assert torch.equal(batch.target.flatten(1, 2), batch.history[:, prefix:])
+            assert batch.target.shape[1] == batch.plan.blocks
+            assert torch.equal(batch.embeds, text([clip.captions[-1]]))
+            assert (prefix == switch) == (batch.plan.window is None)
+            seen.add((prefix, batch.plan.window))
+    assert {(3, None), (WINDOW, WINDOW)} <= seen
