@@ -236,7 +236,7 @@ def test_noise_depends_on_a_clips_place_alone(monkeypatch: pytest.MonkeyPatch) -
 
 
 def test_the_truth_through_the_vae_is_right(tmp_path: Path) -> None:
-    numbers = ["--captions=2", "--storyboards=2", "--ten=0", "--long=0", "--threads=1"]
+    numbers = ["--captions=1", "--storyboards=1", "--ten=0", "--long=0", "--threads=1"]
     places = ["--config", str(ROOT / evaluate.CONFIG), "--out", str(tmp_path)]
     arguments = ["--policies=truth", *numbers, *places, "--set", f"model_root={ROOT / 'checkpoints'}"]
     assert evaluate.main(arguments) == 0
