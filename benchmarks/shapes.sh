@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# All that belongs to new weights of the small model, made anew; an hour of two cores that do nothing else:
+# All that belongs to new weights of the small model, made anew; over an hour of two cores that do nothing else:
 #
 #     benchmarks/shapes.sh FOLDER [--only PATTERN]
 #
@@ -24,6 +24,7 @@ mkdir -p "$1"
 FOLDER=$(cd "$1" && pwd)
 SHIPPED=checkpoints/shapes
 DEMO=configs/shapes_demo.yaml
+VIDEOS=(--captions 64 --storyboards 128 --ten 4 --long 8) # that are evaluated
 
 keep() { # FILE NAME: a result, without the folder that it was written to
     sed "s#$FOLDER[a-z_/]*#FOLDER#g" "$1" >"$FOLDER/kept.json"
@@ -39,14 +40,13 @@ calibration() {
 
 evaluation() {
     local policies=full,window,prune,packed,anchored,calibrated:1.33,calibrated:2,calibrated:4,full@bf16,full@fp8
-    $PYTHON -m shapes.evaluate --policies $policies --captions 64 --storyboards 128 --ten 4 --long 8 \
-        --out "$FOLDER/evaluation"
+    $PYTHON -m shapes.evaluate --policies $policies "${VIDEOS[@]}" --out "$FOLDER/evaluation"
     keep "$FOLDER/evaluation/report.json" shapes
     $PYTHON -m shapes.report benchmarks/results/shapes.json docs/shapes/policies.svg
 }
 
 truth() {
-    $PYTHON -m shapes.evaluate --policies truth --captions 64 --storyboards 128 --ten 4 --long 8 --out "$FOLDER/truth"
+    $PYTHON -m shapes.evaluate --policies truth "${VIDEOS[@]}" --out "$FOLDER/truth"
     keep "$FOLDER/truth/report.json" shapes_truth
 }
 

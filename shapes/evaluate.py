@@ -124,7 +124,7 @@ class Parts:
         return pad([self.embed(caption) for caption in captions], self.model.config.text_len)
 
     def of(self, policy: str) -> Parts:
-        """The same with the transformer in the precision that the policy names after an @."""
+        """The same with the transformer in the precision that the policy names after an @; films for TRUTH."""
         name, _, precision = policy.partition("@")
         assert precision in PRECISIONS
         if name == TRUTH:

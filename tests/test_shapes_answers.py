@@ -3,19 +3,15 @@
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, NamedTuple, cast
 
-import pytest
 import torch
 from torch import Tensor
 
-from shapes.batches import BLOCK, COMMANDS, Batch, Batches, DiTRecipe, Phase
+from shapes.batches import BLOCK, Batch
 from shapes.dit import Flow
 from shapes.dit_training import batch_loss
 from shapes.forward import Plan
-from shapes.linear import LinearCode
-from shapes.reading import trained_text_encoder
 from shapes.schedule import SCHEDULE, wide
 
 WRONG = 5.0  # what the first steps answer everywhere
@@ -97,26 +93,3 @@ def test_a_storys_answers_are_noised_for_any_later_step() -> None:
         assert is_noise(one.noise_over(WRONG))
         steps |= one.steps
     assert steps == {1, 2, 3}
-
-
-@pytest.mark.parametrize(
-    ("blocks", "storyboards", "step", "answered"),
-    [
-        (COMMANDS, 0.0, 50, True),
-        (COMMANDS, 0.0, 20, False),  # too early
-        (3, 1.0, 50, True),
-        (3, 0.0, 50, False),  # the first block's background cannot be known
-        (7, 0.0, 50, False),
-        (7, 0.0, 90, True),  # the first block does not count
-        (3, 0.0, 90, False),  # distilled
-    ],
-)
-def test_which_batches_have_answers(
-    blocks: int, storyboards: float, step: int, answered: bool, shapes_work: Path
-) -> None:
-    changes = {"phases": (Phase(1.0, {blocks: 1.0}),), "storyboards": storyboards, "steps": 100, "batch": 2}
-    code, text = LinearCode.load(shapes_work / "linear.pt"), trained_text_encoder(shapes_work)
-    for share in (0.0, 1.0):
-        recipe = DiTRecipe(own_answers=share, **cast("dict[str, Any]", changes))
-        parts = Batches(recipe, code, text)[step]
-        assert [part.answered for part in parts] == [answered and share > 0] * 2

@@ -116,3 +116,25 @@ def test_clips_of_commands_show_a_switch_and_the_frames_before_it(
             assert (prefix == switch) == (batch.plan.window is None)
             seen.add((prefix, batch.plan.window))
     assert {(3, None), (WINDOW, WINDOW)} <= seen
+
+
+@pytest.mark.parametrize(
+    ("blocks", "storyboards", "step", "answered"),
+    [
+        (COMMANDS, 0.0, 50, True),
+        (COMMANDS, 0.0, 20, False),  # too early
+        (3, 1.0, 50, True),
+        (3, 0.0, 50, False),  # the first block's background cannot be known
+        (7, 0.0, 50, False),
+        (7, 0.0, 90, True),  # the first block does not count
+        (3, 0.0, 90, False),  # distilled
+    ],
+)
+def test_which_batches_have_answers(
+    blocks: int, storyboards: float, step: int, answered: bool, shapes_work: Path
+) -> None:
+    phases = (Phase(1.0, {blocks: 1.0}),)
+    for share in (0.0, 1.0):
+        chosen = recipe(phases=phases, storyboards=storyboards, steps=100, own_answers=share)
+        parts = batches(chosen, shapes_work)[step]
+        assert [part.answered for part in parts] == [answered and share > 0] * 2
