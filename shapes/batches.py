@@ -25,7 +25,7 @@ STORIES = 0  # as a number of blocks: videos that go on and on, see shapes.stori
 COMMANDS = -1  # as a number of blocks: what is right after a prompt switch
 WINDOW = 10  # latent frames that a block of a long video sees, the first one and itself included
 PREFIXES = {3: 0.5, 6: 0.2, 9: 0.1, 12: 0.05, WINDOW: 0.15}  # frames before a switch: a video's first, or a window
-BLOCKS_AFTER = {1: 0.3, 2: 0.3, 3: 0.4}  # a switch: the later ones have to know that its command has been obeyed
+BLOCKS_AFTER = {1: 0.3, 2: 0.2, 3: 0.5}  # a switch: the later ones have to know that its command has been obeyed
 LATEST = 20  # blocks before a switch in a window
 
 
@@ -62,7 +62,7 @@ class DiTRecipe:
         Phase(0.12, {1: 0.7, 3: 0.3}),
         Phase(0.3, {1: 0.4, 3: 0.3, 7: 0.3}),
         Phase(0.7, {1: 0.1, 3: 0.05, 7: 0.1, COMMANDS: 0.6, STORIES: 0.15}),
-        Phase(1.0, {1: 0.1, 3: 0.05, 7: 0.1, COMMANDS: 0.4, STORIES: 0.35}),
+        Phase(1.0, {1: 0.08, 3: 0.04, 7: 0.08, COMMANDS: 0.5, STORIES: 0.3}),
     )
     joined: float = 0.75
     plain_until: float = 0.05
@@ -96,14 +96,15 @@ class Batch:
     """Clean frames `history` [B, plan.clean or more, 16, h, w], the blocks `target` [B, K, n, 16, h, w] that are to be
     noised `copies` times, and what both see of each other; embedded captions [B, text_len, text_dim].
 
-    `seed` decides its noise, `share` is its part of the step's clips. `redraw`: the history is to be the model's own
-    drawing. `first_block`: whether the first block counts; once it is distilled, flow matching would only pull it back.
-    `early`: the first copy is always at the noise levels of the first two sampling steps, where a command is obeyed or
-    not. `answered`: the last copy is the model's own answer after one to three sampling steps, noised again for the
-    next one, where the truth is still the goal. Over noised truth alone a later step learns to believe what it sees,
-    and finishes what the first one got wrong. So it is never in a first block whose background is the video's own
-    choice: there the mean of all backgrounds would be learnt. `answers` [B, K, n, 16, h, w] are used instead, if there
-    are any, for any later step: what a story has drawn in all its steps.
+    `seed` decides its noise, `share` is its part of the step's clips. `first_block`: whether the first block counts;
+    once it is distilled, flow matching would only pull it back. `early`: the first copy is always at the noise levels
+    of the first two sampling steps, where a command is obeyed or not. `redraw`: the history is to be the model's own
+    drawing; after a prompt switch it is drawn block by block, which gives `answers`. `answered`: the last copy is the
+    model's own answer after one to three sampling steps, noised again for the next one, where the truth is still the
+    goal. Over noised truth alone a later step learns to believe what it sees, and finishes what the first one got
+    wrong. So it is never in a first block whose background is the video's own choice: there the mean of all backgrounds
+    would be learnt. `answers` [3, B, K, n, 16, h, w] are used instead, if there are any: what the first three steps
+    have made of the blocks when they were drawn one after the other.
     """
 
     history: Tensor

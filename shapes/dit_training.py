@@ -3,9 +3,10 @@ captions.
 
 Flow matching with block-causal teacher forcing (`shapes.forward`). At least half of the noise levels are exactly those
 of the four sampling steps. The history is what the product will have: a little noisy, and for a share of the steps
-drawn by the model itself, in one step from noised truth, so that its own blur does no harm. One of the noisy copies of
-a block is often no noised truth, but the model's own answer after some sampling steps, noised again: the later steps
-have to mend what the first ones have made, not to believe it. Once first videos are known most batches show the blocks
+drawn by the model itself, so that its own blur does no harm: after a prompt switch as the product draws
+(`shapes.rollout`), in a first scene in one step from noised truth. One of the noisy copies of a block is often no
+noised truth, but the model's own answer after some sampling steps, noised again: the later steps have to mend what the
+first ones have made, not to believe it. Once first videos are known most batches show the blocks
 right after a prompt switch alone, since there is the one place where a command can be learnt: after them history tells
 what to draw. Others are stories, whose history the model has drawn over many blocks (`shapes.stories`). Near the end
 the blocks of short clips are distilled (`shapes.distill`).
@@ -18,6 +19,7 @@ parts, whoever computes them.
 from __future__ import annotations
 
 import sys
+from dataclasses import replace
 from pathlib import Path
 from typing import cast
 
@@ -31,11 +33,13 @@ from torch.multiprocessing.spawn import ProcessExitedException, spawn
 from torch.utils.data import DataLoader
 
 from shapes.batches import PARTS, TRAIN_SEED, Batch, Batches, DiTRecipe
+from shapes.data import BLOCK
 from shapes.distill import distillation_loss
 from shapes.dit import Flow
 from shapes.forward import Plan
 from shapes.optim import Average, Optimizers, trapezoid
 from shapes.reading import adopt_text_encoder, trained_text_encoder
+from shapes.rollout import draw_against
 from shapes.runs import Stage, averaged, fast_precision, fingerprint, log_to_stdout, save, sizes_of, training_device
 from shapes.schedule import (
     SCHEDULE,
@@ -69,21 +73,19 @@ def batch_loss(flow: Flow, teacher: Flow | None, batch: Batch) -> Tensor:
 
 
 def teacher_forcing_loss(flow: Flow, batch: Batch, generator: torch.Generator) -> Tensor:
-    history = _redrawn(flow, batch, generator) if batch.redraw else batch.history
-    history = a_little_noisy(history, generator)
+    if batch.redraw:
+        batch = _redrawn(flow, batch, generator)
+    history = a_little_noisy(batch.history, generator)
     target = batch.target[:, None]
     clean = target.repeat(1, batch.copies, 1, 1, 1, 1, 1)
     noise = noise_like(clean, generator)
     sigma = random_sigmas(clean.shape[:3], generator).to(target.device)
     if batch.early:
         sigma[:, 0] = random_steps(sigma[:, 0].shape, generator, last=1)
-    if batch.answers is not None:
-        clean[:, -1] = batch.answers
-        sigma[:, -1] = random_steps(sigma[:, -1].shape, generator, first=1)
-    elif batch.answered:
+    if batch.answered or batch.answers is not None:
         step = int(torch.randint(1, len(SCHEDULE), (), generator=generator))
-        clean[:, -1] = _answers(flow, batch, history, step, generator)
-        sigma[:, -1] = SCHEDULE.sigmas[step]
+        made = _answers(flow, batch, history, step, generator) if batch.answers is None else batch.answers[step - 1]
+        clean[:, -1], sigma[:, -1] = made, SCHEDULE.sigmas[step]
     noisy = add_noise(clean, noise, sigma)
     with fast_precision(target.device):
         found = flow(history, noisy, 1000 * sigma, batch.embeds, batch.plan)
@@ -103,12 +105,18 @@ def _answers(flow: Flow, batch: Batch, history: Tensor, steps: int, generator: t
 
 
 @torch.no_grad()
-def _redrawn(flow: Flow, batch: Batch, generator: torch.Generator) -> Tensor:
-    """The history as the model draws it in one step from noised truth, each block over the true ones."""
+def _redrawn(flow: Flow, batch: Batch, generator: torch.Generator) -> Batch:
+    """With the history that the model draws: after a switch as the product does; in a first scene, which it would begin
+    in its own way, in one step from noised truth, each block over the true ones."""
+    prefix = batch.plan.prefix
+    if prefix:
+        truth = batch.target.flatten(1, 2)
+        drawn = draw_against(flow.model, batch.history[:, :prefix], batch.embeds, batch.plan, truth, generator)
+        history = torch.cat((batch.history[:, :prefix], drawn.history), dim=1)
+        return replace(batch, history=history, answers=drawn.answers.unflatten(2, (-1, BLOCK)))
     target = batch.target[:, None]
     sigma = random_steps(target.shape[:3], generator, first=1).to(target.device)
-    drawn = _answer(flow, batch, batch.history, target, sigma, generator).flatten(1, 3)
-    return torch.cat((batch.history[:, : -drawn.shape[1]], drawn), dim=1)
+    return replace(batch, history=_answer(flow, batch, batch.history, target, sigma, generator).flatten(1, 3))
 
 
 def _answer(

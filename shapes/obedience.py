@@ -26,8 +26,8 @@ from shapes.film import film
 from shapes.forward import Plan
 from shapes.linear import LinearCode
 from shapes.reading import trained_text_encoder
+from shapes.rollout import draw
 from shapes.runs import Stage, averaged
-from shapes.stories import draw
 from shapes.vae import fit_linear_code
 from utils import command
 from wan.transformer.model import CausalWanModel
@@ -47,7 +47,7 @@ def errors(
     told = code.encode(torch.stack([as_video(clip.video) for clip in clips]))
     untold = code.encode(torch.stack([as_video(render(film(clip.scene, clip.hidden, clip.frames))) for clip in clips]))
     plan, generator = Plan(BLOCKS, prefix=switch), torch.Generator().manual_seed(seed)
-    drawn = draw(model, told[:, :switch], text([clip.captions[1] for clip in clips]), plan, generator)
+    *_, drawn = draw(model, told[:, :switch], text([clip.captions[1] for clip in clips]), plan, generator)
     told, untold = told[:, switch:], untold[:, switch:]
     pairs = ((drawn, told), (drawn, untold), (told, untold))
     found = ((a - b).square().unflatten(1, (BLOCKS, BLOCK)).flatten(2).mean(2) for a, b in pairs)

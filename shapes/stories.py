@@ -3,16 +3,14 @@
 Teacher forcing shows true histories alone, and those of one clip's length. Here a few stories are always under way.
 In every turn one of them goes on by some blocks that the model itself draws, in the product's four steps, through the
 product's cache (a window, relative positions, at a switch the last frames re-encoded in one pass); then the model
-learns what these blocks should have been, given the history that it has made and, in one noisy copy, over what it has
-drawn (self-rollout, after Self Forcing, arXiv 2506.08009; the truth stands in for their critics). So errors that grow
-over minutes are met while they are small. Where a drawn block is too far from the truth for that to teach anything,
-the story is put right; how old stories become before is a measure of what has been learnt. In turns that are not
-drawn, and after blocks that are put right, the truth stands for what is drawn.
+learns what these blocks should have been, given the history that it has made and, in one noisy copy, over what a
+sampling step has made of them (`shapes.rollout`). So errors that grow over minutes are met while they are small. Where
+a block is lost the story is put right; how old stories become before is a measure of what has been learnt.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 from typing import Any, cast
@@ -27,8 +25,7 @@ from shapes.dit import TextEncoder
 from shapes.drawing import render
 from shapes.forward import Plan
 from shapes.linear import LinearCode
-from shapes.schedule import SCHEDULE, noise_like
-from wan.geometry import LatentGeometry
+from shapes.rollout import draw_against
 from wan.transformer.model import CausalWanModel
 
 STORY_SEED = 23
@@ -38,7 +35,6 @@ SCENES = (1, 2, 3)  # turns between switches
 LENGTHS = (5, 10, 27)  # turns of a story; 27 are 60 s
 QUIET = 0.25  # share of groups without any switch
 OWN = 0.75  # share of turns in which the model draws; in the others the history is the truth
-LOST = 0.5  # mean square error of a block at which a story is put right: three pixels, or no thing, or another backdrop
 
 
 @dataclass
@@ -144,56 +140,21 @@ class Stories:
             (group.prefix, group.recent[:, -BLOCK * plan.quiet :] if plan.quiet else group.prefix[:, :0]), 1
         )
         truth = self._truth(group, start, stop)
-        blocks, seed = truth, int(rng.integers(1 << 40))
+        blocks, answers, seed = truth, None, int(rng.integers(1 << 40))
         if rng.random() < OWN:
-            device = model.device
-            drawn = draw(model, past.to(device), embeds.to(device), plan, torch.Generator().manual_seed(seed)).cpu()
-            blocks = self._put_right(group, drawn, truth)
+            here, words, there = (part.to(model.device) for part in (past, embeds, truth))
+            drawn = draw_against(model, here, words, plan, there, torch.Generator().manual_seed(seed))
+            self._grow_older(group, drawn.lost[:, -1].tolist())
+            blocks, answers = drawn.history.cpu(), drawn.answers.cpu().unflatten(2, (-1, BLOCK))
         group.recent = torch.cat((group.recent, blocks), dim=1)[:, -max(WINDOW, BLOCK * TURN) :]
         group.at, group.turns = stop, group.turns + 1
         history = torch.cat((past, blocks), dim=1)
-        target, answers = (frames.unflatten(1, (-1, BLOCK)) for frames in (truth, blocks))
+        target = truth.unflatten(1, (-1, BLOCK))
         return Batch(history, target, embeds, plan, self._copies, seed, self._share, answers=answers)
 
-    def _put_right(self, group: Group, drawn: Tensor, truth: Tensor) -> Tensor:
-        """What is drawn, but the truth from the first block on that is lost."""
-        error = (drawn - truth).square().unflatten(1, (-1, BLOCK)).flatten(2).mean(2)  # [B, blocks]
-        lost = (error > LOST).cummax(1).values
-        for i, late in enumerate(lost[:, -1].tolist()):
+    def _grow_older(self, group: Group, lost: Sequence[bool]) -> None:
+        """After a turn; a story that is lost is put right."""
+        for i, late in enumerate(lost):
             if late:
                 self.ages.append(group.age[i])
             group.age[i] = 0 if late else group.age[i] + 1
-        return torch.where(lost.repeat_interleave(BLOCK, 1)[..., None, None, None], truth, drawn)
-
-
-@torch.no_grad()
-def draw(model: CausalWanModel, past: Tensor, embeds: Tensor, plan: Plan, generator: torch.Generator) -> Tensor:
-    """The blocks [B, frames, 16, h, w] of a plan that are not quiet, after its clean frames `past`, as the product's
-    loop draws them."""
-    batch, height, width = past.shape[0], *past.shape[-2:]
-    geometry = LatentGeometry(height, width, plan.n * (plan.position(plan.blocks) // plan.n + 1), plan.n)
-    cache = model.new_cache(geometry, batch, plan.retention, plan.window)
-    text, zero = model.encode_text(embeds), model.encode_time(0.0)
-    steps = [model.encode_time(timestep) for timestep in SCHEDULE.timesteps]
-    if plan.prefix:
-        cache.begin_pass(0, plan.prefix)
-        model.commit(past[:, : plan.prefix], zero, text, cache, 0)
-    if plan.gap:
-        cache.forget(keep_sinks_before=1)
-    drawn = []
-    for block in range(plan.blocks):
-        place, first = plan.position(block), plan.prefix + plan.n * block
-        cache.begin_pass(place, plan.n)
-        if block < plan.quiet:
-            x = past[:, first : first + plan.n]
-        else:
-            shape = (batch, plan.n, *past.shape[2:])
-            x = noise_like(past.new_empty(shape), generator)
-            for step, time in enumerate(steps):
-                x = SCHEDULE.predict_x0(x, model(x, time, text, cache, place), step)
-                if step + 1 < len(steps):
-                    x = SCHEDULE.renoise(x, noise_like(x, generator), step + 1)
-            drawn.append(x)
-        if block + 1 < plan.blocks:
-            model.commit(x, zero, text, cache, place)
-    return torch.cat(drawn, dim=1)

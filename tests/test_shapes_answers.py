@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import replace
 from typing import Any, NamedTuple, cast
 
+import pytest
 import torch
 from torch import Tensor
 
@@ -12,7 +13,9 @@ from shapes.batches import BLOCK, Batch
 from shapes.dit import Flow
 from shapes.dit_training import batch_loss
 from shapes.forward import Plan
+from shapes.rollout import draw_against
 from shapes.schedule import SCHEDULE, wide
+from wan.transformer.model import CausalWanModel
 
 WRONG = 5.0  # what the first steps answer everywhere
 
@@ -46,7 +49,7 @@ class Knowing:
     """A flow that points to `target`; in the passes that are to find an answer, to WRONG."""
 
     def __init__(self, target: Tensor) -> None:
-        self.target, self.seen = target[:, None], list[Pass]()
+        self.target, self.seen, self.model = target[:, None], list[Pass](), "a model"
 
     def __call__(self, history: Tensor, noisy: Tensor, timesteps: Tensor, *_: Any) -> Tensor:
         self.seen.append(Pass(history, noisy, timesteps / 1000))
@@ -86,10 +89,50 @@ def test_an_answer_is_noised_for_the_step_after_it() -> None:
     assert lasts == {1, 2, 3}
 
 
-def test_a_storys_answers_are_noised_for_any_later_step() -> None:
+def test_given_answers_are_noised_for_the_step_after_each() -> None:
+    answers = torch.stack([torch.full((2, 2, BLOCK, 16, 4, 6), WRONG * step) for step in (1, 2, 3)])
     steps = set()
     for seed in range(12):
-        (one,) = passes(replace(a_batch(), answers=torch.full((2, 2, BLOCK, 16, 4, 6), WRONG), seed=seed))
-        assert is_noise(one.noise_over(WRONG))
-        steps |= one.steps
+        (one,) = passes(replace(a_batch(), answers=answers, seed=seed))
+        (step,) = one.steps
+        assert is_noise(one.noise_over(WRONG * step))
+        steps.add(step)
     assert steps == {1, 2, 3}
+
+
+def test_after_a_switch_blocks_are_drawn_one_after_the_other(monkeypatch: pytest.MonkeyPatch) -> None:
+    """They are the history, and what each step has made of them is mended by the next one; the frames before the switch
+    stay."""
+    batch, given = replace(a_batch(), redraw=True), []
+    truth = batch.target.flatten(1, 2)
+
+    def drawn(model: object, past: Tensor, embeds: Tensor, plan: Plan, _: torch.Generator) -> list[Tensor]:
+        given.append((model, past, embeds, plan))
+        return [torch.full_like(truth, WRONG * step) for step in (1, 2, 3, 4)]
+
+    monkeypatch.setattr("shapes.rollout.draw", drawn)
+    monkeypatch.setattr("shapes.rollout.LOST", float("inf"))
+    (one,) = passes(batch)
+    (step,) = one.steps
+    assert is_noise(one.noise_over(WRONG * step))
+    ((model, past, embeds, plan),) = given
+    assert model == "a model" and torch.equal(past, batch.history[:, :BLOCK])
+    assert torch.equal(embeds, batch.embeds) and plan == batch.plan
+    expected = torch.cat((past, torch.full_like(truth, 4 * WRONG)), dim=1)
+    off = (one.history - expected).abs()
+    assert 0 < float(off.mean()) < 0.15 * 4 * WRONG  # a little noisy
+
+
+def test_blocks_that_are_lost_are_put_right(monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the history from the first lost one on; what has been made of that one itself is still to be mended."""
+    truth = torch.zeros(2, 3 * BLOCK, 16, 4, 6)
+    made = [torch.full_like(truth, 0.1 * step) for step in (1, 2, 3, 4)]
+    made[-1][1, BLOCK : 2 * BLOCK] = 1.0
+    monkeypatch.setattr("shapes.rollout.draw", lambda *_: made)
+    plan = Plan(3, prefix=BLOCK)
+    found = draw_against(cast(CausalWanModel, None), truth, truth, plan, truth, torch.Generator())
+    assert found.lost.tolist() == [[False, False, False], [False, True, True]]
+    blocks = found.history.unflatten(1, (-1, BLOCK))[:, :, 0, 0, 0, 0]
+    assert torch.allclose(blocks, torch.tensor([[0.4, 0.4, 0.4], [0.4, 0.0, 0.0]]))
+    answers = found.answers.unflatten(2, (-1, BLOCK))[:, 1, :, 0, 0, 0, 0]
+    assert torch.allclose(answers, torch.tensor([[0.1, 0.1, 0.0], [0.2, 0.2, 0.0], [0.3, 0.3, 0.0]]))

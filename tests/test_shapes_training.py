@@ -145,7 +145,7 @@ def test_how_far_commands_are_obeyed(whole: Path, capsys: pytest.CaptureFixture[
     }
     for name, place in (("told", 0), ("untold", 1)):
         videos = torch.stack([as_video(render(one)) for one in films[name]])
-        monkeypatch.setattr(obedience, "draw", lambda *_, videos=videos: code.encode(videos)[:, 3:])
+        monkeypatch.setattr(obedience, "draw", lambda *_, videos=videos: [code.encode(videos)[:, 3:]])
         found = obedience.errors(Flow().model, code, trained_text_encoder(whole), clips, 0)
         assert found[place].max() == 0 and torch.equal(found[1 - place], found[2]) and found[2].min() > 0
     monkeypatch.undo()
