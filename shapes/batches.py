@@ -49,8 +49,9 @@ class DiTRecipe:
     All that changes on the way does so at a share of `steps`. To `plain_until` captions leave nothing open but the
     background. `storyboards`: share of batches of more than one block with a prompt switch. From `own_from` on the
     share `own_history` of batches has a history that the model has drawn itself, and the share `own_answers` of those
-    whose truth can be known is `answered` (see Batch). From `distill_from` on clips of few blocks are distilled. From
-    `passing_from` on clips with two things, the hardest captions, come with `passing_weight`.
+    whose truth can be known is `answered`, unless drawing has given answers (see Batch). From `distill_from` on clips
+    of few blocks are distilled. From `passing_from` on clips with two things, the hardest captions, come with
+    `passing_weight`.
     A run that begins with the weights of a finished model begins at `joined`, where everything is known; they are its
     own teacher.
     `wide`: so many times the clips of BATCHES, but for stories; a GPU takes little longer. `batch` instead of all these

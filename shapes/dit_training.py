@@ -33,7 +33,6 @@ from torch.multiprocessing.spawn import ProcessExitedException, spawn
 from torch.utils.data import DataLoader
 
 from shapes.batches import PARTS, TRAIN_SEED, Batch, Batches, DiTRecipe
-from shapes.data import BLOCK
 from shapes.distill import distillation_loss
 from shapes.dit import Flow
 from shapes.forward import Plan
@@ -110,10 +109,9 @@ def _redrawn(flow: Flow, batch: Batch, generator: torch.Generator) -> Batch:
     in its own way, in one step from noised truth, each block over the true ones."""
     prefix = batch.plan.prefix
     if prefix:
-        truth = batch.target.flatten(1, 2)
-        drawn = draw_against(flow.model, batch.history[:, :prefix], batch.embeds, batch.plan, truth, generator)
-        history = torch.cat((batch.history[:, :prefix], drawn.history), dim=1)
-        return replace(batch, history=history, answers=drawn.answers.unflatten(2, (-1, BLOCK)))
+        past = batch.history[:, :prefix]
+        drawn = draw_against(flow.model, past, batch.embeds, batch.plan, batch.target, generator)
+        return replace(batch, history=torch.cat((past, drawn.history), dim=1), answers=drawn.answers)
     target = batch.target[:, None]
     sigma = random_steps(target.shape[:3], generator, first=1).to(target.device)
     return replace(batch, history=_answer(flow, batch, batch.history, target, sigma, generator).flatten(1, 3))

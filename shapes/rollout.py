@@ -13,9 +13,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from shapes.data import BLOCK
 from shapes.forward import Plan
-from shapes.schedule import SCHEDULE, noise_like
+from shapes.schedule import SCHEDULE, noise_like, wide
 from wan.geometry import LatentGeometry
 from wan.transformer.model import CausalWanModel
 
@@ -24,9 +23,9 @@ LOST = 0.5  # mean square error of a block that is given up: three pixels, or no
 
 @dataclass(frozen=True)
 class Drawn:
-    """Latent frames of K blocks. `history` [B, F, 16, h, w]: what has been drawn, but the truth from the first block on
-    that is lost [B, K]. `answers` [steps - 1, B, F, 16, h, w]: what all sampling steps but the last have made of the
-    blocks, over that history; the truth after the first lost one."""
+    """K blocks. `history` [B, K * n, 16, h, w]: what has been drawn, but the truth from the first block on that is lost
+    [B, K]. `answers` [steps - 1, B, K, n, 16, h, w]: what all sampling steps but the last have made of the blocks, over
+    that history; the truth after the first lost one."""
 
     history: Tensor
     answers: Tensor
@@ -34,19 +33,14 @@ class Drawn:
 
 
 def draw_against(
-    model: CausalWanModel, past: Tensor, embeds: Tensor, plan: Plan, truth: Tensor, generator: torch.Generator
+    model: CausalWanModel, past: Tensor, embeds: Tensor, plan: Plan, target: Tensor, generator: torch.Generator
 ) -> Drawn:
-    """What `draw` draws in the place of true frames [B, F, 16, h, w]."""
-    made = torch.stack(draw(model, past, embeds, plan, generator))
-    error = (made[-1] - truth).square().unflatten(1, (-1, BLOCK)).flatten(2).mean(2)  # [B, K]
-    lost = (error > LOST).cummax(1).values
+    """What `draw` draws in the place of true blocks [B, K, n, 16, h, w]."""
+    made = torch.stack(draw(model, past, embeds, plan, generator)).unflatten(2, (-1, plan.n))
+    lost = ((made[-1] - target).square().flatten(2).mean(2) > LOST).cummax(1).values
     before = torch.cat((torch.zeros_like(lost[:, :1]), lost[:, :-1]), dim=1)
-    return Drawn(torch.where(_wide(lost), truth, made[-1]), torch.where(_wide(before), truth, made[:-1]), lost)
-
-
-def _wide(blocks: Tensor) -> Tensor:
-    """[B, K] over latent frames [B, F, 16, h, w]."""
-    return blocks.repeat_interleave(BLOCK, 1)[..., None, None, None]
+    history = torch.where(wide(lost), target, made[-1]).flatten(1, 2)
+    return Drawn(history, torch.where(wide(before), target, made[:-1]), lost)
 
 
 @torch.no_grad()

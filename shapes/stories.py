@@ -140,16 +140,16 @@ class Stories:
             (group.prefix, group.recent[:, -BLOCK * plan.quiet :] if plan.quiet else group.prefix[:, :0]), 1
         )
         truth = self._truth(group, start, stop)
+        target = truth.unflatten(1, (-1, BLOCK))
         blocks, answers, seed = truth, None, int(rng.integers(1 << 40))
         if rng.random() < OWN:
-            here, words, there = (part.to(model.device) for part in (past, embeds, truth))
+            here, words, there = (part.to(model.device) for part in (past, embeds, target))
             drawn = draw_against(model, here, words, plan, there, torch.Generator().manual_seed(seed))
             self._grow_older(group, drawn.lost[:, -1].tolist())
-            blocks, answers = drawn.history.cpu(), drawn.answers.cpu().unflatten(2, (-1, BLOCK))
+            blocks, answers = drawn.history.cpu(), drawn.answers.cpu()
         group.recent = torch.cat((group.recent, blocks), dim=1)[:, -max(WINDOW, BLOCK * TURN) :]
         group.at, group.turns = stop, group.turns + 1
         history = torch.cat((past, blocks), dim=1)
-        target = truth.unflatten(1, (-1, BLOCK))
         return Batch(history, target, embeds, plan, self._copies, seed, self._share, answers=answers)
 
     def _grow_older(self, group: Group, lost: Sequence[bool]) -> None:

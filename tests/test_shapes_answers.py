@@ -130,9 +130,10 @@ def test_blocks_that_are_lost_are_put_right(monkeypatch: pytest.MonkeyPatch) -> 
     made[-1][1, BLOCK : 2 * BLOCK] = 1.0
     monkeypatch.setattr("shapes.rollout.draw", lambda *_: made)
     plan = Plan(3, prefix=BLOCK)
-    found = draw_against(cast(CausalWanModel, None), truth, truth, plan, truth, torch.Generator())
+    target = truth.unflatten(1, (-1, BLOCK))
+    found = draw_against(cast(CausalWanModel, None), truth, truth, plan, target, torch.Generator())
     assert found.lost.tolist() == [[False, False, False], [False, True, True]]
     blocks = found.history.unflatten(1, (-1, BLOCK))[:, :, 0, 0, 0, 0]
     assert torch.allclose(blocks, torch.tensor([[0.4, 0.4, 0.4], [0.4, 0.0, 0.0]]))
-    answers = found.answers.unflatten(2, (-1, BLOCK))[:, 1, :, 0, 0, 0, 0]
+    answers = found.answers[:, 1, :, 0, 0, 0, 0]
     assert torch.allclose(answers, torch.tensor([[0.1, 0.1, 0.0], [0.2, 0.2, 0.0], [0.3, 0.3, 0.0]]))
