@@ -144,7 +144,8 @@ class Stories:
         blocks, answers, seed = truth, None, int(rng.integers(1 << 40))
         if rng.random() < OWN:
             here, words, there = (part.to(model.device) for part in (past, embeds, target))
-            drawn = draw_against(model, here, words, plan, there, torch.Generator().manual_seed(seed))
+            noise = torch.Generator().manual_seed(int(rng.integers(1 << 40)))  # not the loss's
+            drawn = draw_against(model, here, words, plan, there, noise)
             self._grow_older(group, drawn.lost[:, -1].tolist())
             blocks, answers = drawn.history.cpu(), drawn.answers.cpu()
         group.recent = torch.cat((group.recent, blocks), dim=1)[:, -max(WINDOW, BLOCK * TURN) :]

@@ -16,10 +16,10 @@ from pipeline.runtime.generator import BlockGenerator, GeneratorSettings, Segmen
 from shapes.batches import Batch
 from shapes.dit import Flow, TextEncoder
 from shapes.dit_training import batch_loss
-from shapes.forward import Plan, init_
+from shapes.forward import Plan, TrainingForward, init_
 from shapes.linear import LinearCode
 from shapes.rollout import draw
-from shapes.schedule import SCHEDULE
+from shapes.schedule import SCHEDULE, end_of
 from shapes.stories import BLOCK, TURN, WINDOW, Stories
 from shapes.vae import fit_linear_code
 from wan.attention.head_group import Retention
@@ -60,6 +60,24 @@ def test_blocks_are_drawn_as_the_products_loop_draws_them(switch: int | None, bl
     words, noise = embeds[int(switch is not None)], torch.Generator().manual_seed(6)
     *_, found = draw(net, past[:, -plan.prefix :], words, plan, noise)
     assert (found - expected).abs().max() < 1e-4
+
+
+@pytest.mark.parametrize("plan", [Plan(2 * TURN, WINDOW, TURN, WINDOW, True), Plan(4, 3, 2, WINDOW, True), Plan(3, 6)])
+def test_blocks_are_drawn_as_the_training_sees_them(plan: Plan) -> None:
+    """After quiet blocks, and behind a gap: their first step's answers are those of all blocks at once."""
+    net = init_(CausalWanModel(CONFIG), 3)
+    torch.nn.init.normal_(net.head.head.weight, 0.0, 0.3, generator=torch.Generator().manual_seed(4))
+    generator = torch.Generator().manual_seed(5)
+    past = torch.randn(2, plan.prefix + BLOCK * plan.quiet, 16, 4, 4, generator=generator)
+    embeds = torch.randn(2, 7, 12, generator=generator)
+    first, *_, last = draw(net, past, embeds, plan, torch.Generator().manual_seed(6))
+    same = torch.Generator().manual_seed(6)
+    noise = [torch.randn(4, 2, BLOCK, 16, 4, 4, generator=same) for _ in range(plan.blocks - plan.quiet)]
+    noisy = torch.stack([steps[0] for steps in noise], dim=1)[:, None]
+    sigma = torch.ones(noisy.shape[:3])
+    with torch.no_grad():
+        flow = TrainingForward(net)(torch.cat((past, last), dim=1), noisy, 1000 * sigma, embeds, plan)
+    assert (end_of(flow, noisy, sigma).flatten(1, 3) - first).abs().max() < 1e-3
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +136,15 @@ def test_a_story_goes_on_with_what_is_drawn(code: LinearCode, monkeypatch: pytes
     monkeypatch.setattr("shapes.rollout.LOST", float("inf"))
     monkeypatch.setattr("shapes.stories.OWN", 1.0)
     flow, text = Flow(), TextEncoder().requires_grad_(False)
-    batch = Stories(code, text, 0, batch=2).next(flow.model, 0)
+    stories, rng = Stories(code, text, 0, batch=2), np.random.default_rng(2)
+    group = stories._begin(rng, 0, fresh=True)
+    batch = stories._turn(group, flow.model, rng)
     assert batch.answers is not None and batch.answers.shape == (3, *batch.target.shape)
     drawn = batch.history[:, -BLOCK * TURN :].unflatten(1, (-1, BLOCK))
     for made in (*batch.answers, drawn):  # by a model that knows nothing
         assert (made - batch.target).square().flatten(3).mean(3).min() > 0.1
+    assert torch.equal(group.recent[:, -BLOCK * TURN :], batch.history[:, -BLOCK * TURN :])
+    assert group.age == [1] and not stories.ages
+    monkeypatch.setattr("shapes.rollout.LOST", 0.0)
+    stories._turn(group, flow.model, rng)
+    assert group.age == [0] and stories.ages == [1]
