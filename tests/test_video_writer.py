@@ -165,6 +165,24 @@ def test_exception_cleans_up(tmp_path: Path, error: type[BaseException]) -> None
     assert _children() == before
 
 
+def test_an_interruption_while_an_error_cleans_up(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Of two processes that make a video one is lost: the other one's error is followed by its launcher's SIGTERM."""
+    waits = iter([KeyboardInterrupt, None])
+    wait = subprocess.Popen.wait
+
+    def interrupted(process: subprocess.Popen[bytes], timeout: float | None = None) -> int:
+        error = next(waits, None)
+        if error is not None:
+            raise error
+        return wait(process, timeout)
+
+    with pytest.raises(KeyboardInterrupt):
+        _write_and_raise(
+            tmp_path / "x.mp4", ConnectionError, lambda: monkeypatch.setattr(subprocess.Popen, "wait", interrupted)
+        )
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize("pieces", [1, 40])
 def test_failing_ffmpeg(tmp_path: Path, pieces: int) -> None:
     """With one small piece ffmpeg's end shows at the close only, with many the pipe breaks."""

@@ -213,19 +213,28 @@ class VideoWriter:
         return self._partial
 
     def _abort(self) -> None:
-        """End ffmpeg, wait for it, and remove the unfinished file unless it can be watched. Safe more than once."""
-        if self._process is not None:
+        """End ffmpeg, wait for it, and remove the unfinished file unless it can be watched. Safe more than once; an
+        interruption while it waits ends the wait alone: an error of a process that has lost another one is often
+        followed by its launcher's SIGTERM."""
+        try:
+            self._end()
+        finally:
+            if self._partial is not None:
+                remove_partial(self._partial)
+            if self._growing is not None:
+                keep_or_remove(self._growing)
+
+    def _end(self) -> None:
+        try:
+            if self._process is not None and self._stream:
+                self._drain(self._process)
+        finally:
             try:
-                if self._stream:
-                    self._drain(self._process)
+                if self._process is not None:
+                    self._process.kill()
+                    self._process.wait()
             finally:
-                self._process.kill()
-                self._process.wait()
-        self._release()
-        if self._partial is not None:
-            remove_partial(self._partial)
-        if self._growing is not None:
-            keep_or_remove(self._growing)
+                self._release()
 
     def _drain(self, process: subprocess.Popen[bytes]) -> None:
         """Let ffmpeg put down the frames that it has been given."""
