@@ -14,13 +14,15 @@ from dataclasses import dataclass
 import numpy as np
 import numpy.typing as npt
 
-from shapes.drawing import CROSS, MARK, background, coverage
+from shapes.drawing import CROSS, background, coverage
 from shapes.world import BACKGROUNDS, COLOURS, SHAPES, Floats, as_floats
 
 SATURATED = 0.3  # largest minus smallest channel of what belongs to a thing
 LEAST_AREA = 60  # pixels; a thing of the smallest size covers about 200
 BACKGROUND_ERROR = 0.06  # the median difference, 0..1, at which a background is still recognised
 MARK_SHARE = 0.2  # of the radius: half the mark's own
+FILLED = 0.5  # of the radius: so far from its centre every shape goes, and no mark reaches
+EDGE = 2  # pixels by which a blurred edge goes beyond what is saturated
 _CROSS_AREA = 8 * CROSS[0] * CROSS[1] - 4 * CROSS[1] ** 2
 _AREAS = {"disc": math.pi, "square": 1.8**2, "triangle": 1.11 * 1.85, "cross": _CROSS_AREA}  # at radius 1
 _CENTROIDS = {"triangle": 0.13}  # below the centre, at radius 1
@@ -53,8 +55,12 @@ def most(names: Iterable[str | None]) -> str | None:
 
 def saturated(video: Floats, least: float = SATURATED) -> Masks:
     """Colours [..., 3] in 0..1, a video's for example, to where they are those of things [...]."""
-    masks: Masks = (video.max(-1) - video.min(-1)) > least
+    masks: Masks = _saturation(video) > least
     return masks
+
+
+def _saturation(video: Floats) -> Floats:
+    return as_floats(video.max(-1) - video.min(-1))
 
 
 def nearest_colour(video: Floats) -> npt.NDArray[np.int64]:
@@ -68,9 +74,9 @@ def nearest_colour(video: Floats) -> npt.NDArray[np.int64]:
 
 def see(video: Floats, only: str | None = None) -> Seen:
     """The thing in a video, or the one of colour `only` where there are two. It may lie across an edge."""
-    masks = saturated(video)
+    things = masks = saturated(video)
     if only is not None:
-        masks &= nearest_colour(video) == list(COLOURS).index(only)
+        masks = things & (nearest_colour(video) == list(COLOURS).index(only))
     area = masks.sum((1, 2)).astype(np.float32)
     there = area >= LEAST_AREA
     x, y = (_bridged(np.where(there, _centres(masks.sum(axis)), np.nan), masks.shape[3 - axis]) for axis in (1, 2))
@@ -78,24 +84,32 @@ def see(video: Floats, only: str | None = None) -> Seen:
         _shape(masks[i], float(x[i]), float(y[i]), float(area[i])) if there[i] else None
         for i in range(0, len(video), 4)
     )
-    radius = np.sqrt(np.where(there, area, np.nan) / _AREAS[shape or "disc"])
+    covered = np.where(there[:, None, None], _covered(video, masks, things), np.nan)
+    radius = np.sqrt(covered.sum((1, 2)) / _AREAS[shape or "disc"])
     y = y - _CENTROIDS.get(shape or "", 0.0) * _bridged(radius)
-    radius = _bridged(
-        np.sqrt((np.where(there, area, np.nan) + _hidden_area(masks, x, y, radius)) / _AREAS[shape or "disc"])
-    )
+    radius = _bridged(np.sqrt(_filled(covered, x, y, radius).sum((1, 2)) / _AREAS[shape or "disc"]))
     colours = tuple(_colour(frame, mask) if ok else None for frame, mask, ok in zip(video, masks, there, strict=True))
     return Seen(shape, x.astype(np.float32), y.astype(np.float32), radius.astype(np.float32), colours)
 
 
-def _hidden_area(masks: Masks, x: Floats, y: Floats, radius: Floats) -> Floats:
-    """Pixels [frames] of the things that a mark covers: what is missing in their middles."""
-    rows, columns = (np.arange(size, dtype=np.float32) + 0.5 for size in masks.shape[1:])
-    found = np.zeros(len(masks), np.float32)
-    for i in np.flatnonzero(~np.isnan(x) & ~np.isnan(radius)):
-        dx, dy = wrapped(columns - x[i], masks.shape[2]), wrapped(rows - y[i], masks.shape[1])
-        middle = dx**2 + dy[:, None] ** 2 <= (MARK * radius[i]) ** 2
-        found[i] = (middle & ~masks[i]).sum()
-    return found
+def _covered(video: Floats, masks: Masks, things: Masks) -> Floats:
+    """How much of each pixel [frames, H, W] the thing of these masks covers, of all `things` in the picture: how far
+    its saturation is on the way from that of the surroundings to the thing's own."""
+    tint, near = _saturation(video), _grown(masks, EDGE) & ~(things & ~masks)
+    around = ~_grown(things, EDGE)
+    covered = np.zeros(masks.shape, np.float32)
+    for i in np.flatnonzero(masks.any((1, 2)) & around.any((1, 2))):
+        grey, own = np.median(tint[i][around[i]]), np.median(tint[i][masks[i]])
+        covered[i] = np.where(near[i], (tint[i] - grey) / (own - grey), 0.0)
+    return covered
+
+
+def _filled(covered: Floats, x: Floats, y: Floats, radius: Floats) -> Floats:
+    """With the middles of the things, which a mark may hide."""
+    rows, columns = (np.arange(size, dtype=np.float32) + 0.5 for size in covered.shape[1:])
+    dx, dy = (wrapped(at - place[:, None], len(at)) for at, place in ((columns, x), (rows, y)))
+    middle = dx[:, None] ** 2 + dy[:, :, None] ** 2 <= (FILLED * radius[:, None, None]) ** 2
+    return as_floats(np.where(middle, 1.0, covered))
 
 
 def wrapped(difference: Floats, size: int) -> Floats:
@@ -187,13 +201,17 @@ def brightness_change(video: Floats, first: int, last: int) -> float:
 def backdrop(video: Floats, first: int, last: int) -> Masks:
     """Where both frames show background [H, W]: 9 pixels away from things, further than a mark reaches, which is as
     grey as a background."""
-    things = saturated(video[[first, last]]).any(0)
-    for _ in range(9):
-        grown = things.copy()
-        for axis, step in ((0, 1), (0, -1), (1, 1), (1, -1)):
-            grown |= np.roll(things, step, axis)
-        things = grown
-    return ~things
+    return ~_grown(saturated(video[[first, last]]).any(0), 9)
+
+
+def _grown(masks: Masks, pixels: int) -> Masks:
+    """Masks [..., H, W] wider by so many pixels on all sides; what crosses an edge goes on at the opposite one."""
+    for _ in range(pixels):
+        wider = masks.copy()
+        for axis, step in ((-2, 1), (-2, -1), (-1, 1), (-1, -1)):
+            wider |= np.roll(masks, step, axis)
+        masks = wider
+    return masks
 
 
 def psnr(a: Floats, b: Floats) -> float:

@@ -11,9 +11,9 @@ import pytest
 from shapes.data import Clip, make_clip, pixel_frame
 from shapes.drawing import render
 from shapes.film import film
-from shapes.measure import which_background
+from shapes.measure import see, which_background
 from shapes.story_score import score_long, score_scene, score_scenes
-from shapes.world import Floats, Hidden, Scene, Thing, begin
+from shapes.world import MARKS, SHAPES, SIZES, Floats, Hidden, Scene, Thing, as_floats, begin
 from utils.errors import InputError
 
 START = pixel_frame(9)
@@ -70,6 +70,27 @@ def stopped(clip: Clip) -> Floats:
 def test_storyboard_measures_fall_on_who_does_not_listen(spoil: Callable[[Clip], Floats]) -> None:
     scores = [scene for clip in STORIES for scene in score_scenes(spoil(clip), clip)[1:]]
     assert np.mean([one.right for one in scores]) < 0.3
+
+
+def blurred(video: Floats) -> Floats:
+    """As a VAE may leave it, over three by three pixels."""
+    for axis in (1, 2):
+        video = as_floats(sum(np.roll(video, step, axis) for step in (-1, 0, 1)) / 3)
+    return video
+
+
+@pytest.mark.parametrize("mark", range(len(MARKS)))
+@pytest.mark.parametrize("shape", SHAPES)
+def test_sizes_are_read_off_soft_edges_too_and_no_other_one_is_right(shape: str, mark: int) -> None:
+    hidden = Hidden(SHAPES.index(shape), mark)
+    for size, colour in zip(SIZES, ("yellow", "purple", "green"), strict=True):
+        scenes = {other: Scene((Thing(shape, colour, other),), "still") for other in SIZES}
+        video = render(film(scenes[size], hidden, 16))
+        soft = blurred(video)
+        radii = [float(see(frames).radius[-1]) / SIZES[size] for frames in (video, soft)]
+        assert max(abs(radius - 1) for radius in radii) < 0.06
+        right = [other for other in SIZES if score_scene(soft, begin(scenes[other], hidden), known=True).motion]
+        assert right == [size]
 
 
 def test_long_videos_are_held_to_their_beginning() -> None:
