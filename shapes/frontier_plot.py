@@ -58,8 +58,17 @@ def _panel(axes: Axes, rows: Mapping[str, Row], measure: str, cost: str) -> dict
     group([name for name in rest if name not in front], GREY, "o", 3, "others")
     group([name for name in rest if name in front], ORANGE, "o", 4.5, "no other is as good with as few frames")
     group([name for name in rows if name == ORIGINAL], BLACK, "s", 5, f"the original's policy ({ORIGINAL})")
-    named = [name for name in rows if name in NAMED or (name in front and cost == "context")]
-    return {name: places[name] for name in named}
+    named = {name: places[name] for name in rows if name in NAMED}
+    taken = {_about(place) for place in named.values()}
+    for name in front if cost == "context" else ():
+        if _about(places[name]) not in taken:  # of points that lie on each other one is named
+            named[name] = places[name]
+            taken.add(_about(places[name]))
+    return named
+
+
+def _about(place: tuple[float, float]) -> tuple[float, float]:
+    return float(f"{place[0]:.3g}"), float(f"{place[1]:.3g}")
 
 
 def _spread_small_numbers(axes: Axes) -> None:

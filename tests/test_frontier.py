@@ -80,6 +80,9 @@ def test_the_drawing_names_what_nothing_beats() -> None:
     words = [text.get_text() for text in drawn.findobj(Text)]
     assert words.count("paper") == words.count("full") == 2 * len(report.MEASURES)
     assert 0 < words.count("point 0") <= len(report.MEASURES) and "poor" not in words
+    found |= {"point 0 again": found["point 0"]}
+    drawn = draw(report.summary(found, {name: [] for name in found}))
+    assert "point 0 again" not in [text.get_text() for text in drawn.findobj(Text)]  # it lies on the other
     assert {"earlier latent frames a head sees", "time of a block, median, ms"} <= set(words)
 
 
