@@ -15,10 +15,13 @@ from shapes.captions import PASSING_WEIGHT
 from shapes.data import BLOCK, Clip, as_video, make_clip, pixel_frame
 from shapes.dit import TextEncoder
 from shapes.drawing import render
+from shapes.drift import drifted
+from shapes.film import Film
 from shapes.forward import Plan
 from shapes.linear import LinearCode
 
 TRAIN_SEED, STEP_SEED = 21, 22
+SEEDS = 100  # between those of two runs, see DiTRecipe.seed
 PARTS = 2  # of a batch, each with its own random numbers
 MOST_DISTILLED = 3  # blocks of a clip
 STORIES = 0  # as a number of blocks: videos that go on and on, see shapes.stories
@@ -50,10 +53,11 @@ class DiTRecipe:
     background. `storyboards`: share of batches of more than one block with a prompt switch. From `own_from` on the
     share `own_history` of batches has a history that the model has drawn itself, and the share `own_answers` of those
     whose truth can be known is `answered`, unless drawing has given answers (see Batch). From `distill_from` on clips
-    of few blocks are distilled. From `passing_from` on clips with two things, the hardest captions, come with
+    of few blocks are distilled. The share `drifted` of the clips right after a prompt switch comes from a film that has
+    drifted, from `own_from` on too. From `passing_from` on clips with two things, the hardest captions, come with
     `passing_weight`.
     A run that begins with the weights of a finished model begins at `joined`, where everything is known; they are its
-    own teacher.
+    own teacher. `seed`: other clips than other runs have; without one it would see again what its weights have seen.
     `wide`: so many times the clips of BATCHES, but for stories; a GPU takes little longer. `batch` instead of all these
     numbers.
     """
@@ -63,7 +67,7 @@ class DiTRecipe:
         Phase(0.12, {1: 0.7, 3: 0.3}),
         Phase(0.3, {1: 0.4, 3: 0.3, 7: 0.3}),
         Phase(0.7, {1: 0.1, 3: 0.05, 7: 0.1, COMMANDS: 0.6, STORIES: 0.15}),
-        Phase(1.0, {1: 0.08, 3: 0.04, 7: 0.08, COMMANDS: 0.5, STORIES: 0.3}),
+        Phase(1.0, {1: 0.08, 3: 0.04, 7: 0.14, COMMANDS: 0.5, STORIES: 0.24}),
     )
     joined: float = 0.75
     plain_until: float = 0.05
@@ -71,6 +75,7 @@ class DiTRecipe:
     own_history: float = 0.6
     own_from: float = 0.3
     own_answers: float = 0.75
+    drifted: float = 0.5
     distill_from: float = 0.75
     passing_weight: float = 4.0
     passing_from: float = 0.25
@@ -78,9 +83,15 @@ class DiTRecipe:
     muon_lr: float = 0.02
     adam_lr: float = 2e-3
     decay: float = 0.997
+    seed: int | None = None
     wide: int = 1
     batch: int | None = None
     compile: bool = True
+
+    @property
+    def later_seeds(self) -> int:
+        """What is added to all seeds."""
+        return SEEDS * (self.seed or 0)
 
     def clips(self, number: int) -> int:
         """Of a batch that has `number` clips in BATCHES."""
@@ -133,11 +144,12 @@ class Batches(Dataset[list[Batch]]):
 
     def __init__(self, recipe: DiTRecipe, code: LinearCode, text: TextEncoder, rank: int = 0, workers: int = 1) -> None:
         self._recipe, self._code, self._text = recipe, code, text
+        self._clip_seed, self._step_seed = TRAIN_SEED + recipe.later_seeds, STEP_SEED + recipe.later_seeds
         self._parts = range(rank, PARTS, workers)
 
     def __getitem__(self, step: int) -> list[Batch]:
         recipe = self._recipe
-        rng = np.random.default_rng((STEP_SEED, step))
+        rng = np.random.default_rng((self._step_seed, step))
         blocks = recipe.blocks(step, rng)
         if blocks == STORIES:
             return []
@@ -161,7 +173,8 @@ class Batches(Dataset[list[Batch]]):
         switches, plan = (BLOCK * switch,) if switch else (), Plan(blocks - switch, prefix=BLOCK * switch)
         batches = []
         for part, numbers in self._numbers(step, size).items():
-            clips = [make_clip(TRAIN_SEED, i, switches, frames, plain=plain, passing_weight=weight) for i in numbers]
+            seen = {"plain": plain, "passing_weight": weight}
+            clips = [make_clip(self._clip_seed, i, switches, frames, **seen) for i in numbers]
             latents = self._code.encode(torch.stack([as_video(clip.video) for clip in clips]))
             batch = self._batch(clips, latents, plan, copies, seed + part, size)
             batches.append(replace(batch, redraw=own, distilled=distilled, first_block=first_block, answered=answered))
@@ -180,18 +193,21 @@ class Batches(Dataset[list[Batch]]):
         seed = int(rng.integers(1 << 40))
         batches = []
         for part, numbers in self._numbers(step, size).items():
-            clips, videos, own_rng = [], [], np.random.default_rng((STEP_SEED, step, part))
+            clips, films, pasts, own_rng = [], [], [], np.random.default_rng((self._step_seed, step, part))
             for i in numbers:
                 switch = BLOCK * int(own_rng.integers(WINDOW // BLOCK + 1, LATEST)) if prefix == WINDOW else prefix
                 earlier = BLOCK * int(own_rng.integers(1, max(2, switch // BLOCK)))
                 switches = (earlier, switch) if earlier < switch and own_rng.random() < 0.5 else (switch,)
                 start, stop = (pixel_frame(at) for at in (switch - prefix, switch + BLOCK * blocks))
-                clip = make_clip(TRAIN_SEED, i, switches, stop, passing_weight=recipe.passing_weight)
-                videos.append(as_video(render(clip.film.cut(start, stop))))
+                clip = make_clip(self._clip_seed, i, switches, stop, passing_weight=recipe.passing_weight)
                 clips.append(clip)
+                films.append(clip.film.cut(start, stop))
+                drift = self._own(step, recipe.drifted, own_rng)
+                pasts.append(drifted(films[-1], pixel_frame(switch) - start, own_rng) if drift else films[-1])
             encode = self._code.encode_later if prefix == WINDOW else self._code.encode
-            batch = self._batch(clips, encode(torch.stack(videos)), plan, copies, seed + part, size)
-            batches.append(replace(batch, redraw=own, early=True, answered=answered))
+            latents, past = (encode(_videos(some)) for some in (films, pasts))
+            batch = self._batch(clips, latents, plan, copies, seed + part, size)
+            batches.append(replace(batch, history=past, redraw=own, early=True, answered=answered))
         return batches
 
     @torch.no_grad()
@@ -210,6 +226,10 @@ class Batches(Dataset[list[Batch]]):
         most = max(clips for clips, _ in BATCHES.values())
         first, cuts = step * self._recipe.clips(most), parts_of(size)
         return {part: range(first + cuts[part][0], first + cuts[part][1]) for part in self._parts}
+
+
+def _videos(films: Sequence[Film]) -> Tensor:
+    return torch.stack([as_video(render(film)) for film in films])
 
 
 def parts_of(size: int) -> list[tuple[int, int]]:

@@ -4,12 +4,12 @@ captions.
 Flow matching with block-causal teacher forcing (`shapes.forward`). At least half of the noise levels are exactly those
 of the four sampling steps. The history is what the product will have: a little noisy, and for a share of the steps
 drawn by the model itself, so that its own blur does no harm: after a prompt switch as the product draws
-(`shapes.rollout`), in a first scene in one step from noised truth. One of the noisy copies of a block is often no
-noised truth, but the model's own answer after some sampling steps, noised again: the later steps have to mend what the
-first ones have made, not to believe it. Once first videos are known most batches show the blocks
-right after a prompt switch alone, since there is the one place where a command can be learnt: after them history tells
-what to draw. Others are stories, whose history the model has drawn over many blocks (`shapes.stories`). Near the end
-the blocks of short clips are distilled (`shapes.distill`).
+(`shapes.rollout`), in a first scene in one step from noised truth. What was before the switch has often drifted
+(`shapes.drift`). One of the noisy copies of a block is often no noised truth, but the model's own answer after some
+sampling steps, noised again: the later steps have to mend what the first ones have made, not to believe it. Once first
+videos are known most batches show the blocks right after a prompt switch alone, since there is the one place where a
+command can be learnt: after them history tells what to draw. Others are stories, whose history the model has drawn over
+many blocks (`shapes.stories`). Near the end the blocks of short clips are distilled (`shapes.distill`).
 
 Two processes share a step, each on one core: two threads in every operation would wait for each other all the time,
 and so small a model keeps a GPU less busy than the process that feeds it. A batch is always cut into the same two
@@ -227,7 +227,8 @@ class _Run:
         code, text = fit_linear_code(folder), trained_text_encoder(folder)
         self._text = fingerprint(text)
         self._batches = Batches(recipe, code, text, rank, workers)
-        self._stories = {part: Stories(code, text, part, recipe.batch) for part in range(rank, PARTS, workers)}
+        parts, given = range(rank, PARTS, workers), (recipe.batch, recipe.later_seeds)
+        self._stories = {part: Stories(code, text, part, *given) for part in parts}
         self._stage = _stage(folder, recipe, until)
         self._flow = Flow(recipe.compile).to(self._device)
         self._named = dict(self._flow.named_parameters())

@@ -119,7 +119,7 @@ class Stage:
 
 def sizes_of(recipe: object) -> dict[str, object]:
     """`Stage.sizes` of a recipe."""
-    return {name: getattr(recipe, name) for name in ("steps", "batch", "wide") if hasattr(recipe, name)}
+    return {name: getattr(recipe, name) for name in ("steps", "batch", "wide", "seed") if hasattr(recipe, name)}
 
 
 def save(state: Mapping[str, object], path: Path) -> None:

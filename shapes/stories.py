@@ -55,11 +55,12 @@ class Group:
     prefix: Tensor
     recent: Tensor
     age: list[int]
+    seed: int = STORY_SEED
 
     @cached_property
     def clips(self) -> list[Clip]:
         frames = pixel_frame(self.length)
-        return [make_clip(STORY_SEED, self.first + i, self.switches, frames) for i in range(self.count)]
+        return [make_clip(self.seed, self.first + i, self.switches, frames) for i in range(self.count)]
 
     @property
     def scene(self) -> int:
@@ -73,18 +74,20 @@ class Group:
 class Stories:
     """The stories of one of the parts of a batch."""
 
-    def __init__(self, code: LinearCode, text: TextEncoder, part: int, batch: int | None = None) -> None:
+    def __init__(
+        self, code: LinearCode, text: TextEncoder, part: int, batch: int | None = None, later_seeds: int = 0
+    ) -> None:
         size, self._copies = BATCHES[STORIES]
         size = batch or size
         first, stop = parts_of(size)[part]
         self._count, self._share, self._part = stop - first, (stop - first) / size, part
-        self._code, self._text = code, text
+        self._code, self._text, self._seed = code, text, STORY_SEED + later_seeds
         self._groups: dict[int, Group] = {}
         self.ages: list[int] = []  # turns that stories have lasted until they were put right or ended
 
     def next(self, model: CausalWanModel, step: int) -> Batch:
         """The turn of step number `step`, of the group whose turn it is."""
-        rng = np.random.default_rng((STORY_SEED, self._part, step))
+        rng = np.random.default_rng((self._seed, self._part, step))
         place = int(rng.integers(GROUPS))
         group = self._groups.get(place)
         if group is None or group.at >= group.length:
@@ -114,7 +117,8 @@ class Stories:
         at = BLOCK + BLOCK * TURN * skipped
         last = max((switch for switch in switches if switch < at), default=None)
         first = self._count * (2 * step + self._part)
-        group = Group(first, self._count, length, tuple(switches), at, 0, torch.empty(0), torch.empty(0), [])
+        none = torch.empty(0)
+        group = Group(first, self._count, length, tuple(switches), at, 0, none, none, [], self._seed)
         group.turns = (at - (BLOCK if last is None else last)) // (BLOCK * TURN)
         group.prefix = self._truth(group, 0, BLOCK) if last is None else self._truth(group, last - WINDOW, last)
         group.recent = self._truth(group, max(0, at - WINDOW), at)

@@ -33,12 +33,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     )
     parser.add_argument("--batch", type=command.count, help="clips a step (2 or more), instead of the recipe's")
     parser.add_argument("--wide", type=command.count, help="dit: so many times the recipe's clips a step, for a GPU")
+    parser.add_argument("--seed", type=command.count, help="dit: train on other clips than without it")
     parser.add_argument(
         "--start-from", type=Path, metavar="FOLDER", help="dit: begin with the transformer of a finished model"
     )
     parser.add_argument("--no-compile", action="store_true")
     args = parser.parse_args(argv)
-    for option in ("wide", "start_from"):
+    for option in ("wide", "seed", "start_from"):
         if args.stage != "dit" and getattr(args, option) is not None:
             parser.error(f"--{option.replace('_', '-')} is of dit alone; leave it out of {args.stage}")
     if args.batch is not None and args.batch < PARTS:
@@ -66,7 +67,7 @@ def _train(args: argparse.Namespace) -> None:
     if args.stage == "vae":
         train_vae(args.work, replace(VAERecipe(), **changes), args.until)
     if args.stage == "dit":
-        changes |= {"wide": args.wide} if args.wide else {}
+        changes |= {name: getattr(args, name) for name in ("wide", "seed") if getattr(args, name)}
         train_dit(args.work, replace(DiTRecipe(), **changes), args.until, args.start_from)
 
 

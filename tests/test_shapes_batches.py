@@ -119,6 +119,32 @@ def test_clips_of_commands_show_a_switch_and_the_frames_before_it(
     assert {(3, None), (WINDOW, WINDOW)} <= seen
 
 
+def test_the_past_of_a_command_drifts_but_its_goal_does_not(shapes_work: Path) -> None:
+    chosen = recipe(phases=(Phase(1.0, {COMMANDS: 1.0}),), own_from=0.5, drifted=1.0)
+    first = chosen.steps // 2
+    for step in range(first - 1, first + 6):
+        made, true = (batches(one, shapes_work)[step] for one in (chosen, replace(chosen, drifted=0.0)))
+        for batch, other in zip(made, true, strict=True):
+            assert torch.equal(batch.target, other.target)
+            assert torch.equal(other.target.flatten(1, 2), other.history[:, other.plan.prefix :])
+            off = (batch.history - other.history).square().flatten(2).mean((0, 2))
+            if step < first:
+                assert off.sum() == 0
+            else:
+                assert off.min() > 0
+
+
+@pytest.mark.parametrize("kind", [3, COMMANDS])
+def test_another_seed_sees_other_clips(kind: int, shapes_work: Path) -> None:
+    chosen = recipe(phases=(Phase(1.0, {kind: 1.0}),))
+    (first, *_), (again, *_), (other, *_) = (
+        batches(replace(chosen, seed=seed), shapes_work)[5] for seed in (None, None, 2)
+    )
+    assert torch.equal(first.history, again.history) and first.seed == again.seed
+    assert first.seed != other.seed
+    assert first.history.shape != other.history.shape or not torch.equal(first.history, other.history)
+
+
 @pytest.mark.parametrize(
     ("blocks", "storyboards", "step", "answered"),
     [

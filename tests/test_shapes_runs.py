@@ -84,6 +84,7 @@ def test_only_one_run_trains_a_stage(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["vae", "--until", "-1"], "argument --until: expected"),
         (["text", "--start-from", "x"], "--start-from is of dit alone"),
         (["vae", "--wide", "2"], "--wide is of dit alone"),
+        (["text", "--seed", "2"], "--seed is of dit alone"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(

@@ -91,7 +91,7 @@ def turns(stories: Stories, flow: Flow, steps: range) -> list[Batch]:
 
 def test_stories_go_on_where_they_were_stopped(code: LinearCode) -> None:
     flow, text = Flow(), TextEncoder().requires_grad_(False)
-    whole, first, second = (Stories(code, text, 1, batch=2) for _ in range(3))
+    whole, first, second = (Stories(code, text, 1, batch=2, later_seeds=100) for _ in range(3))
     turns(whole, flow, range(2))
     turns(first, flow, range(2))
     second.restore(first.state())
@@ -99,6 +99,8 @@ def test_stories_go_on_where_they_were_stopped(code: LinearCode) -> None:
         tensors = {name: value for name, value in vars(other).items() if isinstance(value, Tensor)}
         assert all(torch.equal(getattr(one, name), value) for name, value in tensors.items())
         assert replace(one, **tensors) == other
+    (usual,) = turns(Stories(code, text, 1, batch=2), flow, range(3, 4))
+    assert usual.seed != one.seed and not torch.equal(usual.target, one.target)
 
 
 def test_a_story_is_told_turn_by_turn(code: LinearCode) -> None:

@@ -11,6 +11,7 @@ from shapes.captions import caption, held_out, random_scene
 from shapes.commands import is_common, random_command, sentence, subject
 from shapes.data import Clip, make_clip, pixel_frame
 from shapes.drawing import background, render
+from shapes.drift import MELTED, SWOLLEN, drifted
 from shapes.film import Film, film, tracks, world_at
 from shapes.measure import drift, seam, see, which_background
 from shapes.score import Score, borders, score
@@ -24,6 +25,7 @@ from shapes.world import (
     HEIGHT,
     LARGEST,
     MOTIONS,
+    SHAPES,
     SWIFT,
     WIDTH,
     Command,
@@ -312,3 +314,29 @@ def test_nothing_is_seen_in_nothing() -> None:
     seen = see(empty(CLIPS[0]))
     assert seen.shape is None and seen.colour(0, FRAMES) is None and np.isnan(seen.x).all()
     assert set(Score.names()) >= set(SHARES)
+
+
+def test_things_drift_towards_others_and_can_still_be_told() -> None:
+    rng = np.random.default_rng(3)
+    for shape in SHAPES:
+        film = after(scene=Scene((Thing(shape, "red"),), "right"))
+        worn = [drifted(film, 100, rng) for _ in range(8)]
+        (true,) = film.tracks
+        for other in worn:
+            (track,) = other.tracks
+            assert track.morph[0] < track.morph[50] < track.morph[100] == track.morph[-1] <= MELTED
+            swollen = np.abs(track.radius / true.radius - 1)
+            assert swollen[0] < swollen[100] == swollen[-1] <= SWOLLEN
+            assert np.array_equal(track.x, true.x) and np.array_equal(track.colour, true.colour)
+        assert len({SHAPES[int(track.after[-1])] for (track,) in (other.tracks for other in worn)}) > 1
+        seen = [see(render(other.cut(100, 141))).shape for other in worn if other.tracks[0].morph[-1] < MELTED / 2]
+        assert seen == [shape] * len(seen)
+
+
+def test_what_changes_its_shape_does_so_as_before() -> None:
+    film = after(Command("morph", target="cross"), frames=START + SWIFT)
+    (track,), (other,) = film.tracks, drifted(film, 20, np.random.default_rng(3)).tracks
+    on_its_way = (track.before != track.after) & (track.morph < 1)
+    assert on_its_way.sum() == SWIFT
+    for name in ("before", "after", "morph"):
+        assert np.array_equal(getattr(track, name)[on_its_way], getattr(other, name)[on_its_way])
