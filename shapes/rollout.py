@@ -23,10 +23,11 @@ LOST = 0.5  # mean square error of a block that is given up: three pixels, or no
 
 @dataclass(frozen=True)
 class Drawn:
-    """K blocks. `history` [B, K * n, 16, h, w]: what has been drawn, but the truth from the first block on that is lost
-    [B, K]. `answers` [steps - 1, B, K, n, 16, h, w]: what all sampling steps but the last have made of the blocks, over
-    that history; the truth after the first lost one."""
+    """K blocks. `blocks` [B, K * n, 16, h, w]: what has been drawn. `history`: the same, but the truth from the first
+    block on that is lost [B, K]. `answers` [steps - 1, B, K, n, 16, h, w]: what all sampling steps but the last have
+    made of the blocks, over that history; the truth after the first lost one."""
 
+    blocks: Tensor
     history: Tensor
     answers: Tensor
     lost: Tensor
@@ -40,7 +41,7 @@ def draw_against(
     lost = ((made[-1] - target).square().flatten(2).mean(2) > LOST).cummax(1).values
     before = torch.cat((torch.zeros_like(lost[:, :1]), lost[:, :-1]), dim=1)
     history = torch.where(wide(lost), target, made[-1]).flatten(1, 2)
-    return Drawn(history, torch.where(wide(before), target, made[:-1]), lost)
+    return Drawn(made[-1].flatten(1, 2), history, torch.where(wide(before), target, made[:-1]), lost)
 
 
 @torch.no_grad()

@@ -4,14 +4,15 @@ Teacher forcing shows true histories alone, and those of one clip's length. Here
 In every turn one of them goes on by some blocks that the model itself draws, in the product's four steps, through the
 product's cache (a window, relative positions, at a switch the last frames re-encoded in one pass); then the model
 learns what these blocks should have been, given the history that it has made and, in one noisy copy, over what a
-sampling step has made of them (`shapes.rollout`). So errors that grow over minutes are met while they are small. Where
-a block is lost the story is put right; how old stories become before is a measure of what has been learnt.
+sampling step has made of them (`shapes.rollout`). So errors that grow over minutes are met while they are small. The
+truth of the next turn goes on from where the drawn things are (`shapes.following`). Where they are lost even so, the
+story is put right; how old stories become before is a measure of what has been learnt.
 """
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, cast
 
@@ -23,9 +24,11 @@ from shapes.batches import BATCHES, STORIES, WINDOW, Batch, parts_of
 from shapes.data import BLOCK, Clip, as_video, make_clip, pixel_frame
 from shapes.dit import TextEncoder
 from shapes.drawing import render
+from shapes.film import Film
+from shapes.following import Shift, added, moved, shifted
 from shapes.forward import Plan
 from shapes.linear import LinearCode
-from shapes.rollout import draw_against
+from shapes.rollout import LOST, draw_against
 from wan.transformer.model import CausalWanModel
 
 STORY_SEED = 23
@@ -43,7 +46,7 @@ class Group:
     the same ones. They go on with latent frame `at`, in turn number `turns` since the beginning or the last switch.
 
     `prefix` [B, m, 16, h, w] are the frames that were encoded in one pass then, `recent` the last frames. `age` counts
-    turns since a story was last put right.
+    turns since a story was last put right. `shifts`: where the things of each are, as its film has them.
     """
 
     first: int
@@ -56,11 +59,20 @@ class Group:
     recent: Tensor
     age: list[int]
     seed: int = STORY_SEED
+    shifts: list[list[Shift]] = field(default_factory=list)
+
+    def __post_init__(self) -> None:
+        self.shifts = self.shifts or [[(0.0, 0.0)] * len(clip.film.tracks) for clip in self.clips]
 
     @cached_property
     def clips(self) -> list[Clip]:
         frames = pixel_frame(self.length)
         return [make_clip(self.seed, self.first + i, self.switches, frames) for i in range(self.count)]
+
+    def films(self, start: int, stop: int) -> list[Film]:
+        """These latent frames of the clips, from where their things are now."""
+        films = [clip.film.cut(pixel_frame(start), pixel_frame(stop)) for clip in self.clips]
+        return [shifted(film, shifts) for film, shifts in zip(films, self.shifts, strict=True)]
 
     @property
     def scene(self) -> int:
@@ -127,8 +139,7 @@ class Stories:
 
     def _truth(self, group: Group, start: int, stop: int) -> Tensor:
         """Latent frames [B, stop - start, 16, h, w] of the films."""
-        films = [clip.film.cut(pixel_frame(start), pixel_frame(stop)) for clip in group.clips]
-        videos = torch.stack([as_video(render(film)) for film in films])
+        videos = torch.stack([as_video(render(film)) for film in group.films(start, stop)])
         return self._code.encode(videos) if start == 0 else self._code.encode_later(videos)
 
     @torch.no_grad()
@@ -145,17 +156,32 @@ class Stories:
         )
         truth = self._truth(group, start, stop)
         target = truth.unflatten(1, (-1, BLOCK))
-        blocks, answers, seed = truth, None, int(rng.integers(1 << 40))
+        blocks = seen = truth
+        answers, seed = None, int(rng.integers(1 << 40))
         if rng.random() < OWN:
             here, words, there = (part.to(model.device) for part in (past, embeds, target))
             noise = torch.Generator().manual_seed(int(rng.integers(1 << 40)))  # not the loss's
             drawn = draw_against(model, here, words, plan, there, noise)
-            self._grow_older(group, drawn.lost[:, -1].tolist())
             blocks, answers = drawn.history.cpu(), drawn.answers.cpu()
-        group.recent = torch.cat((group.recent, blocks), dim=1)[:, -max(WINDOW, BLOCK * TURN) :]
+            seen = self._follow(group, drawn.blocks.cpu(), truth)
+        group.recent = torch.cat((group.recent, seen), dim=1)[:, -max(WINDOW, BLOCK * TURN) :]
         group.at, group.turns = stop, group.turns + 1
         history = torch.cat((past, blocks), dim=1)
         return Batch(history, target, embeds, plan, self._copies, seed, self._share, answers=answers)
+
+    def _follow(self, group: Group, blocks: Tensor, truth: Tensor) -> Tensor:
+        """What a turn's drawn blocks are for the next one [B, F, 16, h, w]: the truth where a story is lost, else
+        themselves, and its things are where they have been drawn."""
+        films, before = group.films(group.at, group.at + blocks.shape[1]), group.shifts
+        videos = self._code.decode(blocks[:, -BLOCK:])[:, 1:].clamp(-1, 1).permute(0, 1, 3, 4, 2).numpy() / 2 + 0.5
+        moves = [moved(film, video) for film, video in zip(films, videos, strict=True)]
+        group.shifts = [added(old, move) if move else old for old, move in zip(before, moves, strict=True)]
+        there = self._truth(group, group.at, group.at + blocks.shape[1])
+        off = (blocks - there)[:, -BLOCK:].square().flatten(1).mean(1)
+        lost = torch.tensor([move is None for move in moves]) | (off > LOST)
+        group.shifts = [old if late else new for old, new, late in zip(before, group.shifts, lost, strict=True)]
+        self._grow_older(group, lost.tolist())
+        return torch.where(lost[:, None, None, None, None], truth, blocks)
 
     def _grow_older(self, group: Group, lost: Sequence[bool]) -> None:
         """After a turn; a story that is lost is put right."""

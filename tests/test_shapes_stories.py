@@ -14,8 +14,11 @@ from torch import Tensor
 from dummy.policy import ContextPolicy
 from pipeline.runtime.generator import BlockGenerator, GeneratorSettings, Segment
 from shapes.batches import Batch
+from shapes.data import as_video
 from shapes.dit import Flow, TextEncoder
 from shapes.dit_training import batch_loss
+from shapes.drawing import render
+from shapes.following import shifted
 from shapes.forward import Plan, TrainingForward, init_
 from shapes.linear import LinearCode
 from shapes.rollout import draw
@@ -133,8 +136,7 @@ def test_a_story_is_told_turn_by_turn(code: LinearCode) -> None:
     assert head is not None and head.abs().max() > 0
 
 
-def test_a_story_goes_on_with_what_is_drawn(code: LinearCode, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Which is its history then; what steps have made of it is what the model learns to mend."""
+def test_a_model_learns_to_mend_what_its_steps_have_made(code: LinearCode, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("shapes.rollout.LOST", float("inf"))
     monkeypatch.setattr("shapes.stories.OWN", 1.0)
     flow, text = Flow(), TextEncoder().requires_grad_(False)
@@ -145,8 +147,34 @@ def test_a_story_goes_on_with_what_is_drawn(code: LinearCode, monkeypatch: pytes
     drawn = batch.history[:, -BLOCK * TURN :].unflatten(1, (-1, BLOCK))
     for made in (*batch.answers, drawn):  # by a model that knows nothing
         assert (made - batch.target).square().flatten(3).mean(3).min() > 0.1
-    assert torch.equal(group.recent[:, -BLOCK * TURN :], batch.history[:, -BLOCK * TURN :])
-    assert group.age == [1] and not stories.ages
-    monkeypatch.setattr("shapes.rollout.LOST", 0.0)
-    stories._turn(group, flow.model, rng)
-    assert group.age == [0] and stories.ages == [1]
+
+
+def test_a_story_goes_on_from_where_things_are_drawn(code: LinearCode, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Its truth too, until it is lost; then it is put right where it was."""
+    move, drawn, empty = (5.0, -4.0), list[Tensor](), False
+
+    def draw(*given: object) -> list[Tensor]:
+        truth = stories._code.encode_later(torch.stack([as_video(render(shifted(film, [move]))) for film in films]))
+        drawn.append(torch.zeros_like(truth) if empty else truth)
+        return [drawn[-1]] * 4
+
+    monkeypatch.setattr("shapes.rollout.draw", draw)
+    monkeypatch.setattr("shapes.stories.OWN", 1.0)
+    flow, text = Flow(), TextEncoder().requires_grad_(False)
+    stories, rng = Stories(code, text, 0, batch=2), np.random.default_rng(2)
+    groups = (stories._begin(rng, step, fresh=True) for step in range(50))
+    group = next(group for group in groups if not group.switches and group.length > 3 * BLOCK * TURN)
+    (clip,) = group.clips
+    assert len(clip.film.tracks) == 1
+    for turn in (1, 2):
+        films = group.films(group.at, group.at + BLOCK * TURN)
+        expected = stories._truth(group, group.at, group.at + BLOCK * TURN)
+        batch = stories._turn(group, flow.model, rng)
+        assert torch.equal(batch.target.flatten(1, 2), expected)
+        assert torch.equal(group.recent[:, -BLOCK * TURN :], drawn[-1]) and group.age == [turn]
+        assert group.shifts == [[pytest.approx([turn * way for way in move], abs=1.5)]]
+    films, before = group.films(group.at, group.at + BLOCK * TURN), group.shifts
+    empty = True
+    batch = stories._turn(group, flow.model, rng)
+    assert torch.equal(group.recent[:, -BLOCK * TURN :], batch.target.flatten(1, 2))
+    assert group.age == [0] and stories.ages == [2] and group.shifts == before
