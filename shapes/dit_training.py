@@ -55,25 +55,27 @@ from shapes.vae import fit_linear_code
 from utils import command
 from utils.errors import InputError, ToldElsewhere
 from utils.user_paths import require_file
+from wan.transformer.model import CausalWanModel
 
 TEACHER = "teacher.pt"  # in the folder of a training
 TOLD = 2  # status of a process that has said what the user has to mend
 LOADERS = 6  # of each process, which make clips for a GPU: it is faster than one of them
 
 
-def batch_loss(flow: Flow, teacher: Flow | None, batch: Batch) -> Tensor:
-    """The mean square error of the flow over all noisy blocks, times the batch's share of the step."""
+def batch_loss(flow: Flow, teacher: Flow | None, batch: Batch, drawer: CausalWanModel | None = None) -> Tensor:
+    """The mean square error of the flow over all noisy blocks, times the batch's share of the step. `drawer`: draws
+    what is drawn block by block, instead of the flow itself."""
     generator = torch.Generator().manual_seed(batch.seed)
     if not batch.distilled:
-        return batch.share * teacher_forcing_loss(flow, batch, generator)
+        return batch.share * teacher_forcing_loss(flow, batch, generator, drawer or flow.model)
     assert teacher is not None
     copies = 2 * (batch.copies // 2)
     return batch.share * distillation_loss(flow, teacher, batch.target, copies, batch.embeds, generator)
 
 
-def teacher_forcing_loss(flow: Flow, batch: Batch, generator: torch.Generator) -> Tensor:
+def teacher_forcing_loss(flow: Flow, batch: Batch, generator: torch.Generator, drawer: CausalWanModel) -> Tensor:
     if batch.redraw:
-        batch = _redrawn(flow, batch, generator)
+        batch = _redrawn(flow, batch, generator, drawer)
     history = a_little_noisy(batch.history, generator)
     target = batch.target[:, None]
     clean = target.repeat(1, batch.copies, 1, 1, 1, 1, 1)
@@ -104,13 +106,13 @@ def _answers(flow: Flow, batch: Batch, history: Tensor, steps: int, generator: t
 
 
 @torch.no_grad()
-def _redrawn(flow: Flow, batch: Batch, generator: torch.Generator) -> Batch:
+def _redrawn(flow: Flow, batch: Batch, generator: torch.Generator, drawer: CausalWanModel) -> Batch:
     """With the history that the model draws: after a switch as the product does; in a first scene, which it would begin
     in its own way, in one step from noised truth, each block over the true ones."""
     prefix = batch.plan.prefix
     if prefix:
         past = batch.history[:, :prefix]
-        drawn = draw_against(flow.model, past, batch.embeds, batch.plan, batch.target, generator)
+        drawn = draw_against(drawer, past, batch.embeds, batch.plan, batch.target, generator)
         return replace(batch, history=torch.cat((past, drawn.history), dim=1), answers=drawn.answers)
     target = batch.target[:, None]
     sigma = random_steps(target.shape[:3], generator, first=1).to(target.device)
@@ -238,6 +240,7 @@ class _Run:
         self._teacher: Flow | None = None
         self._began = self._start = 0
         self._average = Average(self._named, recipe.decay)
+        self._drawer = self._average.shared_with(Flow().to(self._device)).model  # as the finished model will draw
         self._restore(start_from)
 
     def train(self, loaders: int = 0) -> None:
@@ -248,7 +251,7 @@ class _Run:
             name = f"loss on {_kind(parts[0].plan)}" if parts else "loss on stories"
             if parts and parts[0].distilled:
                 name = "distillation"
-            stories = [] if parts else [one.next(self._flow.model, step) for one in self._stories.values()]
+            stories = [] if parts else [one.next(self._drawer, step) for one in self._stories.values()]
             loss, due = self._step(step, [part.to(self._device) for part in parts or stories])
             row = {name: loss}
             gathered = self._gathered() if due else None
@@ -265,7 +268,7 @@ class _Run:
             self._teacher = self._frozen_teacher()
         found = torch.zeros(2, device=self._device)  # the loss; whether the first process wants to save
         for part in parts:
-            here = batch_loss(self._flow, self._teacher, part)
+            here = batch_loss(self._flow, self._teacher, part, self._drawer)
             torch.autograd.backward(here)
             found[0] += here.detach()
         found[1] = float(self._rank == 0 and self._stage.due(step))

@@ -8,12 +8,14 @@ of what is trained here are kernels of convolutions, whose dimensions but the fi
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from typing import TypeVar
 
 import torch
 from torch import Tensor, nn
 
 _NEWTON_SCHULZ = (3.4445, -4.7750, 2.0315)  # the quintic's coefficients; five steps bring singular values near 1
 MOMENTUM = 0.95
+M = TypeVar("M", bound=nn.Module)
 
 
 def orthogonalize(update: Tensor, steps: int = 5) -> Tensor:
@@ -89,6 +91,13 @@ class Average:
         decay = min(self.decay, (1 + step) / (10 + step))  # early weights should be forgotten soon
         for name, value in self.values.items():
             value.lerp_(tensors[name].detach(), 1 - decay)
+
+    def shared_with(self, module: M) -> M:
+        """The module, whose parameters of these names are the averages themselves from now on."""
+        named = dict(module.named_parameters())
+        for name, value in self.values.items():
+            named[name].data = value
+        return module
 
 
 def trapezoid(step: int, steps: int, warm_up: int = 50, cool_down: float = 0.3, began: int = 0) -> float:

@@ -165,3 +165,16 @@ def test_which_batches_have_answers(
         chosen = recipe(phases=phases, storyboards=storyboards, steps=100, own_answers=share)
         parts = batches(chosen, shapes_work)[step]
         assert [part.answered for part in parts] == [answered and share > 0] * 2
+
+
+def test_what_draws_has_the_averaged_weights() -> None:
+    flow, drawer = torch.nn.Linear(2, 2), torch.nn.Linear(2, 2)
+    named = dict(flow.named_parameters())
+    average = Average(named, 0.9)
+    assert average.shared_with(drawer) is drawer
+    assert torch.equal(drawer.weight, flow.weight)
+    before = drawer.weight.detach().clone()
+    with torch.no_grad():
+        flow.weight += 1
+    average.update(named, step=100)
+    assert torch.allclose(drawer.weight, before + 0.1) and torch.equal(drawer.weight, average.values["weight"])
