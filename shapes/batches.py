@@ -16,7 +16,6 @@ from shapes.data import BLOCK, Clip, as_video, make_clip, pixel_frame
 from shapes.dit import TextEncoder
 from shapes.drawing import render
 from shapes.drift import drifted
-from shapes.film import Film
 from shapes.forward import Plan
 from shapes.linear import LinearCode
 
@@ -173,8 +172,8 @@ class Batches(Dataset[list[Batch]]):
         switches, plan = (BLOCK * switch,) if switch else (), Plan(blocks - switch, prefix=BLOCK * switch)
         batches = []
         for part, numbers in self._numbers(step, size).items():
-            seen = {"plain": plain, "passing_weight": weight}
-            clips = [make_clip(self._clip_seed, i, switches, frames, **seen) for i in numbers]
+            chosen = {"plain": plain, "passing_weight": weight}
+            clips = [make_clip(self._clip_seed, i, switches, frames, **chosen) for i in numbers]
             latents = self._code.encode(torch.stack([as_video(clip.video) for clip in clips]))
             batch = self._batch(clips, latents, plan, copies, seed + part, size)
             batches.append(replace(batch, redraw=own, distilled=distilled, first_block=first_block, answered=answered))
@@ -193,7 +192,7 @@ class Batches(Dataset[list[Batch]]):
         seed = int(rng.integers(1 << 40))
         batches = []
         for part, numbers in self._numbers(step, size).items():
-            clips, films, pasts, own_rng = [], [], [], np.random.default_rng((self._step_seed, step, part))
+            clips, videos, pasts, own_rng = [], [], [], np.random.default_rng((self._step_seed, step, part))
             for i in numbers:
                 switch = BLOCK * int(own_rng.integers(WINDOW // BLOCK + 1, LATEST)) if prefix == WINDOW else prefix
                 earlier = BLOCK * int(own_rng.integers(1, max(2, switch // BLOCK)))
@@ -201,13 +200,15 @@ class Batches(Dataset[list[Batch]]):
                 start, stop = (pixel_frame(at) for at in (switch - prefix, switch + BLOCK * blocks))
                 clip = make_clip(self._clip_seed, i, switches, stop, passing_weight=recipe.passing_weight)
                 clips.append(clip)
-                films.append(clip.film.cut(start, stop))
+                film = clip.film.cut(start, stop)
+                videos.append(as_video(render(film)))
                 drift = self._own(step, recipe.drifted, own_rng)
-                pasts.append(drifted(films[-1], pixel_frame(switch) - start, own_rng) if drift else films[-1])
+                past = drifted(film, pixel_frame(switch) - start, own_rng) if drift else None
+                pasts.append(as_video(render(past)) if past else videos[-1])
             encode = self._code.encode_later if prefix == WINDOW else self._code.encode
-            latents, past = (encode(_videos(some)) for some in (films, pasts))
+            latents, history = (encode(torch.stack(some)) for some in (videos, pasts))
             batch = self._batch(clips, latents, plan, copies, seed + part, size)
-            batches.append(replace(batch, history=past, redraw=own, early=True, answered=answered))
+            batches.append(replace(batch, history=history, redraw=own, early=True, answered=answered))
         return batches
 
     @torch.no_grad()
@@ -218,7 +219,8 @@ class Batches(Dataset[list[Batch]]):
         return Batch(latents, target, embeds, plan, copies, seed, len(clips) / size)
 
     def _own(self, step: int, share: float, rng: np.random.Generator) -> bool:
-        """Whether a batch has something that the model has made itself, as a share of them has from `own_from` on."""
+        """Whether a batch has something that the model has made itself, or a clip a past that has drifted as what it
+        makes does, as a share of them has from `own_from` on."""
         return bool(step >= self._recipe.own_from * self._recipe.steps and rng.random() < share)
 
     def _numbers(self, step: int, size: int) -> dict[int, range]:
@@ -226,10 +228,6 @@ class Batches(Dataset[list[Batch]]):
         most = max(clips for clips, _ in BATCHES.values())
         first, cuts = step * self._recipe.clips(most), parts_of(size)
         return {part: range(first + cuts[part][0], first + cuts[part][1]) for part in self._parts}
-
-
-def _videos(films: Sequence[Film]) -> Tensor:
-    return torch.stack([as_video(render(film)) for film in films])
 
 
 def parts_of(size: int) -> list[tuple[int, int]]:

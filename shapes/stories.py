@@ -29,6 +29,7 @@ from shapes.following import Shift, added, moved, shifted
 from shapes.forward import Plan
 from shapes.linear import LinearCode
 from shapes.rollout import LOST, draw_against
+from shapes.schedule import wide
 from wan.transformer.model import CausalWanModel
 
 STORY_SEED = 23
@@ -172,16 +173,16 @@ class Stories:
     def _follow(self, group: Group, blocks: Tensor, truth: Tensor) -> Tensor:
         """What a turn's drawn blocks are for the next one [B, F, 16, h, w]: the truth where a story is lost, else
         themselves, and its things are where they have been drawn."""
-        films, before = group.films(group.at, group.at + blocks.shape[1]), group.shifts
-        videos = self._code.decode(blocks[:, -BLOCK:])[:, 1:].clamp(-1, 1).permute(0, 1, 3, 4, 2).numpy() / 2 + 0.5
-        moves = [moved(film, video) for film, video in zip(films, videos, strict=True)]
+        stop = group.at + blocks.shape[1]
+        end, before = blocks[:, -BLOCK:], group.shifts
+        videos = self._code.decode(end)[:, 1:].clamp(-1, 1).permute(0, 1, 3, 4, 2).numpy() / 2 + 0.5
+        moves = [moved(film, video) for film, video in zip(group.films(stop - BLOCK, stop), videos, strict=True)]
         group.shifts = [added(old, move) if move else old for old, move in zip(before, moves, strict=True)]
-        there = self._truth(group, group.at, group.at + blocks.shape[1])
-        off = (blocks - there)[:, -BLOCK:].square().flatten(1).mean(1)
+        off = (end - self._truth(group, stop - BLOCK, stop)).square().flatten(1).mean(1)
         lost = torch.tensor([move is None for move in moves]) | (off > LOST)
         group.shifts = [old if late else new for old, new, late in zip(before, group.shifts, lost, strict=True)]
         self._grow_older(group, lost.tolist())
-        return torch.where(lost[:, None, None, None, None], truth, blocks)
+        return torch.where(wide(lost), truth, blocks)
 
     def _grow_older(self, group: Group, lost: Sequence[bool]) -> None:
         """After a turn; a story that is lost is put right."""
