@@ -104,6 +104,10 @@ def test_stories_go_on_where_they_were_stopped(code: LinearCode) -> None:
         assert replace(one, **tensors) == other
     (usual,) = turns(Stories(code, text, 1, batch=2), flow, range(3, 4))
     assert usual.seed != one.seed and not torch.equal(usual.target, one.target)
+    here, there = (
+        Stories(code, text, 1, 2, later)._begin(np.random.default_rng(3), 0, fresh=True) for later in (0, 100)
+    )
+    assert here.first == there.first and here.clips[0].scene != there.clips[0].scene
 
 
 def test_a_story_is_told_turn_by_turn(code: LinearCode) -> None:
@@ -178,3 +182,8 @@ def test_a_story_goes_on_from_where_things_are_drawn(code: LinearCode, monkeypat
     batch = stories._turn(group, flow.model, rng)
     assert torch.equal(group.recent[:, -BLOCK * TURN :], batch.target.flatten(1, 2))
     assert group.age == [0] and stories.ages == [2] and group.shifts == before
+    films = group.films(group.at, group.at + BLOCK * TURN)
+    films, empty = [replace(film, backdrop=np.roll(film.backdrop, 1, axis=1)) for film in films], False
+    batch = stories._turn(group, flow.model, rng)  # the things are found, but before another backdrop
+    assert torch.equal(group.recent[:, -BLOCK * TURN :], batch.target.flatten(1, 2))
+    assert stories.ages == [2, 0] and group.shifts == before

@@ -16,7 +16,7 @@ from pipeline.config.config import load_config
 from pipeline.runtime.loading import load_transformer, load_vae, model_sizes
 from pipeline.runtime.prompts import PromptEncoder
 from shapes import dit_training, obedience, train
-from shapes.batches import DiTRecipe
+from shapes.batches import STORIES, Batch, DiTRecipe, Phase
 from shapes.data import as_video, make_clip, pixel_frame
 from shapes.dit import Flow
 from shapes.drawing import render
@@ -36,9 +36,11 @@ from shapes.reading import (
 )
 from shapes.runs import averaged
 from shapes.schedule import random_sigmas
+from shapes.stories import Stories
 from shapes.vae import build_vae, decode_whole, encode_whole
 from shapes.world import Command, Hidden, Scene, Thing, begin
 from utils.errors import InputError
+from wan.transformer.model import CausalWanModel
 
 KEYS = Path(__file__).parent / "data" / "checkpoint_keys.json"
 
@@ -231,3 +233,29 @@ def test_the_text_encoder_learns_to_read(tmp_path: Path) -> None:
 def test_the_transformer_wants_an_encoder_that_reads(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"text.pt: is missing; python -m shapes.train text --work .* makes it"):
         train.main(["dit", "--work", str(tmp_path), "--steps", "1"])
+
+
+def test_the_averaged_weights_draw_for_a_training(
+    shapes_work: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("text.pt", "linear.pt"):
+        shutil.copy(shapes_work / name, tmp_path)
+    drawers = []
+
+    def told(stories: Stories, model: CausalWanModel, step: int) -> Batch:
+        drawers.append(model)
+        return tell(stories, model, step)
+
+    def lost(flow: Flow, teacher: Flow | None, batch: Batch, drawer: CausalWanModel | None = None) -> Tensor:
+        drawers.append(drawer)
+        return batch_loss(flow, teacher, batch, drawer)
+
+    tell, batch_loss = Stories.next, dit_training.batch_loss
+    monkeypatch.setattr(Stories, "next", told)
+    monkeypatch.setattr(dit_training, "batch_loss", lost)
+    recipe = DiTRecipe(steps=1, batch=2, compile=False, phases=(Phase(1.0, {STORIES: 1.0}),))
+    run = dit_training._Run(tmp_path, recipe)
+    run.train()
+    assert len(drawers) == 4 and all(drawer is run._drawer for drawer in drawers)
+    held = {f"model.{name}": value.data_ptr() for name, value in run._drawer.named_parameters()}
+    assert held == {name: value.data_ptr() for name, value in run._average.values.items()}
