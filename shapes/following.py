@@ -12,7 +12,7 @@ from dataclasses import replace
 import numpy as np
 
 from shapes.film import Film
-from shapes.measure import nearest_colour, see, wrapped
+from shapes.measure import nearest_colour, see, which_background, wrapped
 from shapes.world import COLOURS, HEIGHT, WIDTH, Floats, Track, as_floats
 
 Shift = tuple[float, float]  # pixels to the right, and down
@@ -37,8 +37,10 @@ def added(shifts: Sequence[Shift], moves: Sequence[Shift]) -> list[Shift]:
 
 def moved(film: Film, video: Floats) -> list[Shift] | None:
     """How far things are from where a film has them, at the end of a video [frames, H, W, 3] in 0..1 whose last frames
-    are its own last; None if one is missing or far away. What is not there has moved like the first thing that is,
-    beside which it will come, if at all; who touches another one has not moved."""
+    are its own last; None if one is missing or far away, or all are before another background. What is not there has
+    moved like the first thing that is, beside which it will come, if at all; who touches another one has not moved."""
+    if which_background(video[-LAST:]) != int(film.backdrop[-1].argmax()):
+        return None
     tracks = [track.cut(-LAST, None) for track in film.tracks]
     there = [i for i, track in enumerate(tracks) if track.radius[-1] > 0]
     moves = {}

@@ -18,7 +18,7 @@ from shapes.schedule import SCHEDULE, noise_like, wide
 from wan.geometry import LatentGeometry
 from wan.transformer.model import CausalWanModel
 
-LOST = 0.5  # mean square error of a block that is given up: three pixels, or no thing, or another backdrop
+LOST = 0.5  # mean square error of a block that is given up: three pixels, or no thing
 
 
 @dataclass(frozen=True)

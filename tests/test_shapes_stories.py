@@ -167,7 +167,7 @@ def test_a_story_goes_on_from_where_things_are_drawn(code: LinearCode, monkeypat
     flow, text = Flow(), TextEncoder().requires_grad_(False)
     stories, rng = Stories(code, text, 0, batch=2), np.random.default_rng(2)
     groups = (stories._begin(rng, step, fresh=True) for step in range(50))
-    group = next(group for group in groups if not group.switches and group.length > 3 * BLOCK * TURN)
+    group = next(group for group in groups if not group.switches and group.length > 6 * BLOCK * TURN)
     (clip,) = group.clips
     assert len(clip.film.tracks) == 1
     for turn in (1, 2):
@@ -184,6 +184,11 @@ def test_a_story_goes_on_from_where_things_are_drawn(code: LinearCode, monkeypat
     assert group.age == [0] and stories.ages == [2] and group.shifts == before
     films = group.films(group.at, group.at + BLOCK * TURN)
     films, empty = [replace(film, backdrop=np.roll(film.backdrop, 1, axis=1)) for film in films], False
-    batch = stories._turn(group, flow.model, rng)  # the things are found, but before another backdrop
+    batch = stories._turn(group, flow.model, rng)  # the things are found, but before another background
     assert torch.equal(group.recent[:, -BLOCK * TURN :], batch.target.flatten(1, 2))
     assert stories.ages == [2, 0] and group.shifts == before
+    monkeypatch.setattr("shapes.stories.LOST", -1.0)
+    films = group.films(group.at, group.at + BLOCK * TURN)
+    batch = stories._turn(group, flow.model, rng)  # the things are found, but look too different
+    assert torch.equal(group.recent[:, -BLOCK * TURN :], batch.target.flatten(1, 2))
+    assert stories.ages == [2, 0, 0] and group.shifts == before
