@@ -11,7 +11,7 @@ from shapes.captions import caption, held_out, random_scene
 from shapes.commands import is_common, random_command, sentence, subject
 from shapes.data import Clip, make_clip, pixel_frame
 from shapes.drawing import background, render
-from shapes.drift import MELTED, SWOLLEN, drifted
+from shapes.drift import MELTED, SWOLLEN, TINTED, drifted
 from shapes.film import Film, film, tracks, world_at
 from shapes.measure import drift, seam, see, which_background
 from shapes.score import Score, borders, score
@@ -328,6 +328,10 @@ def test_things_drift_towards_others_and_can_still_be_told() -> None:
             swollen = np.abs(track.radius / true.radius - 1)
             assert swollen[0] < swollen[100] == swollen[-1] <= SWOLLEN
             assert np.array_equal(track.x, true.x) and np.array_equal(track.colour, true.colour)
+            tint = np.abs(other.backdrop - film.backdrop).max(1)
+            assert tint[0] <= tint[50] <= tint[100] == tint[-1] <= TINTED
+            assert np.allclose(other.backdrop.sum(1), 1)
+        assert any((other.backdrop[100] != film.backdrop[100]).any() for other in worn)
         assert len({SHAPES[int(track.after[-1])] for (track,) in (other.tracks for other in worn)}) > 1
         seen = [see(render(other.cut(100, 141))).shape for other in worn if other.tracks[0].morph[-1] < MELTED / 2]
         assert seen == [shape] * len(seen)
