@@ -39,7 +39,17 @@ from shapes.forward import Plan
 from shapes.optim import Average, Optimizers, trapezoid
 from shapes.reading import adopt_text_encoder, trained_text_encoder
 from shapes.rollout import draw_against
-from shapes.runs import Stage, averaged, fast_precision, fingerprint, log_to_stdout, save, sizes_of, training_device
+from shapes.runs import (
+    Stage,
+    averaged,
+    end_with_parent,
+    fast_precision,
+    fingerprint,
+    log_to_stdout,
+    save,
+    sizes_of,
+    training_device,
+)
 from shapes.schedule import (
     SCHEDULE,
     a_little_noisy,
@@ -140,7 +150,7 @@ def train_dit(folder: Path, recipe: DiTRecipe, until: int | None = None, start_f
     loaders = LOADERS if training_device().type == "cuda" else 0
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)
     given = (server.port, folder, recipe, until, start_from, loaders)
-    # Daemons end with this process, whatever ends it, and it need not wait for them; but they may have no loaders.
+    # Daemons end when this process ends by itself, and it need not wait for them; but they may have no loaders.
     try:
         spawn(_worker, given, nprocs=PARTS, daemon=not loaders)  # type: ignore[no-untyped-call]
     except ProcessExitedException as error:
@@ -198,6 +208,7 @@ def finished_weights(folder: Path) -> dict[str, Tensor]:
 def _worker(
     rank: int, port: int, folder: Path, recipe: DiTRecipe, until: int | None, start_from: Path | None, loaders: int
 ) -> None:
+    end_with_parent()
     torch.set_num_threads(1)
     dist.init_process_group("gloo", store=TCPStore("127.0.0.1", port), rank=rank, world_size=PARTS)
     try:

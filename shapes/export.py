@@ -9,10 +9,11 @@ from __future__ import annotations
 
 import itertools
 import json
+import logging
 from collections.abc import Mapping
 from dataclasses import asdict
 from pathlib import Path
-from typing import cast
+from typing import TypeVar, cast
 
 import torch
 from safetensors.torch import save as serialized
@@ -20,14 +21,20 @@ from torch import Tensor, nn
 
 from shapes.dit import SIZES, TEXT_ENCODER_FILE, Flow, TextEncoder
 from shapes.reading import trained_text_encoder
-from shapes.runs import averaged, save
+from shapes.runs import averaged_of, command_of, fingerprint, load, save, unfinished
 from shapes.tokenizer import TOKENIZER, write_tokenizer
 from shapes.vae import build_vae
-from utils.files import write_atomic
+from utils.errors import InputError
+from utils.files import ensure_writable_folder, write_atomic
 from wan.checkpoints.text_names import WAN_IN_BLOCK, WAN_TOP_LEVEL
 from wan.checkpoints.vae_names import diffusers_name
 
+logger = logging.getLogger(__name__)
+
+Module = TypeVar("Module", bound=nn.Module)
+
 MODEL = "Wan2.1-T2V-shapes"
+CONFIG = "config.json"
 LOG_VARIANCE = -6.0  # what the encoder says of its certainty; nobody reads it
 
 
@@ -35,25 +42,42 @@ def export(work: Path, folder: Path) -> Path:
     """Write `folder`/Wan2.1-T2V-shapes from the states in `work`; returns it.
 
     Where no VAE has been trained in `work` the one in the folder stays: the linear code, towards which every VAE is
-    trained, is the same. Raises InputError, before anything is written, if a state is missing.
+    trained, is the same. A training that is under way may be looked at so, which the log says. Without config.json, the
+    first to go and the last to be written, the folder is no model: so none is left of two halves. Raises InputError,
+    before anything is written, if a state is missing, or the transformer has not learnt by this text encoder.
     """
     target = folder / MODEL
     path = target / "Wan2.1_VAE.pth"
-    flow, text = cast(Flow, averaged(work / "dit.pt", Flow())), trained_text_encoder(work)
-    vae = averaged(work / "vae.pt", build_vae()) if (work / "vae.pt").exists() or not path.is_file() else None
+    text = trained_text_encoder(work)
+    flow = _trained(work / "dit.pt", Flow(), text)
+    vae = _trained(work / "vae.pt", build_vae()) if (work / "vae.pt").exists() or not path.is_file() else None
+    ensure_writable_folder(target / TOKENIZER, "--out")
+    (target / CONFIG).unlink(missing_ok=True)
     write_tokenizer(target / TOKENIZER)
-    _write_transformer(flow, target)
     _write_text_encoder(text, target)
     if vae is not None:
         save(_halved(native_vae(vae)), path)
+    write_atomic(target / "diffusion_pytorch_model.safetensors", serialized(_halved(flow.model.state_dict())))
+    _write_config(target)
     return target
 
 
-def _write_transformer(flow: Flow, target: Path) -> None:
+def _trained(path: Path, module: Module, text: TextEncoder | None = None) -> Module:
+    """`module` with the averaged weights of a stage that may have learnt by `text`. Raises InputError."""
+    state = load(path)
+    if text is not None and state.get("text", fingerprint(text)) != fingerprint(text):  # which older states lack
+        raise InputError(
+            f"{path}: has not learnt by the text encoder beside it; bring that one's text.pt back, or train dit anew"
+        )
+    if (missing := unfinished(state)) is not None:
+        logger.warning("%s: %s; %s goes on", path, missing, command_of(path))
+    return cast(Module, averaged_of(state, path, module))
+
+
+def _write_config(target: Path) -> None:
     config = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "model_type": "t2v"}
     sizes = {name: value for name, value in asdict(SIZES).items() if name != "patch_size"}
-    write_atomic(target / "config.json", json.dumps(config | sizes, indent=2) + "\n")
-    write_atomic(target / "diffusion_pytorch_model.safetensors", serialized(_halved(flow.model.state_dict())))
+    write_atomic(target / CONFIG, json.dumps(config | sizes, indent=2) + "\n")
 
 
 def _write_text_encoder(text: TextEncoder, target: Path) -> None:

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from shapes.captions import NOUNS, caption, random_hidden, random_scene
 from shapes.commands import is_common, random_command, sentence
 from shapes.dit import TEXT_ENCODER_FILE, TEXT_SIZES, TextEncoder
-from shapes.runs import Stage, averaged, load, save, sizes_of, training_device
+from shapes.runs import Stage, averaged, averaged_of, command_of, load, save, sizes_of, training_device, unfinished
 from shapes.tokenizer import TOKENIZER
 from shapes.world import BACKGROUNDS, COLOURS, COMMANDS, MOTIONS, SHAPES, SIZES, SWIFT, Command, Scene, World, begin
 from utils.errors import InputError
@@ -109,8 +109,14 @@ def _places(said: Mapping[str, str | None]) -> list[int]:
 
 
 def trained_text_encoder(folder: Path) -> TextEncoder:
-    """The frozen encoder that `train_text` has left in `folder`. Raises InputError if it has not."""
-    return cast(TextEncoder, averaged(Stage(folder, "text", 0).path, TextEncoder()).requires_grad_(False))
+    """The frozen encoder that `train_text` has left in `folder`. Raises InputError if it has not, or not finished it:
+    what learns by an encoder is lost when that goes on learning."""
+    path = Stage(folder, "text", 0).path
+    state = load(path)
+    missing = unfinished(state)
+    if missing is not None:
+        raise InputError(f"{path}: {missing}; finish it first: {command_of(path)}")
+    return cast(TextEncoder, averaged_of(state, path, TextEncoder()).requires_grad_(False))
 
 
 def adopt_text_encoder(folder: Path, finished: Path) -> None:
@@ -128,7 +134,7 @@ def adopt_text_encoder(folder: Path, finished: Path) -> None:
         raise InputError(f"--start-from: {path} is of another model; give one that shapes.train has written") from error
     if not state.exists():
         save({"average": dict(encoder.named_parameters())}, state)
-    pairs = zip(trained_text_encoder(folder).parameters(), encoder.parameters(), strict=True)
+    pairs = zip(averaged(state, TextEncoder()).parameters(), encoder.parameters(), strict=True)
     if not all(torch.equal(here.bfloat16(), there.bfloat16()) for here, there in pairs):  # as it is exported
         raise InputError(f"--start-from: {state} is another text encoder than {path}; give another --work")
 

@@ -8,13 +8,17 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import os
 import pickle
 import shlex
 import sys
+import threading
 import time
 from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
+from multiprocessing import parent_process
+from multiprocessing.connection import wait
 from pathlib import Path
 from typing import cast
 
@@ -38,6 +42,20 @@ def fast_precision(device: torch.device) -> AbstractContextManager[None]:
     model's in float32 before its next kernel is launched."""
     fast = device.type == "cpu" and torch.cpu._is_avx512_bf16_supported()  # type: ignore[no-untyped-call]
     return torch.autocast("cpu", torch.bfloat16) if fast else nullcontext()
+
+
+def end_with_parent() -> None:
+    """Let this process, which multiprocessing has started, end when its parent has, even if that was killed: who took
+    over its lock would find it still writing. PyTorch sends such a process SIGINT, which `nohup` and a shell's `&` let
+    it ignore."""
+    parent = parent_process()
+    assert parent is not None
+
+    def follow() -> None:
+        wait([parent.sentinel])
+        os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
 
 
 def log_to_stdout() -> None:
@@ -130,18 +148,32 @@ def save(state: Mapping[str, object], path: Path) -> None:
     write_atomic(path, content.getvalue())
 
 
+def command_of(path: Path) -> str:
+    """What makes a stage's state, and goes on with it."""
+    return f"python -m shapes.train {path.stem} --work {shlex.quote(str(path.parent))}"
+
+
 def load(path: Path) -> dict[str, object]:
     """What a stage has left. Raises InputError if it is missing or damaged."""
-    stage = f"python -m shapes.train {path.stem} --work {shlex.quote(str(path.parent))}"
     if not path.exists():
-        raise InputError(f"{path}: is missing; {stage} makes it")
+        raise InputError(f"{path}: is missing; {command_of(path)} makes it")
     require_file(path, "", "state of a training")
     try:
         state: dict[str, object] = torch.load(path, map_location="cpu", weights_only=True)
     except (RuntimeError, OSError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as error:
-        reason = str(error).partition("\n")[0] or type(error).__name__
-        raise InputError(f"{path}: is damaged ({reason}); delete it and make it again") from error
+        # PyTorch's advice for what is no pickle is to trust it.
+        reason = "" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0]
+        reason = f" ({reason})" if reason else ""
+        raise InputError(f"{path}: is damaged{reason}; delete it and make it again") from error
     return state
+
+
+def unfinished(state: Mapping[str, object]) -> str | None:
+    """How far a stage's state is, if steps of its run are missing."""
+    sizes = cast("Mapping[str, object]", state.get("sizes", {}))
+    if "step" not in state or state["step"] == sizes.get("steps", state["step"]):
+        return None
+    return f"has {state['step']} of {sizes['steps']} steps"
 
 
 def fingerprint(module: nn.Module) -> str:
@@ -154,7 +186,12 @@ def fingerprint(module: nn.Module) -> str:
 
 def averaged(path: Path, module: nn.Module) -> nn.Module:
     """`module` with the averaged weights of a stage's state. Raises InputError if there is none that fits."""
-    values = cast("dict[str, Tensor]", load(path).get("average", {}))
+    return averaged_of(load(path), path, module)
+
+
+def averaged_of(state: Mapping[str, object], path: Path, module: nn.Module) -> nn.Module:
+    """The same of a state that `load` has read from `path`."""
+    values = cast("dict[str, Tensor]", state.get("average", {}))
     named = dict(module.named_parameters())
     if {name: value.shape for name, value in values.items()} != {name: value.shape for name, value in named.items()}:
         raise InputError(f"{path}: is not of the model that is trained now; give another --work")

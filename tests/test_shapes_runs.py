@@ -2,14 +2,17 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save as serialized
 
-from shapes import obedience, train
+from shapes import obedience, train, training_captions
 from shapes.batches import DiTRecipe
 from shapes.dit import TEXT_ENCODER_FILE, Flow
 from shapes.dit_training import _check
@@ -22,7 +25,8 @@ from utils import command
 from utils.errors import InputError
 from utils.lock import RunLock
 
-MODEL = Path(__file__).parents[1] / "checkpoints" / "shapes" / "Wan2.1-T2V-shapes"
+ROOT = Path(__file__).parents[1]
+MODEL = ROOT / "checkpoints" / "shapes" / "Wan2.1-T2V-shapes"
 
 
 @pytest.fixture(scope="module")
@@ -45,14 +49,51 @@ def test_a_state_is_whole_or_absent(tmp_path: Path) -> None:
 def test_a_damaged_state_is_said(kept: int, begun: Path, tmp_path: Path) -> None:
     path = tmp_path / "text.pt"
     path.write_bytes((begun / "text.pt").read_bytes()[:kept])
-    with pytest.raises(InputError, match=r"text.pt: is damaged \(.+\); delete it"):
+    with pytest.raises(InputError, match=r"text.pt: is damaged( \(.+\))?; delete it") as told:
         Stage(tmp_path, "text", 2).resume()
+    assert "weights_only" not in str(told.value)
 
 
 def test_a_damaged_linear_code_is_said(tmp_path: Path) -> None:
     (tmp_path / "linear.pt").write_bytes(b"PK")
     with pytest.raises(InputError, match=r"linear.pt: is damaged"):
         fit_linear_code(tmp_path, clips=1)
+
+
+def test_nothing_learns_by_an_encoder_that_is_not_finished(begun: Path, tmp_path: Path) -> None:
+    shutil.copy(begun / "text.pt", tmp_path)
+    for use in (trained_text_encoder, lambda folder: export(folder, folder / "out")):
+        with pytest.raises(InputError, match=r"text.pt: has 1 of 2 steps; finish it first: python -m shapes"):
+            use(tmp_path)
+    assert not (tmp_path / "out").exists()
+
+
+WORKER = """
+import multiprocessing, signal, time
+from shapes.runs import end_with_parent
+
+def work():
+    end_with_parent()
+    print("begun", flush=True)
+    time.sleep(90)
+
+if __name__ == "__main__":
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # as for what a shell has started with &
+    worker = multiprocessing.get_context("spawn").Process(target=work, daemon=True)
+    worker.start()
+    worker.join()
+"""
+
+
+def test_workers_end_with_their_parent(tmp_path: Path) -> None:
+    """Else they would go on writing what a new run has locked."""
+    program = tmp_path / "program.py"
+    program.write_text(WORKER, encoding="utf-8")
+    told = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
+    with subprocess.Popen([sys.executable, str(program)], env=told, stdout=subprocess.PIPE) as parent:
+        assert parent.stdout is not None and parent.stdout.readline() == b"begun\n"
+        parent.kill()
+        parent.communicate(timeout=20)  # until the worker too has let go of the pipe
 
 
 def test_a_run_goes_on_with_what_it_was_begun_with(begun: Path, tmp_path: Path) -> None:
@@ -119,7 +160,8 @@ def trained(tmp_path: Path) -> Path:
     """A folder in which the transformer has been trained from a finished model."""
     adopt_text_encoder(tmp_path, MODEL)
     text = fingerprint(trained_text_encoder(tmp_path))
-    save({"step": 76, "began": 75, "average": dict(Flow().named_parameters()), "text": text}, tmp_path / "dit.pt")
+    state = {"step": 76, "began": 75, "average": dict(Flow().named_parameters()), "text": text}
+    save({**state, "sizes": {"steps": 100}}, tmp_path / "dit.pt")
     save({"average": dict(Flow().named_parameters())}, tmp_path / "teacher.pt")
     return tmp_path
 
@@ -152,6 +194,38 @@ def test_what_a_run_cannot_go_on_with_is_said_before_there_are_processes(trained
         save({**state, **changes}, trained / "dit.pt")
         with pytest.raises(InputError, match=said):
             train.main(["dit", "--work", str(trained), "--steps", "100", *given])
+
+
+def test_what_does_not_belong_together_is_not_exported(trained: Path, caplog: pytest.LogCaptureFixture) -> None:
+    shutil.copytree(MODEL, trained / "out" / MODEL.name)
+    folder = export(trained, trained / "out")
+    assert "dit.pt: has 76 of 100 steps; python -m shapes.train dit" in caplog.text
+    config, before = folder / "config.json", (folder / "diffusion_pytorch_model.safetensors").read_bytes()
+    assert config.read_bytes() == (MODEL / "config.json").read_bytes()
+    save({**load(trained / "dit.pt"), "text": "another"}, trained / "dit.pt")
+    with pytest.raises(InputError, match=r"dit.pt: has not learnt by the text encoder beside it; bring that one's"):
+        export(trained, trained / "out")
+    assert config.exists() and (folder / "diffusion_pytorch_model.safetensors").read_bytes() == before
+
+
+def test_an_export_that_ends_early_is_no_model(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    shutil.copytree(MODEL, trained / "out" / MODEL.name)
+
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("shapes.export.serialized", killed)
+    with pytest.raises(KeyboardInterrupt):
+        export(trained, trained / "out")
+    assert not (trained / "out" / MODEL.name / "config.json").exists()
+
+
+def test_captions_are_counted_before_they_are_made(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        training_captions.main(["--count", "0"])
+    assert "--count: expected a whole number from 1 on" in capsys.readouterr().err
+    with pytest.raises(InputError, match="nowhere"):
+        training_captions.main(["--out", str(tmp_path / "nowhere" / "x.txt")])
 
 
 def test_a_finished_models_words_must_be_those_of_captions(tmp_path: Path) -> None:
