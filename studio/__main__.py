@@ -71,12 +71,15 @@ def prepared(arguments: argparse.Namespace, world: World) -> Iterator[Place]:
     from pipeline.runtime.loading import require_files
     from pipeline.runtime.together import rank_device, require_world
     from studio.serving import taken
+    from utils.user_paths import require_file, user_path
 
     settings = settings_from(arguments)
     config = load_config(arguments.config_path, arguments.overrides)
     require_world(config, world)
     rank_device(config, world)
     require_files(config)
+    if settings.calibration is not None:
+        require_file(user_path(settings.calibration, "--calibration"), "--calibration", "calibration")
     with taken(config, settings) as place:
         yield place
 

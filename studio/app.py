@@ -104,7 +104,10 @@ def _add_jobs(app: FastAPI, house: House, with_token: Callable[[Request], None])
         job = wanted(video_id)
         if job.status != "completed":
             raise HTTPException(409, f"status: the video is {job.status}; wait until it is completed")
-        return FileResponse(house.parts.jobs.content(job), media_type="video/mp4", filename=f"{job.id}.mp4")
+        path = house.parts.jobs.content(job)
+        if not path.is_file():
+            raise HTTPException(410, "id: the file of this video is gone from the server; ask for it anew")
+        return FileResponse(path, media_type="video/mp4", filename=f"{job.id}.mp4")
 
     @app.delete("/v1/videos/{video_id}", dependencies=guarded)
     async def remove(video_id: str) -> dict[str, object]:

@@ -65,7 +65,8 @@ class Choices:
     """The policies that a pipeline can have without end."""
 
     def __init__(self, pipeline: Pipeline, calibration: str | None) -> None:
-        """Raises InputError if the configuration itself is for videos of a certain length alone."""
+        """Raises InputError if the configuration itself is for videos of a certain length alone, or `calibration`, a
+        file that somebody has asked for, cannot be used."""
         pipeline.endless_policy()
         self._config = pipeline.config
         self._pipeline = pipeline
@@ -84,6 +85,8 @@ class Choices:
                     self._pipeline.endless_policy(policy.overrides)
                     yield policy
             except InputError as error:
+                if policy.name == "calibrated" and calibration is not None:
+                    raise InputError(f"--calibration: {error}") from error
                 logger.info("policy %s is not offered: %s", policy.name, error)
 
     def _with_dial(self, policy: Policy) -> Policy:

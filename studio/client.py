@@ -14,21 +14,26 @@ if __name__ == "__main__":
 
 import argparse
 import json
+import logging
+import math
 import re
 import sys
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from contextlib import ExitStack
+from contextlib import ExitStack, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
 from utils import command
 from utils.errors import InputError, quoted
-from utils.files import write_atomic
+from utils.files import ensure_writable, write_atomic
 from utils.user_paths import read_text, user_path
+
+logger = logging.getLogger(__name__)
 
 _LINE = re.compile(r"([0-9]{1,6}(?:\.[0-9]{1,6})?)\s+(\S.*)")
 _PATIENCE_S = 120.0
@@ -75,11 +80,24 @@ class StudioClient:
         try:
             address = f"ws{parts.scheme[4:]}://{parts.netloc}/ws"
             self._socket = self._open.enter_context(connect(address, max_size=None, compression=None))
-        except (OSError, WebSocketException) as error:
+        except (OSError, ValueError, WebSocketException) as error:  # ValueError: a port that cannot be
             raise InputError(f"url: no studio answers at {self._base} ({error}); start one, or mend the url") from error
-        self.say("hello", token=token)
-        self.welcome = self.wait_for("welcome")
-        self.wait_for("session")
+        self._open.callback(self._say_goodbye)
+        try:
+            self.say("hello", token=token)
+            self.welcome = self.wait_for("welcome")
+            self.wait_for("session")
+        except BaseException:
+            self.close()
+            raise
+
+    def __enter__(self) -> StudioClient:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        self.close()
 
     def say(self, kind: str, **fields: object) -> None:
         """Send a message; what is None is left out."""
@@ -92,6 +110,8 @@ class StudioClient:
             message = self._receive()
             if isinstance(message, dict) and message["type"] == kind and fields.items() <= message.items():
                 return message
+            if isinstance(message, dict) and message["type"] == "waiting":
+                logger.info("all sessions are taken: place %d of %d in the line", message["place"], message["of"])
 
     def wait_for_frames(self, take: int, count: int) -> None:
         """Until so many frames of the take have come."""
@@ -130,9 +150,14 @@ class StudioClient:
         return data
 
     def close(self) -> None:
-        """Free the session."""
-        self.say("bye")
+        """Free the session, which the server would else keep for one who may come back."""
         self._open.close()
+
+    def _say_goodbye(self) -> None:
+        from websockets.exceptions import ConnectionClosed
+
+        with suppress(ConnectionClosed):  # the server has said it first
+            self.say("bye")
 
 
 def record(client: StudioClient, cues: Sequence[Cue], seconds: float, seed: int, policy: str | None) -> dict[str, Any]:
@@ -179,11 +204,13 @@ def _run(arguments: argparse.Namespace) -> int:
     if out.suffix != ".mp4":
         raise InputError(f"out: {out} must end in .mp4")
     seconds = cues[-1].second + 4 if arguments.seconds is None else arguments.seconds
-    client = StudioClient(arguments.url, arguments.token)
-    saved = record(client, cues, seconds, arguments.seed, arguments.policy)
-    for kind, path in saved["files"].items():
-        write_atomic(out.with_suffix(f".{kind}"), client.fetch(path))
-    client.close()
+    if not 0 < seconds < math.inf:
+        raise InputError(f"seconds: must be more than 0, got {seconds:g}")
+    ensure_writable(out)
+    with StudioClient(arguments.url, arguments.token) as client:
+        saved = record(client, cues, seconds, arguments.seed, arguments.policy)
+        for kind, path in saved["files"].items():
+            write_atomic(out.with_suffix(f".{kind}"), client.fetch(path))
     print(f"{out}: {saved['frames']} frames; the same again, on the server's machine: {saved['command']}")
     return 0
 

@@ -47,6 +47,9 @@ def test_a_job_is_the_video_of_the_script(studio: Studio, tmp_path: Path) -> Non
     assert job["seconds"] and inference.main(["--config_path", str(CONFIG), *settings]) == 0
     (made,) = tmp_path.glob("*.mp4")
     assert status == 200 and video == made.read_bytes()
+    studio.house.folders.jobs.joinpath(f"{job['id']}.mp4").unlink()
+    status, said = studio.fetch(f"/v1/videos/{job['id']}/content")
+    assert status == 410 and b"is gone from the server" in said
     assert job["id"] in [one["id"] for one in studio.json("/v1/videos")["data"]]
     assert studio.json(f"/v1/videos/{job['id']}", "DELETE")["deleted"]
     assert studio.fetch(f"/v1/videos/{job['id']}")[0] == 404

@@ -101,6 +101,8 @@ def test_two_studios_cannot_have_one_folder(tmp_path: Path, capsys: pytest.Captu
         (["seed=x"], "seed: expected an integer"),
         (["data_path=nowhere.txt"], "data_path: nowhere.txt: there is no such"),
         (["model_name=nowhere"], "model_name"),
+        (["--calibration", "nowhere"], "--calibration: nowhere: there is no such calibration"),
+        (["--calibration", "README.md"], "--calibration: "),
         (["output_folder=/proc/x"], "output_folder: "),
         (["model_kwargs.local_attn_size=-1", "rope=absolute"], "frames: a session without end needs memory"),
     ],
