@@ -339,7 +339,10 @@ def test_the_command_goes_on_where_it_was_and_adds_videos(
 
 
 def test_a_killed_run_loses_no_finished_video(
-    program: Program, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    program: Program,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+    caplog: pytest.LogCaptureFixture,
 ) -> None:
     whole, seen = recording.watch, []
 
@@ -352,8 +355,13 @@ def test_a_killed_run_loses_no_finished_video(
     monkeypatch.setattr(recording, "watch", watch)
     assert command.main(arguments(program, "--videos", "2")) == 130
     assert capsys.readouterr().err.splitlines()[-1].startswith("interrupted; what is finished is kept")
-    assert Calibration.load(program.folder / "c.safetensors", "").videos == PROMPTS[:1]
+    part = Calibration.load(program.folder / "c.safetensors", "")
+    assert part.videos == PROMPTS[:1] and part.missing == 1
+    assert command.main(["--curve", str(program.folder / "c.safetensors")]) == 0
+    assert "c.safetensors is measured in 1 of 2 videos; the command that made it goes on" in caplog.text
+    caplog.clear()
     assert command.main(arguments(program, "--videos", "2")) == 0 and len(seen) == 3
+    assert " of 2 videos" not in caplog.text
     assert [path.name for path in program.folder.glob("*.safetensors")] == ["c.safetensors"]
 
 

@@ -72,6 +72,12 @@ class Calibration:
     subject: Subject
     about: Mapping[str, Any] = field(default_factory=dict)
 
+    @property
+    def missing(self) -> int:
+        """Videos that were asked for and are not there, as after a run that was stopped."""
+        wanted = self.about.get("wanted")
+        return max(wanted - len(self.videos), 0) if isinstance(wanted, int) else 0
+
     def block_weights(self) -> Tensor:
         """[B], which sum to 1: what a block gets wrong stays in the past of all that follow, so that it counts as often
         as there are blocks from it to the video's end."""

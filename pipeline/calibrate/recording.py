@@ -1,7 +1,7 @@
 """Recording a calibration: videos made by the product's own loop over full history, and watched.
 
 The file is written anew after every video, so that a run that is killed goes on where it was; a file with fewer videos
-than were asked for is a calibration all the same.
+than were asked for is a calibration all the same, and whoever uses it is told.
 """
 
 from __future__ import annotations
@@ -87,7 +87,9 @@ def record(
     for _ in done.videos:
         on_video()
     rest = jobs[len(done.videos) :]
+    done = replace(done, about={**done.about, "wanted": recording.videos})
     if not rest:
+        done.save(out)
         return done
     generator, embeds = watched_generator(config, rest, watched_policy(config, "dense"), device)
     geometry = geometry_of(config, sizes.in_dim)

@@ -30,6 +30,9 @@ def load_dial(config: InferenceConfig, sizes: ModelConfig, path: Path) -> Dial:
     fault = calibration.subject.fault(subject_of(config, sizes, ""))
     if fault is not None:
         raise InputError(f"{FIELD}: {path} {fault}; calibrate with this configuration: python -m pipeline.calibrate")
+    if calibration.missing:
+        had, wanted = len(calibration.videos), len(calibration.videos) + calibration.missing
+        logger.warning("%s is measured in %d of %d videos; the command that made it goes on", path, had, wanted)
     return _dial(config, calibration)
 
 
