@@ -190,12 +190,18 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
         policy, _, precision = name.partition("@")
         if policy not in POLICIES or precision not in PRECISIONS or (policy == TRUTH and precision):
             parser.error(f"--policies: {name!r} is none of {', '.join(POLICIES)}, alone or with @bf16 or @fp8")
+    if "," in args.policies and args.policies.split(",")[0] != "full":
+        parser.error("--policies: full comes first, by which PSNR goes, unless there is but one")
     return args
 
 
 def check_scored(config: InferenceConfig, least: int = LEAST_FRAMES) -> None:
     """Raises InputError if a file is missing, or the videos cannot be scored, of which `least` latent frames can be."""
     require_files(config)
+    taken = {"device": ("auto", "cpu"), "start_from": (None,), "parallel": (None,)}
+    ignored = [name for name, values in taken.items() if getattr(config, name) not in values]
+    if ignored:
+        raise InputError(f"{', '.join(ignored)}: scored videos begin with noise and are made on the CPU; leave it out")
     if config.pixel_size != (HEIGHT, WIDTH):
         raise InputError(f"resolution: the world has {HEIGHT} x {WIDTH} pixels, got {config.resolution}; leave it out")
     if config.num_output_frames < least:

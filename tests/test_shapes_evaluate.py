@@ -129,6 +129,7 @@ def test_a_gate_that_keeps_nothing_is_refused_before_videos_are_made(
         (["--set", "num_output_frames=15"], "num_output_frames: storyboards switch at frame 12 and go on for two"),
         (["--set", "model_root=/none"], "/none"),
         (["--out", "README.md"], "--out: README.md is a file"),
+        (["--set", "device=cuda", "start_from=x.png"], "device, start_from: scored videos begin with noise"),
     ],
 )
 def test_what_cannot_be_evaluated_is_said(
@@ -219,6 +220,12 @@ def test_unknown_policies_are_refused(name: str, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         evaluate.main(["--policies", f"full,{name}"])
     assert f"--policies: '{name}' is none of full, window" in capsys.readouterr().err
+
+
+def test_full_history_is_what_others_are_measured_against(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        evaluate.main(["--policies", "window,packed"])
+    assert "--policies: full comes first, by which PSNR goes" in capsys.readouterr().err
 
 
 def test_noise_depends_on_a_clips_place_alone(monkeypatch: pytest.MonkeyPatch) -> None:
