@@ -202,9 +202,11 @@ class Pipeline:
         of those that say what heads keep and how blocks are denoised (SESSION_SETTINGS). `noise_seeds`: one for each
         video of a batch, in place of `seed` (`utils.seed.video_seed`). `live`, `keep_buffers`: see Session.
 
-        Raises InputError if the length is no multiple of the block, if a video without end would need memory without
-        end, if what it starts from leaves nothing to make, or for an override that does not fit.
+        Raises InputError for seeds of both kinds, for an override that does not fit, if the length is no multiple of
+        the block, if a video without end would need memory without end, or if what it starts from leaves nothing to do.
         """
+        if seed is not None and noise_seeds is not None:
+            raise InputError("seed: noise_seeds says what each video's noise is; leave one of them out")
         seed = self.config.seed if seed is None else whole_number("seed", seed, 0, SEEDS)
         seeds = [video_seed(seed, 0, 0)] if noise_seeds is None else given_seeds(noise_seeds)
         changes = given_overrides(overrides)

@@ -71,9 +71,11 @@ class SessionBlock:
 
     @property
     def frames(self) -> Tensor:
-        """uint8 [frames, H, W, 3] of the session's only video, on the host; waits until they are there."""
+        """uint8 [frames, H, W, 3] of the session's only video, on the host; waits until they are there. Raises
+        InputError for a session of several."""
         videos = self.videos
-        assert len(videos) == 1, "a session of several videos has `videos`"
+        if len(videos) > 1:
+            raise InputError(f"frames: the session makes {len(videos)} videos at once; use `videos`, which has all")
         return videos[0]
 
     @property

@@ -228,7 +228,12 @@ def test_a_batch_with_a_prompt_for_each(pipeline_of: Pipelines) -> None:
     pipeline = pipeline_of(*WINDOW)
     with pipeline.session(noise_seeds=[1, 2], frames=6) as session:
         session.prompt((FOX, BIRD))
-        videos = torch.cat([block.videos for block in session], dim=1)
+        blocks = list(session)
+    with pytest.raises(InputError, match="frames: the session makes 2 videos at once; use `videos`"):
+        _ = blocks[0].frames
+    with pytest.raises(InputError, match="seed: noise_seeds says what each video's noise is"):
+        pipeline.session(seed=1, noise_seeds=[1, 2], frames=6)
+    videos = torch.cat([block.videos for block in blocks], dim=1)
     assert videos.shape == (2, 21, 32, 48, 3)
     for video, seed, prompt in zip(videos, (1, 2), (FOX, BIRD), strict=True):
         with pipeline.session(noise_seeds=[seed], frames=6) as session:
