@@ -273,9 +273,10 @@ def test_the_command_that_makes_a_state_can_be_copied(tmp_path: Path) -> None:
         load(tmp_path / "a folder #1" / "dit.pt")
 
 
-def test_nothing_is_exported_of_what_is_not_complete(begun: Path, tmp_path: Path) -> None:
+def test_nothing_is_exported_of_what_is_not_complete(tmp_path: Path) -> None:
+    adopt_text_encoder(tmp_path, MODEL)
     with pytest.raises(InputError, match=r"dit.pt: is missing; python -m shapes.train dit --work .* makes it"):
-        export(begun, tmp_path / "out")
+        export(tmp_path, tmp_path / "out")
     save({"average": {"one": torch.ones(1)}}, tmp_path / "dit.pt")
     with pytest.raises(InputError, match=r"dit.pt: is not of the model that is trained now"):
         export(tmp_path, tmp_path / "out")
