@@ -42,6 +42,7 @@ from shapes.rollout import draw_against
 from shapes.runs import (
     Stage,
     averaged,
+    check_text,
     end_with_parent,
     fast_precision,
     fingerprint,
@@ -178,11 +179,7 @@ def _check(folder: Path, recipe: DiTRecipe, until: int | None, start_from: Path 
         (folder / TEACHER).unlink(missing_ok=True)  # of a run whose state is gone
         return
     averaged(stage.path, Flow())
-    if state.get("text", text) != text:  # which older states lack
-        raise InputError(
-            f"{folder / 'text.pt'}: is not the text encoder by which {stage.path} has learnt; bring that back, or give "
-            "another --work"
-        )
+    check_text(state, stage.path, text)
 
 
 def _stage(folder: Path, recipe: DiTRecipe, until: int | None) -> Stage:

@@ -186,11 +186,12 @@ def _arguments(argv: Sequence[str] | None) -> argparse.Namespace:
     parser.add_argument("--out", type=Path, default=Path("demo/shapes_evaluation"))
     parser.add_argument("--gate", type=Path, help="JSON file of bounds that the report must keep")
     args = parser.parse_args(argv)
-    for name in args.policies.split(","):
+    names = args.policies.split(",")
+    for name in names:
         policy, _, precision = name.partition("@")
         if policy not in POLICIES or precision not in PRECISIONS or (policy == TRUTH and precision):
             parser.error(f"--policies: {name!r} is none of {', '.join(POLICIES)}, alone or with @bf16 or @fp8")
-    if "," in args.policies and args.policies.split(",")[0] != "full":
+    if len(names) > 1 and names[0] != "full":
         parser.error("--policies: full comes first, by which PSNR goes, unless there is but one")
     return args
 

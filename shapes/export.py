@@ -21,10 +21,9 @@ from torch import Tensor, nn
 
 from shapes.dit import SIZES, TEXT_ENCODER_FILE, Flow, TextEncoder
 from shapes.reading import trained_text_encoder
-from shapes.runs import averaged_of, command_of, fingerprint, load, save, unfinished
+from shapes.runs import averaged_of, check_text, command_of, fingerprint, load, save, unfinished
 from shapes.tokenizer import TOKENIZER, write_tokenizer
 from shapes.vae import build_vae
-from utils.errors import InputError
 from utils.files import ensure_writable_folder, write_atomic
 from wan.checkpoints.text_names import WAN_IN_BLOCK, WAN_TOP_LEVEL
 from wan.checkpoints.vae_names import diffusers_name
@@ -65,10 +64,8 @@ def export(work: Path, folder: Path) -> Path:
 def _trained(path: Path, module: Module, text: TextEncoder | None = None) -> Module:
     """`module` with the averaged weights of a stage that may have learnt by `text`. Raises InputError."""
     state = load(path)
-    if text is not None and state.get("text", fingerprint(text)) != fingerprint(text):  # which older states lack
-        raise InputError(
-            f"{path}: has not learnt by the text encoder beside it; bring that one's text.pt back, or train dit anew"
-        )
+    if text is not None:
+        check_text(state, path, fingerprint(text))
     if (missing := unfinished(state)) is not None:
         logger.warning("%s: %s; %s goes on", path, missing, command_of(path))
     return cast(Module, averaged_of(state, path, module))

@@ -184,6 +184,15 @@ def fingerprint(module: nn.Module) -> str:
     return digest.hexdigest()
 
 
+def check_text(state: Mapping[str, object], path: Path, text: str) -> None:
+    """Raises InputError if the state at `path` has learnt by another text encoder than that of fingerprint `text`."""
+    if state.get("text", text) != text:  # which older states lack
+        beside = path.with_name("text.pt")
+        raise InputError(
+            f"{beside}: is not the text encoder by which {path} has learnt; bring that back, or give another --work"
+        )
+
+
 def averaged(path: Path, module: nn.Module) -> nn.Module:
     """`module` with the averaged weights of a stage's state. Raises InputError if there is none that fits."""
     return averaged_of(load(path), path, module)

@@ -21,10 +21,9 @@ import sys
 import urllib.error
 import urllib.request
 from collections.abc import Sequence
-from contextlib import ExitStack, suppress
+from contextlib import ExitStack, closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
-from types import TracebackType
 from typing import Any
 from urllib.parse import urlsplit
 
@@ -75,29 +74,19 @@ class StudioClient:
         parts = urlsplit(url)
         if parts.scheme not in ("http", "https") or not parts.netloc:
             raise InputError(f"url: expected an address such as http://127.0.0.1:7860, got {quoted(url)}")
-        self._open = ExitStack()
         self._base, self._token = f"{parts.scheme}://{parts.netloc}", token
-        try:
-            address = f"ws{parts.scheme[4:]}://{parts.netloc}/ws"
-            self._socket = self._open.enter_context(connect(address, max_size=None, compression=None))
-        except (OSError, ValueError, WebSocketException) as error:  # ValueError: a port that cannot be
-            raise InputError(f"url: no studio answers at {self._base} ({error}); start one, or mend the url") from error
-        self._open.callback(self._say_goodbye)
-        try:
+        with ExitStack() as opened:
+            try:
+                address = f"ws{parts.scheme[4:]}://{parts.netloc}/ws"
+                self._socket = opened.enter_context(connect(address, max_size=None, compression=None))
+            except (OSError, ValueError, WebSocketException) as error:  # ValueError: a port that cannot be
+                why = f"no studio answers at {self._base} ({error}); start one, or mend the url"
+                raise InputError(f"url: {why}") from error
+            opened.callback(self._say_goodbye)
             self.say("hello", token=token)
             self.welcome = self.wait_for("welcome")
             self.wait_for("session")
-        except BaseException:
-            self.close()
-            raise
-
-    def __enter__(self) -> StudioClient:
-        return self
-
-    def __exit__(
-        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
-    ) -> None:
-        self.close()
+            self._open = opened.pop_all()
 
     def say(self, kind: str, **fields: object) -> None:
         """Send a message; what is None is left out."""
@@ -207,7 +196,7 @@ def _run(arguments: argparse.Namespace) -> int:
     if not 0 < seconds < math.inf:
         raise InputError(f"seconds: must be more than 0, got {seconds:g}")
     ensure_writable(out)
-    with StudioClient(arguments.url, arguments.token) as client:
+    with closing(StudioClient(arguments.url, arguments.token)) as client:
         saved = record(client, cues, seconds, arguments.seed, arguments.policy)
         for kind, path in saved["files"].items():
             write_atomic(out.with_suffix(f".{kind}"), client.fetch(path))
