@@ -19,7 +19,10 @@ SIZES = ModelConfig(
     dim=192, ffn_dim=768, num_heads=6, num_layers=4, freq_dim=64, text_dim=TEXT_SIZES["d_model"], text_len=MAX_TOKENS
 )
 INIT_SEED = 21
+CONFIG_FILE = "config.json"
 TEXT_ENCODER_FILE = "models_t5_umt5-xxl-enc-bf16.pth"
+TRANSFORMER_FILE = "diffusion_pytorch_model.safetensors"
+VAE_FILE = "Wan2.1_VAE.pth"
 
 
 class TextEncoder(nn.Module):

@@ -25,8 +25,6 @@ from typing import cast
 
 import torch
 import torch.distributed as dist
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 from torch import Tensor, nn
 from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import ProcessExitedException, spawn
@@ -35,6 +33,7 @@ from torch.utils.data import DataLoader
 from shapes.batches import PARTS, TRAIN_SEED, Batch, Batches, DiTRecipe
 from shapes.distill import distillation_loss
 from shapes.dit import Flow
+from shapes.finished import finished_transformer
 from shapes.forward import Plan
 from shapes.optim import Average, Optimizers, trapezoid
 from shapes.reading import adopt_text_encoder, trained_text_encoder
@@ -65,7 +64,6 @@ from shapes.stories import Stories
 from shapes.vae import fit_linear_code
 from utils import command
 from utils.errors import InputError, ToldElsewhere
-from utils.user_paths import require_file
 from wan.transformer.model import CausalWanModel
 
 TEACHER = "teacher.pt"  # in the folder of a training
@@ -168,7 +166,7 @@ def _check(folder: Path, recipe: DiTRecipe, until: int | None, start_from: Path 
     state = stage.stored()
     if start_from is not None:
         if state is None:
-            finished_weights(start_from)
+            finished_transformer(start_from, "--start-from")
             if stage.end <= (first := int(recipe.joined * recipe.steps)):
                 raise InputError(f"--until: {until} is before step {first}, at which --start-from begins; give more")
         elif not state["began"]:
@@ -184,22 +182,6 @@ def _check(folder: Path, recipe: DiTRecipe, until: int | None, start_from: Path 
 
 def _stage(folder: Path, recipe: DiTRecipe, until: int | None) -> Stage:
     return Stage(folder, "dit", recipe.steps, until, sizes=sizes_of(recipe))
-
-
-def finished_weights(folder: Path) -> dict[str, Tensor]:
-    """The transformer of a model that `shapes.export` has written. Raises InputError."""
-    path = folder / "diffusion_pytorch_model.safetensors"
-    require_file(path, "--start-from", "transformer of a finished model")
-    try:
-        weights: dict[str, Tensor] = load_file(path)
-    except SafetensorError as error:
-        raise InputError(f"--start-from: {path} is damaged ({error}); give a finished model's folder") from error
-    sizes = {name: value.shape for name, value in Flow().model.state_dict().items()}
-    if {name: value.shape for name, value in weights.items()} != sizes:
-        raise InputError(
-            f"--start-from: {path} is of another model; give a folder that shapes.train export has written"
-        )
-    return {name: value.float() for name, value in weights.items()}
 
 
 def _worker(
@@ -322,7 +304,7 @@ class _Run:
     def _restore(self, start_from: Path | None) -> None:
         state = self._stage.resume()
         if state is None and start_from is not None:
-            self._flow.model.load_state_dict(finished_weights(start_from))
+            self._flow.model.load_state_dict(finished_transformer(start_from, "--start-from"))
             self._average.load({name: value.detach() for name, value in self._named.items()})
             self._began = self._start = int(self._recipe.joined * self._recipe.steps)
         if state is None:

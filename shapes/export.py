@@ -19,7 +19,7 @@ import torch
 from safetensors.torch import save as serialized
 from torch import Tensor, nn
 
-from shapes.dit import SIZES, TEXT_ENCODER_FILE, Flow, TextEncoder
+from shapes.dit import CONFIG_FILE, SIZES, TEXT_ENCODER_FILE, TRANSFORMER_FILE, VAE_FILE, Flow, TextEncoder
 from shapes.reading import trained_text_encoder
 from shapes.runs import averaged_of, check_text, command_of, fingerprint, load, save, unfinished
 from shapes.tokenizer import TOKENIZER, write_tokenizer
@@ -33,7 +33,6 @@ logger = logging.getLogger(__name__)
 Module = TypeVar("Module", bound=nn.Module)
 
 MODEL = "Wan2.1-T2V-shapes"
-CONFIG = "config.json"
 LOG_VARIANCE = -6.0  # what the encoder says of its certainty; nobody reads it
 
 
@@ -41,22 +40,32 @@ def export(work: Path, folder: Path) -> Path:
     """Write `folder`/Wan2.1-T2V-shapes from the states in `work`; returns it.
 
     Where no VAE has been trained in `work` the one in the folder stays: the linear code, towards which every VAE is
-    trained, is the same. A training that is under way may be looked at so, which the log says. Without config.json, the
-    first to go and the last to be written, the folder is no model: so none is left of two halves. Raises InputError,
+    trained, is the same. A training that is under way may be looked at so, which the log says. Raises InputError,
     before anything is written, if a state is missing, or the transformer has not learnt by this text encoder.
     """
-    target = folder / MODEL
-    path = target / "Wan2.1_VAE.pth"
     text = trained_text_encoder(work)
     flow = _trained(work / "dit.pt", Flow(), text)
-    vae = _trained(work / "vae.pt", build_vae()) if (work / "vae.pt").exists() or not path.is_file() else None
+    stays = (folder / MODEL / VAE_FILE).is_file() and not (work / "vae.pt").exists()
+    vae = None if stays else native_vae(_trained(work / "vae.pt", build_vae()))
+    return write_model(folder, text, flow.model.state_dict(), vae)
+
+
+def write_model(
+    folder: Path, text: TextEncoder, transformer: Mapping[str, Tensor], vae: Mapping[str, Tensor] | None
+) -> Path:
+    """Write `folder`/Wan2.1-T2V-shapes, but for its VAE if there is none; returns it.
+
+    Without config.json, the first to go and the last to be written, the folder is no model: so none is left of two
+    halves. Raises InputError if it cannot be written.
+    """
+    target = folder / MODEL
     ensure_writable_folder(target / TOKENIZER, "--out")
-    (target / CONFIG).unlink(missing_ok=True)
+    (target / CONFIG_FILE).unlink(missing_ok=True)
     write_tokenizer(target / TOKENIZER)
     _write_text_encoder(text, target)
     if vae is not None:
-        save(_halved(native_vae(vae)), path)
-    write_atomic(target / "diffusion_pytorch_model.safetensors", serialized(_halved(flow.model.state_dict())))
+        save(_halved(vae), target / VAE_FILE)
+    write_atomic(target / TRANSFORMER_FILE, serialized(_halved(transformer)))
     _write_config(target)
     return target
 
@@ -74,7 +83,7 @@ def _trained(path: Path, module: Module, text: TextEncoder | None = None) -> Mod
 def _write_config(target: Path) -> None:
     config = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "model_type": "t2v"}
     sizes = {name: value for name, value in asdict(SIZES).items() if name != "patch_size"}
-    write_atomic(target / CONFIG, json.dumps(config | sizes, indent=2) + "\n")
+    write_atomic(target / CONFIG_FILE, json.dumps(config | sizes, indent=2) + "\n")
 
 
 def _write_text_encoder(text: TextEncoder, target: Path) -> None:

@@ -8,7 +8,6 @@ left", which colour comes first) was still mixed up when everything else was rig
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,12 +21,10 @@ from torch import Tensor, nn
 from shapes.captions import NOUNS, caption, random_hidden, random_scene
 from shapes.commands import is_common, random_command, sentence
 from shapes.dit import TEXT_ENCODER_FILE, TEXT_SIZES, TextEncoder
+from shapes.finished import finished_text_encoder
 from shapes.runs import Stage, averaged, averaged_of, command_of, load, save, sizes_of, training_device, unfinished
-from shapes.tokenizer import TOKENIZER
 from shapes.world import BACKGROUNDS, COLOURS, COMMANDS, MOTIONS, SHAPES, SIZES, SWIFT, Command, Scene, World, begin
 from utils.errors import InputError
-from utils.user_paths import read_json, require_file
-from wan.checkpoints.text_names import to_transformers
 
 TRAIN_SEED = 41
 COMMAND_SHARE = 0.6  # of the captions; the others are first ones
@@ -123,19 +120,12 @@ def adopt_text_encoder(folder: Path, finished: Path) -> None:
     """`folder` gets the encoder of a model that `shapes.export` has written, by which that model's transformer has
     learnt. Raises InputError, also if `folder` has another one."""
     state = Stage(folder, "text", 0).path
-    path, encoder = finished / TEXT_ENCODER_FILE, TextEncoder()
-    require_file(path, "--start-from", "text encoder of a finished model")
-    words = finished / TOKENIZER / "tokenizer.json"
-    if read_json(words, "--start-from", "tokenizer of a finished model") != json.loads(encoder.tokenizer.to_str()):
-        raise InputError(f"--start-from: {words} has other words than captions have now; train the text encoder anew")
-    try:
-        encoder.umt5.load_state_dict({name: value.float() for name, value in to_transformers(load(path)).items()})
-    except (RuntimeError, AttributeError) as error:
-        raise InputError(f"--start-from: {path} is of another model; give one that shapes.train has written") from error
+    encoder = finished_text_encoder(finished, "--start-from")
     if not state.exists():
         save({"average": dict(encoder.named_parameters())}, state)
     pairs = zip(averaged(state, TextEncoder()).parameters(), encoder.parameters(), strict=True)
     if not all(torch.equal(here.bfloat16(), there.bfloat16()) for here, there in pairs):  # as it is exported
+        path = finished / TEXT_ENCODER_FILE
         raise InputError(f"--start-from: {state} is another text encoder than {path}; give another --work")
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import save as serialized
 
 from shapes import obedience, train, training_captions
 from shapes.batches import DiTRecipe
-from shapes.dit import TEXT_ENCODER_FILE, Flow
+from shapes.dit import CONFIG_FILE, TEXT_ENCODER_FILE, Flow
 from shapes.dit_training import _check
 from shapes.export import export, wan_text_names
 from shapes.reading import ReadingRecipe, adopt_text_encoder, train_text, trained_text_encoder
@@ -262,6 +262,7 @@ def test_a_finished_models_text_encoder_that_does_not_fit_is_said(tmp_path: Path
     with pytest.raises(InputError, match=r"--start-from: .*: there is no such text encoder of a finished model"):
         adopt_text_encoder(tmp_path, tmp_path)
     shutil.copytree(MODEL / TOKENIZER, tmp_path / TOKENIZER)
+    shutil.copy(MODEL / CONFIG_FILE, tmp_path)
     save({"norm.weight": torch.ones(64)}, tmp_path / TEXT_ENCODER_FILE)
     with pytest.raises(InputError, match=r"--start-from: .* is of another model"):
         adopt_text_encoder(tmp_path, tmp_path)
