@@ -7,6 +7,7 @@ generator that is given. The file does not know how anything looks.
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping
 
 import numpy as np
 
@@ -40,7 +41,7 @@ PASSING = (
 )
 OPENINGS = ("{a} {verb}", "{a} {verb}", "{a} {verb}", "a video of {a} that {verb}", "{a} that {verb}")
 SHAPE_WEIGHTS = (0.2, 0.2, 0.2, 0.4)  # of SHAPES in the random choice: crosses are the hardest to draw
-PASSING_WEIGHT = 1.5  # of "pass" in the random choice of motions, beside 0.5 for "still" and 1 for the others
+MOTION_WEIGHTS = {"pass": 1.5, "still": 0.5}  # in the random choice of motions, of which the others have 1
 
 
 def held_out(scene: Scene) -> bool:
@@ -52,11 +53,14 @@ def kept_out(shape: str, colour: str, verb: str) -> bool:
     return zlib.crc32(f"{shape} {colour} {verb}".encode()) % 8 == 0
 
 
-def random_scene(rng: np.random.Generator, held: bool | None = None, passing_weight: float = PASSING_WEIGHT) -> Scene:
-    """A scene; `held` True or False takes only held-out combinations or only the others, None takes any."""
-    weights = np.array([{"still": 0.5, "pass": passing_weight}.get(motion, 1.0) for motion in MOTIONS])
+def random_scene(
+    rng: np.random.Generator, held: bool | None = None, weights: Mapping[str, float] = MOTION_WEIGHTS
+) -> Scene:
+    """A scene; `held` True or False takes only held-out combinations or only the others, None takes any. `weights`: of
+    motions, 1 if they have none."""
+    shares = np.array([weights.get(motion, 1.0) for motion in MOTIONS])
     while True:
-        motion = str(rng.choice(MOTIONS, p=weights / weights.sum()))
+        motion = str(rng.choice(MOTIONS, p=shares / shares.sum()))
         colours = [str(name) for name in rng.permutation(list(COLOURS))]
         shapes = [str(name) for name in rng.choice(SHAPES, 2, p=SHAPE_WEIGHTS)]
         size = str(rng.choice(list(SIZES)))

@@ -5,7 +5,7 @@ A `Clip` is a film with its captions; nothing here knows latents or models.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shapes.captions import PASSING_WEIGHT, caption, random_hidden, random_scene
+from shapes.captions import MOTION_WEIGHTS, caption, random_hidden, random_scene
 from shapes.commands import random_command, sentence
 from shapes.drawing import render
 from shapes.film import Film, film
@@ -67,16 +67,16 @@ def make_clip(
     frames: int = FRAMES,
     held: bool | None = False,
     plain: bool = False,
-    passing_weight: float = PASSING_WEIGHT,
+    weights: Mapping[str, float] = MOTION_WEIGHTS,
 ) -> Clip:
-    """Clip `index`; at the latent frames `switches` further captions take over. `held` and `passing_weight`: see
+    """Clip `index`; at the latent frames `switches` further captions take over. `held` and `weights`: see
     `random_scene`; what is held out of commands is so too.
 
     In a plain clip nothing but the background is left open by the caption.
     """
     rng = np.random.default_rng((seed, index, _SCENES))
     words = np.random.default_rng((seed, index, _WORDING))
-    scene, hidden = random_scene(rng, held, passing_weight), random_hidden(rng)
+    scene, hidden = random_scene(rng, held, weights), random_hidden(rng)
     if plain:
         hidden = Hidden(background=hidden.background)
     texts, commands = [caption(scene, words)], []
