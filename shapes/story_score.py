@@ -29,7 +29,7 @@ from shapes.measure import (
     wrapped,
 )
 from shapes.score import LAST, chosen, distance
-from shapes.world import BACKGROUNDS, COLOURS, FRAMES, HEIGHT, WIDTH, Floats, Hidden, Track, World, begin
+from shapes.world import BACKGROUNDS, COLOURS, FRAMES, HEIGHT, WIDTH, Body, Floats, Hidden, Track, World, begin
 from utils.errors import InputError
 
 SETTLED = 12  # pixel frames, a block, after which a caption must have been obeyed
@@ -64,29 +64,71 @@ def score_scenes(video: Floats, clip: Clip) -> list[SceneScore]:
     if shortest <= SETTLED:
         raise InputError(f"a scene of {shortest} pixel frames cannot be scored; give every scene more than {SETTLED}")
     found = chosen(video, clip.scene)
-    hidden = found or Hidden()
-    worlds = [begin(clip.scene, hidden)]
-    worlds += [world_at(clip.scene, hidden, clip.script, start).obey(command) for start, command in clip.script]
     parts = [video[start:stop] for start, stop in bounds]
+    worlds = _worlds(clip, found or Hidden())
     return [score_scene(part, world, found is not None) for part, world in zip(parts, worlds, strict=True)]
+
+
+def last_things(video: Floats, clip: Clip) -> list[Found]:
+    """The things of a storyboard's last scene."""
+    world = _worlds(clip, chosen(video, clip.scene) or Hidden())[-1]
+    return found_things(video[clip.script[-1][0] :], world)
+
+
+def _worlds(clip: Clip, hidden: Hidden) -> list[World]:
+    """With which every scene begins."""
+    later = [world_at(clip.scene, hidden, clip.script, start).obey(command) for start, command in clip.script]
+    return [begin(clip.scene, hidden), *later]
 
 
 def score_scene(part: Floats, world: World, known: bool) -> SceneScore:
     """A scene's frames against the world with which it begins. `known`: whether the video's first background was one of
     the world's; otherwise none is right."""
-    settled = part[SETTLED:]
-    only = [body.colour if len(world.there) > 1 else None for body in world.there]
-    seen = [see(settled, colour) for colour in only]
-    expected = [body.track(len(part)).cut(SETTLED, len(part)) for body in world.there]
-    shown = [_shown(track, colour) for track, colour in zip(expected, only, strict=True)]
-    rows = list(zip(seen, expected, shown, strict=True))
+    found = found_things(part, world)
+    end = part[SETTLED:][-LAST:]
     return SceneScore(
-        colour=float(_colours_are_right(settled[-LAST:], [track.cut(-LAST, None) for track in expected])),
-        shape=float(all(one.shape == body.shape for one, body in zip(seen, world.there, strict=True))),
-        motion=float(all(_moves_like(*row) for row in rows)),
-        background=float(known and which_background(settled[-LAST:]) == BACKGROUNDS.index(world.background)),
-        position=float(np.mean([distance(one, track)[frames].mean() for one, track, frames in rows])),
+        colour=float(_colours_are_right(end, [thing.track.cut(-LAST, None) for thing in found])),
+        shape=float(all(thing.seen.shape == thing.body.shape for thing in found)),
+        motion=float(all(thing.off_path < PATH_ERROR and abs(thing.off_size) < SIZE_ERROR for thing in found)),
+        background=float(known and which_background(end) == BACKGROUNDS.index(world.background)),
+        position=float(np.mean([distance(thing.seen, thing.track)[thing.shown].mean() for thing in found])),
     )
+
+
+@dataclass(frozen=True)
+class Found:
+    """A thing of the world, how it is seen, and how it should be, in the frames after a caption has been obeyed.
+    `shown` [frames]: see `_shown`."""
+
+    body: Body
+    seen: Seen
+    track: Track
+    shown: Masks
+
+    @property
+    def off_path(self) -> float:
+        """Mean distance in pixels from the track as it goes on from where the thing was first seen; NaN if there is
+        none."""
+        dx = wrapped(self.seen.x[self.shown] - self.track.x[self.shown], WIDTH)
+        dy = wrapped(self.seen.y[self.shown] - self.track.y[self.shown], HEIGHT)
+        dx, dy = wrapped(dx - dx[:ANCHOR].mean(), WIDTH), wrapped(dy - dy[:ANCHOR].mean(), HEIGHT)
+        return float(np.hypot(dx, dy).mean())
+
+    @property
+    def off_size(self) -> float:
+        """How much larger it is in the end than it should be, as a share of its radius."""
+        seen, true = (one.radius[self.shown][-LAST:].mean() for one in (self.seen, self.track))
+        return float(seen) / float(true) - 1
+
+
+def found_things(part: Floats, world: World) -> list[Found]:
+    """What is there of a world's things in a scene's frames, from SETTLED on."""
+    only = [body.colour if len(world.there) > 1 else None for body in world.there]
+    found = []
+    for body, colour in zip(world.there, only, strict=True):
+        track = body.track(len(part)).cut(SETTLED, len(part))
+        found.append(Found(body, see(part[SETTLED:], colour), track, _shown(track, colour)))
+    return found
 
 
 def _shown(track: Track, only: str | None) -> Masks:
@@ -105,18 +147,6 @@ def _colours_are_right(frames: Floats, things: Sequence[Track]) -> bool:
     tints = [np.where(saturated(track.colour), nearest_colour(track.colour), -1) for track in things]
     wanted = np.stack([np.any([tint == i for tint in tints], axis=0) for i in range(len(COLOURS))], axis=1)
     return bool(((areas >= LEAST_AREA) == wanted).all(1).mean() >= 0.5)
-
-
-def _moves_like(seen: Seen, track: Track, shown: Masks) -> bool:
-    """Whether a thing goes the way of the track from where it was seen first, and is as large in the end; by the frames
-    in which it is shown."""
-    x, y, radius = (part[shown] for part in (seen.x, seen.y, seen.radius))
-    if np.isnan(x).any():
-        return False
-    dx, dy = wrapped(x - track.x[shown], WIDTH), wrapped(y - track.y[shown], HEIGHT)
-    dx, dy = wrapped(dx - dx[:ANCHOR].mean(), WIDTH), wrapped(dy - dy[:ANCHOR].mean(), HEIGHT)
-    sized = abs(float(radius[-LAST:].mean()) / float(track.radius[shown][-LAST:].mean()) - 1) < SIZE_ERROR
-    return sized and float(np.hypot(dx, dy).mean()) < PATH_ERROR
 
 
 @dataclass(frozen=True)
