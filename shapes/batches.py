@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from torch.utils.data import Dataset
 
-from shapes.captions import MOTION_WEIGHTS
+from shapes.captions import FAIRLY
 from shapes.data import BLOCK, Clip, as_video, make_clip, pixel_frame
 from shapes.dit import TextEncoder
 from shapes.drawing import render
@@ -29,9 +29,9 @@ WINDOW = 10  # latent frames that a block of a long video sees, the first one an
 PREFIXES = {3: 0.3, 6: 0.25, 9: 0.2, 12: 0.1, WINDOW: 0.15}  # frames before a switch: a video's first, or a window
 BLOCKS_AFTER = {1: 0.3, 2: 0.2, 3: 0.5}  # a switch: the later ones have to know that its command has been obeyed
 LATEST = 20  # blocks before a switch in a window
-# Of the motions of first scenes. Two things are the hardest; what goes in a circle is at another place within a token
-# in every frame, and melts; what has grown or shrunk is forgotten at a switch, before which few clips have the time.
-HARD_MOTIONS = {**MOTION_WEIGHTS, "pass": 4.0, "orbit": 4.0, "grow": 2.5, "shrink": 2.5}
+# How many times as often motions and verbs come. Two things are the hardest; what goes in a circle is at another place
+# within a token in every frame, and melts; that something grows or shrinks while it moves is forgotten.
+HARD = {"pass": 2.7, "orbit": 4.0, "grow": 2.5, "shrink": 2.5}
 
 
 @dataclass(frozen=True)
@@ -56,7 +56,7 @@ class DiTRecipe:
     share `own_history` of batches has a history that the model has drawn itself, and the share `own_answers` of those
     whose truth can be known is `answered`, unless drawing has given answers (see Batch). From `distill_from` on clips
     of few blocks are distilled. The share `drifted` of the clips right after a prompt switch comes from a film that has
-    drifted, from `own_from` on too. From `hard_from` on motions come as HARD_MOTIONS says.
+    drifted, from `own_from` on too. From `hard_from` on what is HARD comes more often.
     A run that begins with the weights of a finished model begins at `joined`, where everything is known; they are its
     own teacher. `seed`: other clips than other runs have; without one it would see again what its weights have seen.
     `wide`: so many times the clips of BATCHES, but for stories; a GPU takes little longer. `batch` instead of all these
@@ -68,7 +68,7 @@ class DiTRecipe:
         Phase(0.12, {1: 0.7, 3: 0.3}),
         Phase(0.3, {1: 0.4, 3: 0.3, 7: 0.3}),
         Phase(0.7, {1: 0.1, 3: 0.05, 7: 0.1, COMMANDS: 0.6, STORIES: 0.15}),
-        Phase(1.0, {1: 0.08, 3: 0.04, 7: 0.14, COMMANDS: 0.5, STORIES: 0.24}),
+        Phase(1.0, {1: 0.1, 3: 0.08, 7: 0.12, COMMANDS: 0.48, STORIES: 0.22}),
     )
     joined: float = 0.75
     plain_until: float = 0.05
@@ -168,12 +168,12 @@ class Batches(Dataset[list[Batch]]):
         answered = self._own(step, recipe.own_answers, rng) and known and not distilled
         seed = int(rng.integers(1 << 40))
         plain = step < recipe.plain_until * recipe.steps
-        weights = HARD_MOTIONS if step >= recipe.hard_from * recipe.steps else MOTION_WEIGHTS
+        favoured = HARD if step >= recipe.hard_from * recipe.steps else FAIRLY
         frames = pixel_frame(blocks * BLOCK)
         switches, plan = (BLOCK * switch,) if switch else (), Plan(blocks - switch, prefix=BLOCK * switch)
         batches = []
         for part, numbers in self._numbers(step, size).items():
-            clips = [make_clip(self._clip_seed, i, switches, frames, plain=plain, weights=weights) for i in numbers]
+            clips = [make_clip(self._clip_seed, i, switches, frames, plain=plain, favoured=favoured) for i in numbers]
             latents = self._code.encode(torch.stack([as_video(clip.video) for clip in clips]))
             batch = self._batch(clips, latents, plan, copies, seed + part, size)
             batches.append(replace(batch, redraw=own, distilled=distilled, first_block=first_block, answered=answered))
@@ -198,7 +198,7 @@ class Batches(Dataset[list[Batch]]):
                 earlier = BLOCK * int(own_rng.integers(1, max(2, switch // BLOCK)))
                 switches = (earlier, switch) if earlier < switch and own_rng.random() < 0.5 else (switch,)
                 start, stop = (pixel_frame(at) for at in (switch - prefix, switch + BLOCK * blocks))
-                clip = make_clip(self._clip_seed, i, switches, stop, weights=HARD_MOTIONS)
+                clip = make_clip(self._clip_seed, i, switches, stop, favoured=HARD)
                 clips.append(clip)
                 film = clip.film.cut(start, stop)
                 videos.append(as_video(render(film)))

@@ -42,6 +42,7 @@ PASSING = (
 OPENINGS = ("{a} {verb}", "{a} {verb}", "{a} {verb}", "a video of {a} that {verb}", "{a} that {verb}")
 SHAPE_WEIGHTS = (0.2, 0.2, 0.2, 0.4)  # of SHAPES in the random choice: crosses are the hardest to draw
 MOTION_WEIGHTS = {"pass": 1.5, "still": 0.5}  # in the random choice of motions, of which the others have 1
+FAIRLY: Mapping[str, float] = {}  # no motion and no verb is favoured
 
 
 def held_out(scene: Scene) -> bool:
@@ -53,12 +54,10 @@ def kept_out(shape: str, colour: str, verb: str) -> bool:
     return zlib.crc32(f"{shape} {colour} {verb}".encode()) % 8 == 0
 
 
-def random_scene(
-    rng: np.random.Generator, held: bool | None = None, weights: Mapping[str, float] = MOTION_WEIGHTS
-) -> Scene:
-    """A scene; `held` True or False takes only held-out combinations or only the others, None takes any. `weights`: of
-    motions, 1 if they have none."""
-    shares = np.array([weights.get(motion, 1.0) for motion in MOTIONS])
+def random_scene(rng: np.random.Generator, held: bool | None = None, favoured: Mapping[str, float] = FAIRLY) -> Scene:
+    """A scene; `held` True or False takes only held-out combinations or only the others, None takes any. `favoured`:
+    how many times as often as usual motions are to come, where that is not once."""
+    shares = np.array([MOTION_WEIGHTS.get(motion, 1.0) * favoured.get(motion, 1.0) for motion in MOTIONS])
     while True:
         motion = str(rng.choice(MOTIONS, p=shares / shares.sum()))
         colours = [str(name) for name in rng.permutation(list(COLOURS))]

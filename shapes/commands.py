@@ -6,10 +6,13 @@ way". Or it is a whole new scene, worded like a first one. Every choice comes fr
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+
 import numpy as np
 
 from shapes.captions import (
     ADJECTIVES,
+    FAIRLY,
     GO,
     NOUNS,
     SHAPE_WEIGHTS,
@@ -87,10 +90,13 @@ _WEIGHTS = {
 }
 
 
-def random_command(rng: np.random.Generator, world: World, held: bool | None = None) -> Command:
-    """Something that can be asked for. `held`: as for `random_scene`, of shape, colour and verb."""
+def random_command(
+    rng: np.random.Generator, world: World, held: bool | None = None, favoured: Mapping[str, float] = FAIRLY
+) -> Command:
+    """Something that can be asked for. `held` and `favoured`: as for `random_scene`, of shape, colour and verb, and of
+    verbs."""
     verbs = [verb for verb in COMMANDS if _possible(verb, world)]
-    weights = np.array([_WEIGHTS.get(verb, 1.0) for verb in verbs])
+    weights = np.array([_WEIGHTS.get(verb, 1.0) * favoured.get(verb, 1.0) for verb in verbs])
     for _ in range(100):
         verb = str(rng.choice(verbs, p=weights / weights.sum()))
         command = _filled(verb, rng, world)

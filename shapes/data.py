@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shapes.captions import MOTION_WEIGHTS, caption, random_hidden, random_scene
+from shapes.captions import FAIRLY, caption, random_hidden, random_scene
 from shapes.commands import random_command, sentence
 from shapes.drawing import render
 from shapes.film import Film, film
@@ -67,23 +67,23 @@ def make_clip(
     frames: int = FRAMES,
     held: bool | None = False,
     plain: bool = False,
-    weights: Mapping[str, float] = MOTION_WEIGHTS,
+    favoured: Mapping[str, float] = FAIRLY,
 ) -> Clip:
-    """Clip `index`; at the latent frames `switches` further captions take over. `held` and `weights`: see
+    """Clip `index`; at the latent frames `switches` further captions take over. `held` and `favoured`: see
     `random_scene`; what is held out of commands is so too.
 
     In a plain clip nothing but the background is left open by the caption.
     """
     rng = np.random.default_rng((seed, index, _SCENES))
     words = np.random.default_rng((seed, index, _WORDING))
-    scene, hidden = random_scene(rng, held, weights), random_hidden(rng)
+    scene, hidden = random_scene(rng, held, favoured), random_hidden(rng)
     if plain:
         hidden = Hidden(background=hidden.background)
     texts, commands = [caption(scene, words)], []
     world, now = begin(scene, hidden), 0
     for switch in switches:
         world, now = world.later(pixel_frame(switch) - now), pixel_frame(switch)
-        command = random_command(rng, world, held)
+        command = random_command(rng, world, held, favoured)
         texts.append(sentence(command, world, words))
         commands.append(command)
         world = world.obey(command)

@@ -20,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from shapes.batches import BATCHES, HARD_MOTIONS, STORIES, WINDOW, Batch, parts_of
+from shapes.batches import BATCHES, HARD, STORIES, WINDOW, Batch, parts_of
 from shapes.data import BLOCK, Clip, as_video, make_clip, pixel_frame
 from shapes.dit import TextEncoder
 from shapes.drawing import render
@@ -69,7 +69,7 @@ class Group:
     def clips(self) -> list[Clip]:
         frames = pixel_frame(self.length)
         numbers = range(self.first, self.first + self.count)
-        return [make_clip(self.seed, i, self.switches, frames, weights=HARD_MOTIONS) for i in numbers]
+        return [make_clip(self.seed, i, self.switches, frames, favoured=HARD) for i in numbers]
 
     def films(self, start: int, stop: int) -> list[Film]:
         """These latent frames of the clips, from where their things are now."""
