@@ -16,6 +16,7 @@ from shapes.data import BLOCK, Clip, as_video, make_clip, pixel_frame
 from shapes.dit import TextEncoder
 from shapes.drawing import render
 from shapes.drift import drifted
+from shapes.following import anywhere, shifted
 from shapes.forward import Plan
 from shapes.linear import LinearCode
 
@@ -56,7 +57,9 @@ class DiTRecipe:
     share `own_history` of batches has a history that the model has drawn itself, and the share `own_answers` of those
     whose truth can be known is `answered`, unless drawing has given answers (see Batch). From `distill_from` on clips
     of few blocks are distilled. The share `drifted` of the clips right after a prompt switch comes from a film that has
-    drifted, from `own_from` on too. From `hard_from` on what is HARD comes more often.
+    drifted, from `own_from` on too; the share `elsewhere` of them is at any other place: first captions leave none
+    open, but what follows holds everywhere, and a thing is to be drawn well everywhere. From `hard_from` on what is
+    HARD comes more often.
     A run that begins with the weights of a finished model begins at `joined`, where everything is known; they are its
     own teacher. `seed`: other clips than other runs have; without one it would see again what its weights have seen.
     `wide`: so many times the clips of BATCHES, but for stories; a GPU takes little longer. `batch` instead of all these
@@ -77,6 +80,7 @@ class DiTRecipe:
     own_from: float = 0.3
     own_answers: float = 0.75
     drifted: float = 0.5
+    elsewhere: float = 0.5
     distill_from: float = 0.75
     hard_from: float = 0.25
     cool_down: float = 0.35
@@ -201,6 +205,8 @@ class Batches(Dataset[list[Batch]]):
                 clip = make_clip(self._clip_seed, i, switches, stop, favoured=HARD)
                 clips.append(clip)
                 film = clip.film.cut(start, stop)
+                if own_rng.random() < recipe.elsewhere:
+                    film = shifted(film, [anywhere(own_rng)] * len(film.tracks))
                 videos.append(as_video(render(film)))
                 drift = self._own(step, recipe.drifted, own_rng)
                 past = drifted(film, pixel_frame(switch) - start, own_rng) if drift else None

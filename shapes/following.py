@@ -31,6 +31,11 @@ def shifted(film: Film, shifts: Sequence[Shift]) -> Film:
     return replace(film, tracks=tuple(tracks))
 
 
+def anywhere(rng: np.random.Generator) -> Shift:
+    """By which whatever is there may be elsewhere, since the world's laws are the same at every place."""
+    return float(rng.uniform(0, WIDTH)), float(rng.uniform(0, HEIGHT))
+
+
 def added(shifts: Sequence[Shift], moves: Sequence[Shift]) -> list[Shift]:
     return [(x + dx, y + dy) for (x, y), (dx, dy) in zip(shifts, moves, strict=True)]
 

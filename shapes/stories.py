@@ -25,7 +25,7 @@ from shapes.data import BLOCK, Clip, as_video, make_clip, pixel_frame
 from shapes.dit import TextEncoder
 from shapes.drawing import render
 from shapes.film import Film
-from shapes.following import Shift, added, moved, shifted
+from shapes.following import Shift, added, anywhere, moved, shifted
 from shapes.forward import Plan
 from shapes.linear import LinearCode
 from shapes.rollout import LOST, draw_against
@@ -38,6 +38,7 @@ GROUPS = 8  # stories under way in each part; those of a group have their switch
 SCENES = (1, 2, 3)  # turns between switches
 LENGTHS = (5, 10, 27)  # turns of a story; 27 are 60 s
 QUIET = 0.25  # share of groups without any switch
+ELSEWHERE = 0.5  # share of stories whose things are at another place than their first captions say, see `anywhere`
 OWN = 0.75  # share of turns in which the model draws; in the others the history is the truth
 
 
@@ -133,11 +134,15 @@ class Stories:
         first = self._count * (2 * step + self._part)
         none = torch.empty(0)
         group = Group(first, self._count, length, tuple(switches), at, 0, none, none, [], self._seed)
+        group.shifts = [[self._place(rng)] * len(clip.film.tracks) for clip in group.clips]
         group.turns = (at - (BLOCK if last is None else last)) // (BLOCK * TURN)
         group.prefix = self._truth(group, 0, BLOCK) if last is None else self._truth(group, last - WINDOW, last)
         group.recent = self._truth(group, max(0, at - WINDOW), at)
         group.age = [0] * self._count
         return group
+
+    def _place(self, rng: np.random.Generator) -> Shift:
+        return anywhere(rng) if rng.random() < ELSEWHERE else (0.0, 0.0)
 
     def _truth(self, group: Group, start: int, stop: int) -> Tensor:
         """Latent frames [B, stop - start, 16, h, w] of the films."""
