@@ -2,27 +2,32 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
-from shapes.batches import BATCHES, COMMANDS, STORIES, WINDOW, Batches, DiTRecipe, Phase
-from shapes.data import Clip, as_video, make_clip
+from shapes.batches import BATCHES, COMMANDS, HARD, STORIES, WINDOW, Batches, DiTRecipe, Phase
+from shapes.data import Clip, as_video, make_clip, pixel_frame
 from shapes.dit import Flow
 from shapes.dit_training import batch_loss
 from shapes.forward import Plan
 from shapes.linear import LinearCode
+from shapes.measure import see, wrapped
 from shapes.optim import Average, Optimizers
 from shapes.reading import trained_text_encoder
 from shapes.rollout import draw
 from shapes.stories import Stories
+from shapes.world import HEIGHT, WIDTH
 
 
 def recipe(**changes: object) -> DiTRecipe:
-    return replace(DiTRecipe(phases=(Phase(1.0, {3: 1.0}),), storyboards=1.0, batch=2), **changes)
+    chosen = {"phases": (Phase(1.0, {3: 1.0}),), "storyboards": 1.0, "batch": 2, "elsewhere": 0.0, **changes}
+    return replace(DiTRecipe(), **chosen)
 
 
 def batches(chosen: DiTRecipe, folder: Path, rank: int = 0, workers: int = 1) -> Batches:
@@ -132,6 +137,48 @@ def test_the_past_of_a_command_drifts_but_its_goal_does_not(shapes_work: Path) -
                 assert off.sum() == 0
             else:
                 assert off.min() > 0
+
+
+def test_what_follows_a_command_may_be_anywhere(shapes_work: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    made: list[Clip] = []
+
+    def noted(*args: Any, **more: Any) -> Clip:
+        made.append(make_clip(*args, **more))
+        return made[-1]
+
+    monkeypatch.setattr("shapes.batches.make_clip", noted)
+    code = LinearCode.load(shapes_work / "linear.pt")
+    chosen = recipe(phases=(Phase(1.0, {COMMANDS: 1.0}),), elsewhere=1.0, own_from=1.0)
+    moves = []
+    for step in range(20):
+        made.clear()
+        for clip, batch in zip(made, batches(chosen, shapes_work)[step], strict=False):
+            first = pixel_frame(clip.switches[-1] - batch.plan.prefix)
+            if len(clip.film.tracks) > 1 or first > 0:
+                continue
+            video = code.decode(batch.history)[0].clamp(-1, 1).permute(0, 2, 3, 1).numpy() / 2 + 0.5
+            seen, track = see(video), clip.film.tracks[0]
+            dx, dy = wrapped(seen.x - track.x, WIDTH), wrapped(seen.y - track.y, HEIGHT)
+            off = np.hypot(wrapped(dx - dx[0], WIDTH), wrapped(dy - dy[0], HEIGHT))
+            assert np.median(off) < 4  # by the code of these tests, which is a rough one
+            moves.append((float(dx[0]), float(dy[0])))
+    assert len(moves) > 5
+    assert (np.std(moves, axis=0) > (WIDTH / 6, HEIGHT / 6)).all()
+
+
+def test_what_is_hard_comes_more_often_in_training_alone() -> None:
+    motions = Counter(make_clip(1, i, favoured=HARD).scene.motion for i in range(400))
+    usual = Counter(make_clip(1, i).scene.motion for i in range(400))
+    assert all(motions[motion] > 1.3 * usual[motion] for motion in HARD)
+    verbs = Counter(make_clip(1, i, (6,), favoured={"morph": 1000.0}).commands[0].verb for i in range(20))
+    assert verbs["morph"] > 10
+    # Figures of different times can be compared only if evaluation always asks for the same.
+    held = make_clip(32, 3, (6, 12), held=True)
+    assert held.captions == (
+        "A tiny blue cross travels to the bottom.",
+        "And now the blue plus sign goes the other way.",
+        "And now the plus sign goes round in a circle.",
+    )
 
 
 @pytest.mark.parametrize("kind", [3, COMMANDS])
