@@ -60,8 +60,9 @@ class DiTRecipe:
     drifted, from `own_from` on too; the share `elsewhere` of them is at any other place: first captions leave none
     open, but what follows holds everywhere, and a thing is to be drawn well everywhere. From `hard_from` on what is
     HARD comes more often.
-    A run that begins with the weights of a finished model begins at `joined`, where everything is known; they are its
-    own teacher. `seed`: other clips than other runs have; without one it would see again what its weights have seen.
+    A run that begins with the weights of a finished model begins at `joined`, where everything is known. First blocks
+    have to learn the flow anew until `distill_from`: in ten runs, each with the distilled model before it as teacher,
+    they came to show both ways of a circle at once. `seed`: other clips than other runs have; without one it would see again what its weights have seen.
     `wide`: so many times the clips of BATCHES, but for stories; a GPU takes little longer. `batch` instead of all these
     numbers.
     """
@@ -71,6 +72,7 @@ class DiTRecipe:
         Phase(0.12, {1: 0.7, 3: 0.3}),
         Phase(0.3, {1: 0.4, 3: 0.3, 7: 0.3}),
         Phase(0.7, {1: 0.1, 3: 0.05, 7: 0.1, COMMANDS: 0.6, STORIES: 0.15}),
+        Phase(0.87, {1: 0.25, 3: 0.1, 7: 0.15, COMMANDS: 0.35, STORIES: 0.15}),
         Phase(1.0, {1: 0.1, 3: 0.08, 7: 0.12, COMMANDS: 0.48, STORIES: 0.22}),
     )
     joined: float = 0.75
@@ -81,7 +83,7 @@ class DiTRecipe:
     own_answers: float = 0.75
     drifted: float = 0.5
     elsewhere: float = 0.5
-    distill_from: float = 0.75
+    distill_from: float = 0.87
     hard_from: float = 0.25
     cool_down: float = 0.35
     muon_lr: float = 0.02
