@@ -60,11 +60,11 @@ class DiTRecipe:
     drifted, from `own_from` on too; the share `elsewhere` of them is at any other place: first captions leave none
     open, but what follows holds everywhere, and a thing is to be drawn well everywhere. From `hard_from` on what is
     HARD comes more often.
-    A run that begins with the weights of a finished model begins at `joined`, where everything is known. First blocks
-    have to learn the flow anew until `distill_from`: in ten runs, each with the distilled model before it as teacher,
-    they came to show both ways of a circle at once. `seed`: other clips than other runs have; without one it would see again what its weights have seen.
-    `wide`: so many times the clips of BATCHES, but for stories; a GPU takes little longer. `batch` instead of all these
-    numbers.
+    A run that begins with the weights of a finished model begins at `joined`, where everything is known. Until
+    `distill_from` first blocks learn the flow anew: where each of ten runs had the distilled model before it as its
+    teacher, they came to show both ways round a circle at once. `seed`: other clips than other runs have; without one
+    it would see again what its weights have seen. `wide`: so many times the clips of BATCHES, but for stories; a GPU
+    takes little longer. `batch` instead of all these numbers.
     """
 
     steps: int = 14000
