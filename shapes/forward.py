@@ -24,7 +24,7 @@ from wan.attention.rope import RotaryEmbedding, Rotation, rotate
 from wan.transformer.layers import TransformerBlock
 from wan.transformer.model import CausalWanModel
 
-GRAPHS = 96  # of a layer: sizes of batches, plans, with gradients and without
+GRAPHS = 192  # of a layer: sizes of batches, plans, with gradients and without
 GAP = 32  # latent frames, more than any window has: how far blocks are from the prefix if there is a gap
 
 
