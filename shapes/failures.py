@@ -21,7 +21,7 @@ import torch
 from pipeline.config.config import load_config
 from shapes.data import Clip, make_clip
 from shapes.evaluate import CONFIG, LEAST_OF_STORYBOARDS, POLICIES, SWITCHES, TRUTH, Parts, check_scored, generate
-from shapes.story_score import PATH_ERROR, SIZE_ERROR, Found, SceneScore, last_things, score_scenes
+from shapes.story_score import PATH_ERROR, SIZE_ERROR, Found, SceneScore, last_scene
 from utils import command
 
 SEED = 52
@@ -106,7 +106,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     held = not args.trained
     clips = [make_clip(SEED, i, (SWITCHES[i % len(SWITCHES)],), held=held) for i in range(args.storyboards)]
     outcomes = [
-        Outcome(clip, score_scenes(video, clip)[-1], last_things(video, clip))
+        Outcome(clip, *last_scene(video, clip))
         for batch, group in generate(Parts.load(config), config, clips, BATCH)
         for video, clip in zip(batch.videos, group, strict=True)
     ]

@@ -69,10 +69,12 @@ def score_scenes(video: Floats, clip: Clip) -> list[SceneScore]:
     return [score_scene(part, world, found is not None) for part, world in zip(parts, worlds, strict=True)]
 
 
-def last_things(video: Floats, clip: Clip) -> list[Found]:
-    """The things of a storyboard's last scene."""
-    world = _worlds(clip, chosen(video, clip.scene) or Hidden())[-1]
-    return found_things(video[clip.script[-1][0] :], world)
+def last_scene(video: Floats, clip: Clip) -> tuple[SceneScore, list[Found]]:
+    """A storyboard's last scene, and what it is scored by."""
+    found = chosen(video, clip.scene)
+    part, world = video[clip.script[-1][0] :], _worlds(clip, found or Hidden())[-1]
+    things = _found_things(part, world)
+    return _scored(things, part, world, found is not None), things
 
 
 def _worlds(clip: Clip, hidden: Hidden) -> list[World]:
@@ -84,7 +86,10 @@ def _worlds(clip: Clip, hidden: Hidden) -> list[World]:
 def score_scene(part: Floats, world: World, known: bool) -> SceneScore:
     """A scene's frames against the world with which it begins. `known`: whether the video's first background was one of
     the world's; otherwise none is right."""
-    found = found_things(part, world)
+    return _scored(_found_things(part, world), part, world, known)
+
+
+def _scored(found: Sequence[Found], part: Floats, world: World, known: bool) -> SceneScore:
     end = part[SETTLED:][-LAST:]
     return SceneScore(
         colour=float(_colours_are_right(end, [thing.track.cut(-LAST, None) for thing in found])),
@@ -121,7 +126,7 @@ class Found:
         return float(seen) / float(true) - 1
 
 
-def found_things(part: Floats, world: World) -> list[Found]:
+def _found_things(part: Floats, world: World) -> list[Found]:
     """What is there of a world's things in a scene's frames, from SETTLED on."""
     only = [body.colour if len(world.there) > 1 else None for body in world.there]
     found = []

@@ -13,7 +13,7 @@ from shapes.data import Clip, make_clip
 from shapes.drawing import render
 from shapes.failures import Outcome, reasons, report
 from shapes.film import Film
-from shapes.story_score import last_things, score_scenes
+from shapes.story_score import last_scene, score_scenes
 from shapes.world import SHAPES, as_floats
 from utils import command
 from utils.errors import InputError
@@ -23,7 +23,9 @@ CLIPS = [make_clip(105, index, (9,), held=True) for index in range(6)]
 
 def outcome(clip: Clip, film: Film | None = None) -> Outcome:
     video = render(film or clip.film)
-    return Outcome(clip, score_scenes(video, clip)[-1], last_things(video, clip))
+    found = Outcome(clip, *last_scene(video, clip))
+    assert found.score == score_scenes(video, clip)[-1]
+    return found
 
 
 def drawn_wrong(clip: Clip, **changes: object) -> list[str]:
