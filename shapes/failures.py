@@ -42,8 +42,8 @@ class Outcome:
         return {
             "first caption's motion": self.clip.scene.motion,
             "later caption's verb": self.clip.commands[-1].verb,
-            "shape in the end": " and ".join(thing.body.shape for thing in self.things),
-            "switch at latent frame": str(self.clip.switches[-1]),
+            "shape in the end": self.things[0].body.shape if len(self.things) == 1 else "two things",
+            "switch at latent frame": f"{self.clip.switches[-1]:2}",
         }
 
 
