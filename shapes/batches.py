@@ -72,7 +72,7 @@ class DiTRecipe:
         Phase(0.12, {1: 0.7, 3: 0.3}),
         Phase(0.3, {1: 0.4, 3: 0.3, 7: 0.3}),
         Phase(0.7, {1: 0.1, 3: 0.05, 7: 0.1, COMMANDS: 0.6, STORIES: 0.15}),
-        Phase(0.87, {1: 0.25, 3: 0.1, 7: 0.15, COMMANDS: 0.35, STORIES: 0.15}),
+        Phase(0.87, {1: 0.15, 3: 0.1, 7: 0.1, COMMANDS: 0.5, STORIES: 0.15}),
         Phase(1.0, {1: 0.1, 3: 0.08, 7: 0.12, COMMANDS: 0.48, STORIES: 0.22}),
     )
     joined: float = 0.75

@@ -14,8 +14,10 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from shapes.dit import CONFIG_FILE, TEXT_ENCODER_FILE, TRANSFORMER_FILE, VAE_FILE, Flow, TextEncoder
+from shapes.native_vae import native_vae
 from shapes.runs import load
 from shapes.tokenizer import TOKENIZER
+from shapes.vae import build_vae
 from utils.errors import InputError
 from utils.user_paths import read_json, require_file
 from wan.checkpoints.text_names import to_transformers
@@ -49,7 +51,13 @@ def finished_transformer(folder: Path, option: str) -> dict[str, Tensor]:
 
 def finished_vae(folder: Path, option: str) -> dict[str, Tensor]:
     """Its weights under the names of Wan2.1_VAE.pth. Raises InputError."""
-    return cast("dict[str, Tensor]", load(_part(folder, VAE_FILE, option, "VAE")))
+    path = _part(folder, VAE_FILE, option, "VAE")
+    weights, expected = load(path), native_vae(build_vae())
+    if {name: getattr(value, "shape", None) for name, value in weights.items()} != {
+        name: value.shape for name, value in expected.items()
+    }:
+        raise InputError(f"{option}: {path} is of another model; give a folder that shapes.train export has written")
+    return cast("dict[str, Tensor]", weights)
 
 
 def _part(folder: Path, name: str, option: str, what: str) -> Path:

@@ -67,6 +67,16 @@ def test_models_that_do_not_belong_together_have_no_mean(another: Path, tmp_path
     assert not (tmp_path / "out").exists()
 
 
+def test_the_first_models_vae_is_looked_at_first(another: Path, tmp_path: Path) -> None:
+    weights = load(another / VAE_FILE)
+    weights.pop("conv2.bias")
+    for content in ({"x": torch.ones(1)}, {**weights, "conv2.bias": "no tensor"}):
+        save(content, another / VAE_FILE)
+        with pytest.raises(InputError, match=r"MODEL: .*Wan2.1_VAE.pth is of another model; give a folder that"):
+            mean.write_mean([another, MODEL], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
 def test_one_model_is_no_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     with pytest.raises(SystemExit):
         mean.main([str(MODEL), "--out", str(tmp_path)])

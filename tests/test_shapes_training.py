@@ -20,9 +20,10 @@ from shapes.batches import STORIES, Batch, DiTRecipe, Phase
 from shapes.data import as_video, make_clip, pixel_frame
 from shapes.dit import Flow
 from shapes.drawing import render
-from shapes.export import export, native_names
+from shapes.export import export
 from shapes.film import film
 from shapes.linear import LinearCode
+from shapes.native_vae import native_names
 from shapes.optim import orthogonalize, trapezoid
 from shapes.reading import (
     QUESTIONS,
