@@ -24,7 +24,6 @@ from wan.attention.rope import RotaryEmbedding, Rotation, rotate
 from wan.transformer.layers import TransformerBlock
 from wan.transformer.model import CausalWanModel
 
-GRAPHS = 192  # of a layer: sizes of batches, plans, with gradients and without
 GAP = 32  # latent frames, more than any window has: how far blocks are from the prefix if there is a gap
 
 
@@ -122,9 +121,8 @@ class TrainingForward(nn.Module):
     def __init__(self, model: CausalWanModel, compile_layers: bool = False) -> None:
         super().__init__()
         self.model = model
-        if compile_layers:
-            torch._dynamo.config.recompile_limit = GRAPHS
-        self._run_layer = torch.compile(run_layer, dynamic=False) if compile_layers else run_layer
+        parts = (before_attention, after_attention)
+        self._before, self._after = (torch.compile(part, dynamic=True) for part in parts) if compile_layers else parts
         self._rotary = RotaryEmbedding(model.config.head_dim)
 
     def forward(self, clean: Tensor, noisy: Tensor, timesteps: Tensor, embeds: Tensor, plan: Plan) -> Tensor:
@@ -146,9 +144,9 @@ class TrainingForward(nn.Module):
         turns = [self._rotary.frame_shift(shift, model.device) for shift in plan.shifts]
         turns = Rotation(torch.stack([turn.cos for turn in turns]), torch.stack([turn.sin for turn in turns]))
         for block in model.layers():
-            x = self._run_layer(
-                block, x, modulation, text, rotation.cos, rotation.sin, turns.cos, turns.sin, plan, copies
-            )
+            q, k, v = self._before(block, x, modulation, rotation.cos, rotation.sin)
+            seen = block_attention(q, k, v, turns, plan, copies)
+            x = self._after(block, x, seen, modulation, text)
         x, embedding = x[:, plan.clean :], embedding[:, plan.clean :]
         head = model.head.modulation[0] + embedding[:, :, None]  # [B, frames, 2, dim]
         shift, scale = head[:, :, :1], 1 + head[:, :, 1:]
@@ -188,38 +186,31 @@ def time_embedding(model: CausalWanModel, timesteps: Tensor) -> Tensor:
     return embedding
 
 
-def run_layer(
-    block: TransformerBlock,
-    x: Tensor,
-    modulation: Tensor,
-    text: Tensor,
-    cos: Tensor,
-    sin: Tensor,
-    turn_cos: Tensor,
-    turn_sin: Tensor,
-    plan: Plan,
-    copies: int,
-) -> Tensor:
-    """One layer over x [B, N, T, dim]; the same sums as TransformerBlock.forward, for all frames at once. The turns
-    [K, 1, 1, D/2] are the blocks' of the first frame's keys."""
-    parts = (block.modulation + modulation).unsqueeze(3).unbind(2)  # six of [B, N, 1, dim]
-    shift, scale, gate, ffn_shift, ffn_scale, ffn_gate = parts
+def before_attention(
+    block: TransformerBlock, x: Tensor, modulation: Tensor, cos: Tensor, sin: Tensor
+) -> tuple[Tensor, Tensor, Tensor]:
+    """What comes before a layer's self-attention, over x [B, N, T, dim]: rotated queries and keys, and values, all
+    [B, H, N * T, D]. The layers do the same sums as TransformerBlock.forward, for all frames at once."""
+    shift, scale, *_ = (block.modulation + modulation).unsqueeze(3).unbind(2)  # six of [B, N, 1, dim]
     attention, width = block.self_attn, block.self_attn.head_dim
     hidden = shift + block.norm1(x) * (1 + scale)
     q = attention.norm_q(attention.q(hidden)).unflatten(-1, (-1, width)).flatten(1, 2)  # [B, N * T, H, D]
     k = attention.norm_k(attention.k(hidden)).unflatten(-1, (-1, width)).flatten(1, 2)
+    v = attention.v(hidden).unflatten(-1, (-1, width)).flatten(1, 2).transpose(1, 2)
     table = Rotation(cos.flatten(0, 1), sin.flatten(0, 1))
     q, k = (rotate(part, table).transpose(1, 2) for part in (q, k))
-    v = attention.v(hidden).unflatten(-1, (-1, width)).flatten(1, 2).transpose(1, 2)
-    out = block_attention(q, k.type_as(v), v, Rotation(turn_cos, turn_sin), plan, copies)
-    x = x + gate * attention.o(out.transpose(1, 2).flatten(2)).view_as(x)
-    cross = block.cross_attn
+    return q.type_as(v), k.type_as(v), v
+
+
+def after_attention(block: TransformerBlock, x: Tensor, seen: Tensor, modulation: Tensor, text: Tensor) -> Tensor:
+    """The rest of a layer, with what self-attention has `seen` [B, H, N * T, D]."""
+    *_, gate, ffn_shift, ffn_scale, ffn_gate = (block.modulation + modulation).unsqueeze(3).unbind(2)
+    x = x + gate * block.self_attn.o(seen.transpose(1, 2).flatten(2)).view_as(x)
+    cross, width = block.cross_attn, block.cross_attn.head_dim
     keys, values = cross.keys_and_values(text)
     q = cross.norm_q(cross.q(block.norm3(x))).unflatten(-1, (-1, width)).flatten(1, 2)
-    seen = F.scaled_dot_product_attention(
-        q.type_as(values).transpose(1, 2), keys.type_as(values).transpose(1, 2), values.transpose(1, 2)
-    )
-    x = x + cross.o(seen.transpose(1, 2).flatten(2)).view_as(x)
+    read = _attend(*(part.type_as(values).transpose(1, 2) for part in (q, keys, values)))
+    x = x + cross.o(read.transpose(1, 2).flatten(2)).view_as(x)
     x = x + ffn_gate * block.ffn(ffn_shift + block.norm2(x) * (1 + ffn_scale))
     return x
 
@@ -227,7 +218,6 @@ def run_layer(
 def block_attention(q: Tensor, k: Tensor, v: Tensor, turns: Rotation, plan: Plan, copies: int) -> Tensor:
     """Self-attention of all frames, everything [B, H, N * T, D]."""
     tokens = q.shape[2] // (plan.clean + copies * plan.noisy)
-    q, k = q.type_as(v), k.type_as(v)
     done: dict[int, Tensor] = {}
     if plan.prefix:
         together = slice(0, plan.prefix * tokens)
