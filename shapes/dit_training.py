@@ -169,7 +169,7 @@ def _check(folder: Path, recipe: DiTRecipe, until: int | None, start_from: Path 
             finished_transformer(start_from, "--start-from")
             if stage.end <= (first := int(recipe.joined * recipe.steps)):
                 raise InputError(f"--until: {until} is before step {first}, at which --start-from begins; give more")
-        elif not state["began"]:
+        elif not state.get("began"):
             raise InputError(f"--start-from: {stage.path} was begun without it; leave it out, or give another --work")
         adopt_text_encoder(folder, start_from)
     text = fingerprint(trained_text_encoder(folder))

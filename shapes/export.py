@@ -2,24 +2,26 @@
 
 from __future__ import annotations
 
-import json
 import logging
+import os
 from collections.abc import Mapping
-from dataclasses import asdict
 from pathlib import Path
 from typing import TypeVar, cast
 
-from safetensors.torch import save as serialized
+import torch
+from safetensors.torch import save as safetensors_of
 from torch import Tensor, nn
 
-from shapes.dit import CONFIG_FILE, SIZES, TEXT_ENCODER_FILE, TRANSFORMER_FILE, VAE_FILE, Flow, TextEncoder
-from shapes.native_vae import native_vae
+from shapes.dit import CONFIG_FILE, TEXT_ENCODER_FILE, TRANSFORMER_FILE, VAE_FILE, Flow, TextEncoder
+from shapes.finished import description, vae_weights
+from shapes.native import native_text_encoder, native_vae
 from shapes.reading import trained_text_encoder
-from shapes.runs import averaged_of, check_text, command_of, fingerprint, load, save, unfinished
-from shapes.tokenizer import TOKENIZER, write_tokenizer
+from shapes.runs import averaged_of, check_text, command_of, fingerprint, load, serialised, unfinished
+from shapes.tokenizer import TOKENIZER, tokenizer_files
 from shapes.vae import build_vae
-from utils.files import ensure_writable_folder, write_atomic
-from wan.checkpoints.text_names import WAN_IN_BLOCK, WAN_TOP_LEVEL
+from utils.files import ensure_writable_folder, remove_stale_partials, write_together
+from utils.lock import RunLock
+from wan.checkpoints.filling import require_finite
 
 logger = logging.getLogger(__name__)
 
@@ -37,28 +39,36 @@ def export(work: Path, folder: Path) -> Path:
     """
     text = trained_text_encoder(work)
     flow = _trained(work / "dit.pt", Flow(), text)
-    stays = (folder / MODEL / VAE_FILE).is_file() and not (work / "vae.pt").exists()
-    vae = None if stays else native_vae(_trained(work / "vae.pt", build_vae()))
+    there = folder / MODEL / VAE_FILE
+    if there.is_file() and not (work / "vae.pt").exists():
+        vae = vae_weights(there, "--out")
+    else:
+        vae = native_vae(_trained(work / "vae.pt", build_vae()))
     return write_model(folder, text, flow.model.state_dict(), vae)
 
 
-def write_model(
-    folder: Path, text: TextEncoder, transformer: Mapping[str, Tensor], vae: Mapping[str, Tensor] | None
-) -> Path:
-    """Write `folder`/Wan2.1-T2V-shapes, but for its VAE if there is none; returns it.
+def write_model(folder: Path, text: TextEncoder, transformer: Mapping[str, Tensor], vae: Mapping[str, Tensor]) -> Path:
+    """Write `folder`/Wan2.1-T2V-shapes; returns it.
 
     Without config.json, the first to go and the last to be written, the folder is no model: so none is left of two
-    halves. Raises InputError if it cannot be written.
+    halves. Raises InputError if weights are no numbers, or cannot be written; a model that is there stays then.
     """
     target = folder / MODEL
+    words = {target / TOKENIZER / name: content for name, content in tokenizer_files().items()}
+    contents: dict[Path, str | bytes] = {
+        **words,
+        target / TEXT_ENCODER_FILE: serialised(_as(torch.bfloat16, native_text_encoder(text.umt5), target)),
+        target / VAE_FILE: serialised(_as(torch.float16, vae, target)),
+        target / TRANSFORMER_FILE: safetensors_of(_as(torch.float16, transformer, target)),
+        target / CONFIG_FILE: description(),
+    }
     ensure_writable_folder(target / TOKENIZER, "--out")
-    (target / CONFIG_FILE).unlink(missing_ok=True)
-    write_tokenizer(target / TOKENIZER)
-    _write_text_encoder(text, target)
-    if vae is not None:
-        save(_halved(vae), target / VAE_FILE)
-    write_atomic(target / TRANSFORMER_FILE, serialized(_halved(transformer)))
-    _write_config(target)
+    busy = f"--out: another run writes {target}; wait for its end, or give another folder."
+    with RunLock(target / ".model.lock", busy) as lock:
+        lock.begin(f"process {os.getpid()}")
+        for written in (target, target / TOKENIZER):
+            remove_stale_partials(written)
+        write_together(contents)
     return target
 
 
@@ -72,31 +82,8 @@ def _trained(path: Path, module: Module, text: TextEncoder | None = None) -> Mod
     return cast(Module, averaged_of(state, path, module))
 
 
-def _write_config(target: Path) -> None:
-    config = {"_class_name": "WanModel", "_diffusers_version": "0.30.0", "model_type": "t2v"}
-    sizes = {name: value for name, value in asdict(SIZES).items() if name != "patch_size"}
-    write_atomic(target / CONFIG_FILE, json.dumps(config | sizes, indent=2) + "\n")
-
-
-def _write_text_encoder(text: TextEncoder, target: Path) -> None:
-    state = {name: value.bfloat16() for name, value in wan_text_names(text.umt5.state_dict()).items()}
-    save(state, target / TEXT_ENCODER_FILE)
-
-
-def _halved(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    return {name: value.detach().half().contiguous() for name, value in state.items()}
-
-
-def wan_text_names(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """UMT5EncoderModel's tensors under Wan's names, the embedding once."""
-    top = {theirs: ours for ours, theirs in WAN_TOP_LEVEL.items()}
-    within = {theirs: ours for ours, theirs in WAN_IN_BLOCK.items()}
-    renamed: dict[str, Tensor] = {}
-    for name, value in state.items():
-        stem = name.rpartition(".")[0]
-        if name.startswith("encoder.block."):
-            number, rest = stem.removeprefix("encoder.block.").split(".", 1)
-            renamed[f"blocks.{number}.{within[rest]}.weight"] = value
-        elif stem in top:
-            renamed[f"{top[stem]}.weight"] = value
-    return renamed
+def _as(dtype: torch.dtype, weights: Mapping[str, Tensor], target: Path) -> dict[str, Tensor]:
+    found = {name: value.detach().to(dtype).contiguous() for name, value in weights.items()}
+    for name, value in found.items():
+        require_finite(value, name, target)
+    return found

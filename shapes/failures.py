@@ -57,14 +57,15 @@ def _shares(outcomes: Sequence[Outcome]) -> Iterable[str]:
         rows: dict[str, list[SceneScore]] = defaultdict(list)
         for outcome in outcomes:
             rows[outcome.kinds[kind]].append(outcome.score)
-        yield f"| {kind} | storyboards | right % | colour % | shape % | motion % |\n|---|---|---|---|---|---|"
+        yield f"| {kind} | storyboards | {' | '.join(f'{part} %' for part in _PARTS)} |"
+        yield "|---" * (2 + len(_PARTS)) + "|"
         for name, scores in [*sorted(rows.items()), ("all", [outcome.score for outcome in outcomes])]:
             means = (100 * np.mean([getattr(one, part) for one in scores]) for part in _PARTS)
             yield f"| {name} | {len(scores)} | " + " | ".join(f"{mean:.0f}" for mean in means) + " |"
         yield ""
 
 
-_PARTS = ("right", "colour", "shape", "motion")
+_PARTS = ("right", "colour", "shape", "motion", "background")
 
 
 def _reasons(outcomes: Sequence[Outcome]) -> Iterable[str]:
@@ -80,7 +81,7 @@ def _reasons(outcomes: Sequence[Outcome]) -> Iterable[str]:
 def reasons(thing: Found) -> list[str]:
     """What is wrong about a thing, but for its colour."""
     if np.isnan(thing.off_path):
-        return ["not there"]
+        return ["missing in many frames"]
     found = []
     if thing.seen.shape != thing.body.shape:
         found.append(f"{thing.body.shape} drawn as {thing.seen.shape or 'no shape for long'}")

@@ -4,8 +4,8 @@
 
 Runs that each begin with the weights of one before end near each other, on different sides of what all of them look
 for: their mean is often better than any of them ("model soups", arXiv 2203.05482). All must have the same text
-encoder; it, the VAE and all other files are taken from the first. The result is written to FOLDER/Wan2.1-T2V-shapes,
-which may be one of those that were averaged.
+encoder; it and the VAE are the first one's. The result is written to FOLDER/Wan2.1-T2V-shapes, which may be one of
+those that were averaged.
 """
 
 from __future__ import annotations

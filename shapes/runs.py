@@ -8,9 +8,11 @@ from __future__ import annotations
 import hashlib
 import io
 import logging
+import math
 import os
 import pickle
 import shlex
+import struct
 import sys
 import threading
 import time
@@ -28,8 +30,16 @@ from torch import Tensor, nn
 from utils.errors import InputError
 from utils.files import remove_stale_partials, write_atomic
 from utils.user_paths import require_file
+from wan.checkpoints.filling import require_finite
 
 logger = logging.getLogger(__name__)
+
+# What torch.load makes of files that torch.save has not written.
+_NOT_SAVED = (
+    *(RuntimeError, OSError, EOFError, LookupError, ValueError, TypeError, AttributeError),
+    *(struct.error, pickle.UnpicklingError),
+)
+DTYPES = (torch.float32, torch.float16, torch.bfloat16)  # of weights
 
 
 def training_device() -> torch.device:
@@ -130,9 +140,14 @@ class Stage:
         means = {name: sum(found) / len(found) for name, found in values.items()}
         pace = (time.monotonic() - self._since) / len(self._losses)
         text = "  ".join(f"{name} {value:.4f}" for name, value in means.items())
+        if not all(map(math.isfinite, means.values())):
+            raise InputError(
+                f"{self.path}: the training has diverged before step {done} ({text}); the file is from before, and "
+                "nothing goes on from it. Begin anew in another --work, with another --seed"
+            )
+        save({"step": done, "sizes": dict(self.sizes), **state()}, self.path)
         logger.info("%s %d/%d  %s  %.2f s a step", self.name, done, self.steps, text, pace)
         self._losses, self._since = [], time.monotonic()
-        save({"step": done, "sizes": dict(self.sizes), **state()}, self.path)
 
 
 def sizes_of(recipe: object) -> dict[str, object]:
@@ -142,10 +157,15 @@ def sizes_of(recipe: object) -> dict[str, object]:
 
 def save(state: Mapping[str, object], path: Path) -> None:
     """Write what `load` reads, whole or not at all. Raises InputError if it cannot be written."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_atomic(path, serialised(state))
+
+
+def serialised(state: Mapping[str, object]) -> bytes:
+    """What `save` writes."""
     content = io.BytesIO()
     torch.save(state, content)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    write_atomic(path, content.getvalue())
+    return content.getvalue()
 
 
 def command_of(path: Path) -> str:
@@ -159,13 +179,27 @@ def load(path: Path) -> dict[str, object]:
         raise InputError(f"{path}: is missing; {command_of(path)} makes it")
     require_file(path, "", "state of a training")
     try:
-        state: dict[str, object] = torch.load(path, map_location="cpu", weights_only=True)
-    except (RuntimeError, OSError, EOFError, LookupError, ValueError, pickle.UnpicklingError) as error:
+        return unpickled(path)
+    except ValueError as error:
+        raise InputError(f"{path}: is damaged{told(error)}; delete it and make it again") from error
+
+
+def unpickled(path: Path) -> dict[str, object]:
+    """What `save` has written. Raises ValueError for any other content."""
+    try:
+        state: object = torch.load(path, map_location="cpu", weights_only=True)
+    except _NOT_SAVED as error:
         # PyTorch's advice for what is no pickle is to trust it.
         reason = "" if isinstance(error, pickle.UnpicklingError) else str(error).partition("\n")[0]
-        reason = f" ({reason})" if reason else ""
-        raise InputError(f"{path}: is damaged{reason}; delete it and make it again") from error
+        raise ValueError(reason) from error
+    if not isinstance(state, dict):
+        raise ValueError(f"it holds a {type(state).__name__}")
     return state
+
+
+def told(error: Exception) -> str:
+    """Its text in brackets, if it has one."""
+    return f" ({error})" if str(error) else ""
 
 
 def unfinished(state: Mapping[str, object]) -> str | None:
@@ -200,11 +234,25 @@ def averaged(path: Path, module: nn.Module) -> nn.Module:
 
 def averaged_of(state: Mapping[str, object], path: Path, module: nn.Module) -> nn.Module:
     """The same of a state that `load` has read from `path`."""
-    values = cast("dict[str, Tensor]", state.get("average", {}))
     named = dict(module.named_parameters())
-    if {name: value.shape for name, value in values.items()} != {name: value.shape for name, value in named.items()}:
+    values = fitting(state.get("average"), named)
+    if values is None:
         raise InputError(f"{path}: is not of the model that is trained now; give another --work")
     with torch.no_grad():
         for name, value in values.items():
+            require_finite(value, name, path)
             named[name].copy_(value)
     return module.eval()
+
+
+def fitting(found: object, expected: Mapping[str, Tensor]) -> dict[str, Tensor] | None:
+    """Weights of the expected names and shapes; None if that is not what is found."""
+    if not isinstance(found, Mapping) or found.keys() != expected.keys():
+        return None
+    return dict(found) if all(_fits(value, expected[name]) for name, value in found.items()) else None
+
+
+def _fits(value: object, expected: Tensor) -> bool:
+    if not isinstance(value, Tensor) or value.is_meta or value.layout != torch.strided:
+        return False
+    return value.dtype in DTYPES and value.shape == expected.shape

@@ -50,11 +50,10 @@ def build_tokenizer() -> Tokenizer:
     return tokenizer
 
 
-def write_tokenizer(folder: Path) -> None:
-    """tokenizer.json and its two companions."""
-    folder.mkdir(parents=True, exist_ok=True)
-    build_tokenizer().save(str(folder / "tokenizer.json"))
+def tokenizer_files() -> dict[str, str]:
+    """The content of tokenizer.json and of its two companions."""
     names = {"pad_token": "<pad>", "eos_token": "</s>", "unk_token": "<unk>"}
     settings = {"tokenizer_class": "PreTrainedTokenizerFast", **names}
-    for file, content in (("special_tokens_map.json", names), ("tokenizer_config.json", settings)):
-        (folder / file).write_text(json.dumps(content, indent=2) + "\n", encoding="utf-8")
+    companions = {"special_tokens_map.json": names, "tokenizer_config.json": settings}
+    written = {file: json.dumps(content, indent=2) + "\n" for file, content in companions.items()}
+    return {"tokenizer.json": build_tokenizer().to_str(pretty=True), **written}

@@ -42,6 +42,9 @@ def main(argv: Sequence[str] | None = None) -> int:
     for option in ("wide", "seed", "start_from"):
         if args.stage != "dit" and getattr(args, option) is not None:
             parser.error(f"--{option.replace('_', '-')} is of dit alone; leave it out of {args.stage}")
+    for option in ("steps", "until", "batch", "no_compile"):
+        if args.stage == "export" and getattr(args, option):
+            parser.error(f"--{option.replace('_', '-')} is of training; leave it out of export")
     if args.batch is not None and args.batch < PARTS:
         parser.error(f"--batch {args.batch}: at least {PARTS}, since every step is computed in {PARTS} parts")
     log_to_stdout()

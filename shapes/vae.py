@@ -136,7 +136,6 @@ def train_vae(folder: Path, recipe: VAERecipe, until: int | None = None) -> nn.M
     losses = _Losses(vae)
     decoder_loss = torch.compile(losses.decoder) if recipe.compile else losses.decoder
     encoder_loss = torch.compile(losses.encoder) if recipe.compile else losses.encoder
-    encoder = float("nan")
     for step in range(start, stage.end):
         video = crops(step, recipe)
         z = code.encode(video.transpose(1, 2)).transpose(1, 2).to(device)
@@ -150,8 +149,7 @@ def train_vae(folder: Path, recipe: VAERecipe, until: int | None = None) -> nn.M
             with fast_precision(device):
                 loss = encoder_loss(video, z)
             torch.autograd.backward(loss)
-            encoder = loss.item()
-        row["encoder"] = encoder
+            row["encoder"] = loss.item()
         optimizers.step(trapezoid(step, recipe.steps, cool_down=recipe.cool_down))
         average.update(named, step)
         stage.after(

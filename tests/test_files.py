@@ -10,8 +10,9 @@ from pathlib import Path
 
 import pytest
 
+from utils import files
 from utils.errors import InputError
-from utils.files import ensure_writable_folder, partial_path, remove_stale_partials, write_atomic
+from utils.files import ensure_writable_folder, partial_path, remove_stale_partials, write_atomic, write_together
 
 
 def test_write_replaces_and_leaves_nothing_else(tmp_path: Path) -> None:
@@ -54,6 +55,39 @@ def test_full_disk(tmp_path: Path) -> None:
     with pytest.raises(InputError, match=r"a\.json: no space left"):
         write_atomic(path, "x")
     assert os.listdir(tmp_path) == []
+
+
+def test_files_that_belong_together_are_all_new_or_all_old(tmp_path: Path) -> None:
+    paths = [tmp_path / name for name in ("a", "b", "c")]
+    write_together(dict.fromkeys(paths, "old"))
+    paths[1].unlink()
+    paths[1].mkdir()
+    with pytest.raises(InputError, match="b: is a folder"):
+        write_together(dict.fromkeys(paths, "new"))
+    assert [path.read_text() for path in (paths[0], paths[2])] == ["old", "old"]
+    paths[1].rmdir()
+    write_together(dict.fromkeys(paths, "new"))
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"a": "new", "b": "new", "c": "new"}
+
+
+@pytest.mark.parametrize("ends_before", range(3))
+def test_the_last_file_says_that_they_belong_together(
+    ends_before: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    paths = [tmp_path / name for name in ("a", "b", "c")]
+    write_together(dict.fromkeys(paths, "old"))
+    commit = files.commit_partial
+
+    def interrupted(partial: Path, path: Path) -> None:
+        if path == paths[ends_before]:
+            raise KeyboardInterrupt
+        commit(partial, path)
+
+    monkeypatch.setattr(files, "commit_partial", interrupted)
+    with pytest.raises(KeyboardInterrupt):
+        write_together(dict.fromkeys(paths, "new"))
+    found = {path.name: path.read_text() for path in tmp_path.iterdir()}
+    assert found == {name: "new" if place < ends_before else "old" for place, name in enumerate("ab")}
 
 
 def test_folder_is_created(tmp_path: Path) -> None:

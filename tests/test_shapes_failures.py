@@ -53,7 +53,7 @@ def test_every_fault_has_its_reason() -> None:
     assert drawn_wrong(clip, radius=as_floats(0.7 * track.radius)) == ["too small"]
     away = as_floats(track.x + np.maximum(np.arange(len(track.x)) - 50, 0))
     assert drawn_wrong(clip, x=away) == ["moves otherwise"]
-    assert drawn_wrong(clip, radius=as_floats(0 * track.radius)) == ["not there"]
+    assert drawn_wrong(clip, radius=as_floats(0 * track.radius)) == ["missing in many frames"]
 
 
 def test_it_asks_for_what_the_evaluation_does_not(capsys: pytest.CaptureFixture[str]) -> None:

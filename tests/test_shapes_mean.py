@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -16,6 +17,7 @@ from shapes.dit_training import _check
 from shapes.runs import load, save
 from utils import command
 from utils.errors import InputError
+from utils.lock import RunLock
 
 MODEL = Path(__file__).parents[1] / "checkpoints" / "shapes" / "Wan2.1-T2V-shapes"
 
@@ -75,6 +77,88 @@ def test_the_first_models_vae_is_looked_at_first(another: Path, tmp_path: Path) 
         with pytest.raises(InputError, match=r"MODEL: .*Wan2.1_VAE.pth is of another model; give a folder that"):
             mean.write_mean([another, MODEL], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def content(folder: Path) -> dict[Path, bytes]:
+    return {file: file.read_bytes() for file in folder.rglob("*") if file.is_file()}
+
+
+def nan(value: torch.Tensor) -> torch.Tensor:
+    return torch.full_like(value, float("nan"))
+
+
+@pytest.mark.parametrize("part", [TRANSFORMER_FILE, VAE_FILE, TEXT_ENCODER_FILE])
+@pytest.mark.parametrize(
+    ("changed", "said"),
+    [
+        (nan, "hold infinities or NaN"),
+        (lambda value: value.long(), "is of another model"),
+        (lambda value: value.to(torch.float8_e4m3fn), "is of another model"),
+    ],
+)
+def test_what_is_no_weight_gets_into_no_mean(
+    part: str, changed: Callable[[torch.Tensor], torch.Tensor], said: str, another: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(MODEL, tmp_path / MODEL.name)
+    before = content(tmp_path / MODEL.name)
+    read, write = (load_file, save_file) if part == TRANSFORMER_FILE else (load, save)
+    weights = read(another / part)
+    name = next(name for name in weights if name.endswith("weight"))
+    write({**weights, name: changed(weights[name])}, another / part)  # type: ignore[dict-item,arg-type]
+    with pytest.raises(InputError, match=said):
+        mean.write_mean([another, tmp_path / MODEL.name], tmp_path)
+    assert content(tmp_path / MODEL.name) == before
+
+
+def test_weights_that_half_precision_cannot_hold_are_not_written(another: Path, tmp_path: Path) -> None:
+    weights = load_file(another / TRANSFORMER_FILE)
+    save_file({name: 1e8 * value.float() for name, value in weights.items()}, another / TRANSFORMER_FILE)
+    with pytest.raises(InputError, match="hold infinities or NaN"):
+        mean.write_mean([MODEL, another], tmp_path / "out")
+    assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("file", ["google/umt5-xxl/tokenizer.json", TRANSFORMER_FILE, CONFIG_FILE])
+def test_a_model_stays_where_another_cannot_be_written(file: str, another: Path, tmp_path: Path) -> None:
+    shutil.copytree(MODEL, tmp_path / MODEL.name)
+    (tmp_path / MODEL.name / file).unlink()
+    (tmp_path / MODEL.name / file).mkdir()
+    before = content(tmp_path / MODEL.name)
+    with pytest.raises(InputError, match=f"{file}: is a folder"):
+        mean.write_mean([MODEL, another], tmp_path)
+    assert content(tmp_path / MODEL.name) == before
+
+
+def test_one_model_is_written_at_a_time(another: Path, tmp_path: Path) -> None:
+    (tmp_path / MODEL.name).mkdir()
+    with RunLock(tmp_path / MODEL.name / ".model.lock", "busy") as lock:
+        lock.begin("process 1")
+        with pytest.raises(InputError, match=r"--out: another run writes .*; wait for its end.* held by process 1"):
+            mean.write_mean([MODEL, another], tmp_path)
+    assert not content(tmp_path / MODEL.name)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [lambda text: "{", lambda text: "[]", lambda text: text.replace("192", "1536")],
+    ids=["no", "list", "1.3B"],
+)
+def test_a_description_of_another_model_is_refused(
+    changed: Callable[[str], str], another: Path, tmp_path: Path
+) -> None:
+    file = another / CONFIG_FILE
+    file.write_text(changed(file.read_text()))
+    with pytest.raises(InputError, match=r"MODEL: .*config.json(:| is of another model)"):
+        mean.write_mean([MODEL, another], tmp_path / "out")
+
+
+@pytest.mark.parametrize("content", [b"", b"junk", b"\x80\x02]q\x00."])
+def test_a_damaged_part_is_said_by_the_option_that_has_named_it(content: bytes, another: Path, tmp_path: Path) -> None:
+    for file in (TRANSFORMER_FILE, VAE_FILE, TEXT_ENCODER_FILE):
+        shutil.copytree(another, tmp_path / file)
+        (tmp_path / file / file).write_bytes(content)
+        with pytest.raises(InputError, match=rf"MODEL: .*{file} is damaged.*; give a folder that shapes.train export"):
+            mean.write_mean([tmp_path / file, MODEL], tmp_path / "out")
 
 
 def test_one_model_is_no_mean(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -14,14 +14,15 @@ from safetensors.torch import save as serialized
 
 from shapes import obedience, train, training_captions
 from shapes.batches import DiTRecipe
-from shapes.dit import CONFIG_FILE, TEXT_ENCODER_FILE, Flow
+from shapes.dit import CONFIG_FILE, TEXT_ENCODER_FILE, TRANSFORMER_FILE, Flow
 from shapes.dit_training import _check
-from shapes.export import export, wan_text_names
+from shapes.export import export
+from shapes.native import native_text_encoder
 from shapes.reading import ReadingRecipe, adopt_text_encoder, train_text, trained_text_encoder
 from shapes.runs import Stage, fingerprint, load, save
 from shapes.tokenizer import TOKENIZER
 from shapes.vae import fit_linear_code
-from utils import command
+from utils import command, files
 from utils.errors import InputError
 from utils.lock import RunLock
 
@@ -52,6 +53,21 @@ def test_a_damaged_state_is_said(kept: int, begun: Path, tmp_path: Path) -> None
     with pytest.raises(InputError, match=r"text.pt: is damaged( \(.+\))?; delete it") as told:
         Stage(tmp_path, "text", 2).resume()
     assert "weights_only" not in str(told.value)
+
+
+@pytest.mark.parametrize("state", [None, [1], torch.ones(2), "text"])
+def test_what_is_no_state_is_said(state: object, tmp_path: Path) -> None:
+    torch.save(state, tmp_path / "text.pt")
+    with pytest.raises(InputError, match=r"text.pt: is damaged \(it holds a \w+\); delete it"):
+        Stage(tmp_path, "text", 2).resume()
+
+
+def test_a_training_that_diverges_ends_and_keeps_its_last_state(tmp_path: Path) -> None:
+    stage = Stage(tmp_path, "dit", 8, every=0)
+    stage.after(0, {"loss": 1.0}, lambda: {"weights": 1})
+    with pytest.raises(InputError, match=r"dit.pt: the training has diverged before step 2 \(loss nan\); .* --seed"):
+        stage.after(1, {"loss": float("nan")}, lambda: {"weights": float("nan")})
+    assert load(stage.path) == {"step": 1, "sizes": {}, "weights": 1}
 
 
 def test_a_damaged_linear_code_is_said(tmp_path: Path) -> None:
@@ -126,6 +142,8 @@ def test_only_one_run_trains_a_stage(tmp_path: Path, capsys: pytest.CaptureFixtu
         (["text", "--start-from", "x"], "--start-from is of dit alone"),
         (["vae", "--wide", "2"], "--wide is of dit alone"),
         (["text", "--seed", "2"], "--seed is of dit alone"),
+        (["export", "--steps", "2"], "--steps is of training"),
+        (["export", "--no-compile"], "--no-compile is of training"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(
@@ -184,8 +202,12 @@ def test_a_run_begins_without_the_teacher_of_another(trained: Path) -> None:
 
 def test_what_a_run_cannot_go_on_with_is_said_before_there_are_processes(trained: Path) -> None:
     shallow = {name: value for name, value in Flow().named_parameters() if ".blocks.1." not in name}
+    broken = {**dict(Flow().named_parameters()), "model.head.head.bias": torch.full((64,), float("nan"))}
     state = load(trained / "dit.pt")
     for changes, given, said in (
+        ({"average": None}, [], r"dit.pt: is not of the model that is trained now; give another --work"),
+        ({"average": shallow | dict.fromkeys(list(shallow), 1)}, [], r"dit.pt: is not of the model that is trained"),
+        ({"average": broken}, [], r"dit.pt: the weights 'model.head.head.bias' hold infinities or NaN"),
         ({"average": shallow}, [], r"dit.pt: is not of the model that is trained now; give another --work"),
         ({"text": "another"}, [], r"text.pt: is not the text encoder by which .*dit.pt has learnt; bring that back"),
         ({"began": 0}, ["--start-from", str(MODEL)], r"--start-from: .*dit.pt was begun without it; leave it out"),
@@ -211,10 +233,14 @@ def test_what_does_not_belong_together_is_not_exported(trained: Path, caplog: py
 def test_an_export_that_ends_early_is_no_model(trained: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     shutil.copytree(MODEL, trained / "out" / MODEL.name)
 
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
+    commit = files.commit_partial
 
-    monkeypatch.setattr("shapes.export.serialized", killed)
+    def killed(partial: Path, path: Path) -> None:
+        if path.name == TRANSFORMER_FILE:
+            raise KeyboardInterrupt
+        commit(partial, path)
+
+    monkeypatch.setattr(files, "commit_partial", killed)
     with pytest.raises(KeyboardInterrupt):
         export(trained, trained / "out")
     assert not (trained / "out" / MODEL.name / "config.json").exists()
@@ -244,7 +270,7 @@ def test_a_finished_models_words_must_be_those_of_captions(tmp_path: Path) -> No
 def test_a_finished_models_text_encoder_is_taken_over_as_it_is(tmp_path: Path) -> None:
     adopt_text_encoder(tmp_path, MODEL)
     adopt_text_encoder(tmp_path, MODEL)  # as where the first step was not reached
-    found = wan_text_names(trained_text_encoder(tmp_path).umt5.state_dict())
+    found = native_text_encoder(trained_text_encoder(tmp_path).umt5)
     finished = torch.load(MODEL / TEXT_ENCODER_FILE, weights_only=True)
     assert found.keys() == finished.keys() and all(torch.equal(found[name], finished[name].float()) for name in found)
     with pytest.raises(InputError, match=r"text.pt: is of a finished model that --start-from has named"):

@@ -23,7 +23,7 @@ from shapes.drawing import render
 from shapes.export import export
 from shapes.film import film
 from shapes.linear import LinearCode
-from shapes.native_vae import native_names
+from shapes.native import native_names
 from shapes.optim import orthogonalize, trapezoid
 from shapes.reading import (
     QUESTIONS,

@@ -18,7 +18,7 @@ import re
 import stat
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -111,8 +111,9 @@ def atomic_write(path: Path) -> Iterator[Path]:
 
     Raises InputError if the file cannot be created or put in its place.
     """
-    partial = create_partial(path)
+    partial = partial_path(path)
     try:
+        create_partial(path)
         yield partial
         commit_partial(partial, path)
     except BaseException:
@@ -127,6 +128,29 @@ def write_atomic(path: Path, content: str | bytes) -> None:
     """
     with atomic_write(path) as partial:
         write_partial(partial, path, content)
+
+
+def write_together(contents: Mapping[Path, str | bytes]) -> None:
+    """Write files that belong together: what can go wrong does so before the first of the old ones is touched. The last
+    file is gone until all others are new; where it is, they belong together.
+
+    Raises InputError as write_atomic; the old files are still there then.
+    """
+    partials = {path: partial_path(path) for path in contents}
+    try:
+        for path, content in contents.items():
+            write_partial(create_partial(path), path, content)
+        last = path
+        try:
+            last.unlink(missing_ok=True)
+        except OSError as error:
+            raise write_error(last, error) from error
+        for path, partial in partials.items():
+            commit_partial(partial, path)
+    except BaseException:
+        for partial in partials.values():
+            remove_partial(partial)
+        raise
 
 
 def write_partial(partial: Path, path: Path, content: str | bytes) -> None:

@@ -1,8 +1,8 @@
-"""The small VAE as the published file Wan2.1_VAE.pth has it.
+"""The small text encoder and the small VAE as Wan 2.1's published files have them.
 
-That has no statistics of its latents; whoever loads it takes Wan 2.1's. So that latents of the linear code have unit
-scale under those, z = latents · std + mean is folded into the encoder's last layer, and its inverse into the decoder's
-first.
+Wan2.1_VAE.pth has no statistics of its latents; whoever loads it takes Wan 2.1's. So that latents of the linear code
+have unit scale under those, z = latents · std + mean is folded into the encoder's last layer, and its inverse into the
+decoder's first.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import cast
 import torch
 from torch import Tensor, nn
 
+from wan.checkpoints.text_names import WAN_IN_BLOCK, WAN_TOP_LEVEL
 from wan.checkpoints.vae_names import diffusers_name
 
 LOG_VARIANCE = -6.0  # what the encoder says of its certainty; nobody reads it
@@ -57,3 +58,18 @@ def _candidates() -> list[str]:
         parts = [*(f"middle.{i}" for i in range(3)), *(f"{stages}.{i}" for i in range(15))]
         found += [f"{half}.{part}.{name}" for part, name in itertools.product(parts, inner)]
     return found
+
+
+def native_text_encoder(umt5: nn.Module) -> dict[str, Tensor]:
+    """UMT5EncoderModel's tensors under the names of models_t5_umt5-xxl-enc-bf16.pth, the embedding once."""
+    top = {theirs: ours for ours, theirs in WAN_TOP_LEVEL.items()}
+    within = {theirs: ours for ours, theirs in WAN_IN_BLOCK.items()}
+    renamed: dict[str, Tensor] = {}
+    for name, value in umt5.state_dict().items():
+        stem = name.rpartition(".")[0]
+        if name.startswith("encoder.block."):
+            number, rest = stem.removeprefix("encoder.block.").split(".", 1)
+            renamed[f"blocks.{number}.{within[rest]}.weight"] = value
+        elif stem in top:
+            renamed[f"{top[stem]}.weight"] = value
+    return renamed
