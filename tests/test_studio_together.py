@@ -54,8 +54,9 @@ def test_sessions_of_several_processes(shapes_pipeline: Pipeline, tmp_path: Path
         with studio.visit() as one, studio.visit() as other:
             one.wait_for_frames(9)
             other.wait_for("session")
-            other.say("restart", policy="anchored", seed=6)
-            take = other.wait_for("take", seed=6)["take"]
+            seed = shapes_pipeline.config.seed + 1  # not the first take's
+            other.say("restart", policy="anchored", seed=seed)
+            take = other.wait_for("take", seed=seed)["take"]
             one.say("prompt", text=GREEN, id=1)
             one.wait_for("scene", id=1)
             other.wait_for_frames(33, take)  # roles are known after two blocks
