@@ -24,6 +24,7 @@ from wan.attention.rope import RotaryEmbedding, Rotation, rotate
 from wan.transformer.layers import TransformerBlock
 from wan.transformer.model import CausalWanModel
 
+GRAPHS = 32  # of a part of a layer, at most: with gradients and without, in each precision, for few tokens and for many
 GAP = 32  # latent frames, more than any window has: how far blocks are from the prefix if there is a gap
 
 
@@ -121,6 +122,8 @@ class TrainingForward(nn.Module):
     def __init__(self, model: CausalWanModel, compile_layers: bool = False) -> None:
         super().__init__()
         self.model = model
+        if compile_layers:
+            torch._dynamo.config.recompile_limit = GRAPHS
         parts = (before_attention, after_attention)
         self._before, self._after = (torch.compile(part, dynamic=True) for part in parts) if compile_layers else parts
         self._rotary = RotaryEmbedding(model.config.head_dim)
