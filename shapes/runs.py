@@ -143,7 +143,7 @@ class Stage:
         if not all(map(math.isfinite, means.values())):
             raise InputError(
                 f"{self.path}: the training has diverged before step {done} ({text}); the file is from before, and "
-                "nothing goes on from it. Begin anew in another --work, with another --seed"
+                "nothing goes on from it. Begin anew in another --work; dit needs another --seed too"
             )
         save({"step": done, "sizes": dict(self.sizes), **state()}, self.path)
         logger.info("%s %d/%d  %s  %.2f s a step", self.name, done, self.steps, text, pace)
