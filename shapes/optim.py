@@ -92,11 +92,13 @@ class Average:
         for name, value in self.values.items():
             value.lerp_(tensors[name].detach(), 1 - decay)
 
+    @torch.no_grad()
     def shared_with(self, module: M) -> M:
-        """The module, whose parameters of these names are the averages themselves from now on."""
+        """The module, whose parameters of these names are the averages themselves from now on. It keeps its tensors,
+        since some are views of others: a layer's q, k and v are parts of one product."""
         named = dict(module.named_parameters())
         for name, value in self.values.items():
-            named[name].data = value
+            self.values[name] = named[name].data.copy_(value)
         return module
 
 

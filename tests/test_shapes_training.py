@@ -22,6 +22,7 @@ from shapes.dit import Flow
 from shapes.drawing import render
 from shapes.export import export
 from shapes.film import film
+from shapes.forward import Plan
 from shapes.linear import LinearCode
 from shapes.native import native_names
 from shapes.optim import orthogonalize, trapezoid
@@ -35,6 +36,7 @@ from shapes.reading import (
     train_text,
     trained_text_encoder,
 )
+from shapes.rollout import draw
 from shapes.runs import averaged
 from shapes.schedule import random_sigmas
 from shapes.stories import Stories
@@ -260,3 +262,11 @@ def test_the_averaged_weights_draw_for_a_training(
     assert len(drawers) == 4 and all(drawer is run._drawer for drawer in drawers)
     held = {f"model.{name}": value.data_ptr() for name, value in run._drawer.named_parameters()}
     assert held == {name: value.data_ptr() for name, value in run._average.values.items()}
+    finished, generator = Flow(), torch.Generator().manual_seed(0)
+    finished.load_state_dict(run._average.values)
+    past, words = torch.randn(1, 3, 16, 4, 4, generator=generator), torch.randn(1, 48, 64, generator=generator)
+    drawn, same = (
+        draw(model, past, words, Plan(1, prefix=3), torch.Generator().manual_seed(1))[-1]
+        for model in (run._drawer, finished.model)
+    )
+    assert torch.equal(drawn, same)
