@@ -30,13 +30,14 @@ from torch.distributed import TCPStore  # type: ignore[attr-defined]
 from torch.multiprocessing.spawn import ProcessExitedException, spawn
 from torch.utils.data import DataLoader
 
+from shapes.adopted import adopt_linear_code, adopt_text_encoder
 from shapes.batches import PARTS, TRAIN_SEED, Batch, Batches, DiTRecipe
 from shapes.distill import distillation_loss
 from shapes.dit import Flow
 from shapes.finished import finished_transformer
 from shapes.forward import Plan
 from shapes.optim import Average, Optimizers, trapezoid
-from shapes.reading import adopt_text_encoder, trained_text_encoder
+from shapes.reading import trained_text_encoder
 from shapes.rollout import draw_against
 from shapes.runs import (
     Stage,
@@ -142,9 +143,11 @@ def train_dit(folder: Path, recipe: DiTRecipe, until: int | None = None, start_f
     """Train, or go on training; returns the transformer with averaged weights.
 
     `start_from`: folder of a finished model whose transformer a new run begins with, at the recipe's `joined`, and
-    whose text encoder it learns by.
+    whose text encoder and linear code it learns by.
     """
     _check(folder, recipe, until, start_from)
+    if start_from is not None:
+        adopt_linear_code(folder, start_from)
     fit_linear_code(folder)
     loaders = LOADERS if training_device().type == "cuda" else 0
     server = TCPStore("127.0.0.1", 0, is_master=True, wait_for_workers=False)

@@ -17,6 +17,7 @@ from shapes.runs import load, save
 
 CHANNELS = 16
 TIME, SIDE = 4, 8
+RIDGE = 1e-3  # variance that is added to a patch's values in [-1, 1]: few films leave some of them hardly any
 
 
 @dataclass(frozen=True)
@@ -38,6 +39,18 @@ class LinearCode:
         # An eigenvector's sign is free: fix it, so that every machine finds the same code.
         basis = basis * torch.where(basis.sum(0) < 0, -1.0, 1.0)
         return cls(mean.float(), (basis / scale).T.float().contiguous(), (basis * scale).float().contiguous())
+
+    @classmethod
+    def nearest(cls, patches: Tensor, latents: Tensor) -> LinearCode:
+        """The one that comes nearest to whatever has made latents [N, 16] of patches [N, 768], by least squares."""
+        x, z = patches.double(), latents.double()
+        mean, middle = x.mean(0), z.mean(0)
+        x, z = x - mean, z - middle
+        spread, both = x.T @ x / len(x), z.T @ x / len(x)
+        encoder = torch.linalg.solve(spread + RIDGE * torch.eye(len(mean)), both.T).T
+        decoder = torch.linalg.solve(z.T @ z / len(z), both).T
+        mean = mean - torch.linalg.pinv(encoder) @ middle
+        return cls(mean.float(), encoder.float().contiguous(), decoder.float().contiguous())
 
     def encode(self, video: Tensor) -> Tensor:
         """Video [B, 1 + 4·k, 3, H, W] in [-1, 1] to latents [B, 1 + k, 16, H / 8, W / 8]."""

@@ -20,9 +20,8 @@ from torch import Tensor, nn
 
 from shapes.captions import NOUNS, caption, random_hidden, random_scene
 from shapes.commands import is_common, random_command, sentence
-from shapes.dit import TEXT_ENCODER_FILE, TEXT_SIZES, TextEncoder
-from shapes.finished import finished_text_encoder
-from shapes.runs import Stage, averaged, averaged_of, command_of, load, save, sizes_of, training_device, unfinished
+from shapes.dit import TEXT_SIZES, TextEncoder
+from shapes.runs import Stage, averaged_of, command_of, load, sizes_of, training_device, unfinished
 from shapes.world import BACKGROUNDS, COLOURS, COMMANDS, MOTIONS, SHAPES, SIZES, SWIFT, Command, Scene, World, begin
 from utils.errors import InputError
 
@@ -114,19 +113,6 @@ def trained_text_encoder(folder: Path) -> TextEncoder:
     if missing is not None:
         raise InputError(f"{path}: {missing}; finish it first: {command_of(path)}")
     return cast(TextEncoder, averaged_of(state, path, TextEncoder()).requires_grad_(False))
-
-
-def adopt_text_encoder(folder: Path, finished: Path) -> None:
-    """`folder` gets the encoder of a model that `shapes.export` has written, by which that model's transformer has
-    learnt. Raises InputError, also if `folder` has another one."""
-    state = Stage(folder, "text", 0).path
-    encoder = finished_text_encoder(finished, "--start-from")
-    if not state.exists():
-        save({"average": dict(encoder.named_parameters())}, state)
-    pairs = zip(averaged(state, TextEncoder()).parameters(), encoder.parameters(), strict=True)
-    if not all(torch.equal(here.bfloat16(), there.bfloat16()) for here, there in pairs):  # as it is exported
-        path = finished / TEXT_ENCODER_FILE
-        raise InputError(f"--start-from: {state} is another text encoder than {path}; give another --work")
 
 
 class Reader(nn.Module):

@@ -54,9 +54,13 @@ def build_vae() -> nn.Module:
     return cast("Callable[..., nn.Module]", AutoencoderKLWan)(base_dim=BASE_WIDTH)
 
 
+def linear_code_file(folder: Path) -> Path:
+    return folder / "linear.pt"
+
+
 def fit_linear_code(folder: Path, clips: int = FIT_CLIPS) -> LinearCode:
     """The code in `folder`, fitted now if it is not there."""
-    path = folder / "linear.pt"
+    path = linear_code_file(folder)
     if not path.exists():
         generator = torch.Generator().manual_seed(FIT_SEED)
         samples = []

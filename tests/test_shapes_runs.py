@@ -13,14 +13,13 @@ import torch
 from safetensors.torch import save as serialized
 
 from shapes import obedience, train, training_captions
+from shapes.adopted import adopt_text_encoder
 from shapes.batches import DiTRecipe
-from shapes.dit import CONFIG_FILE, TEXT_ENCODER_FILE, TRANSFORMER_FILE, Flow
+from shapes.dit import TRANSFORMER_FILE, Flow
 from shapes.dit_training import _check
 from shapes.export import export
-from shapes.native import native_text_encoder
-from shapes.reading import ReadingRecipe, adopt_text_encoder, train_text, trained_text_encoder
+from shapes.reading import ReadingRecipe, train_text, trained_text_encoder
 from shapes.runs import Stage, fingerprint, load, save
-from shapes.tokenizer import TOKENIZER
 from shapes.vae import fit_linear_code
 from utils import command, files
 from utils.errors import InputError
@@ -252,47 +251,6 @@ def test_captions_are_counted_before_they_are_made(tmp_path: Path, capsys: pytes
     assert "--count: expected a whole number from 1 on" in capsys.readouterr().err
     with pytest.raises(InputError, match="nowhere"):
         training_captions.main(["--out", str(tmp_path / "nowhere" / "x.txt")])
-
-
-def test_a_finished_models_words_must_be_those_of_captions(tmp_path: Path) -> None:
-    other = tmp_path / "other"
-    shutil.copytree(MODEL, other, ignore=shutil.ignore_patterns("*.safetensors"))
-    words = other / TOKENIZER / "tokenizer.json"
-    words.write_text(words.read_text(encoding="utf-8").replace("triangle", "trilateral"), encoding="utf-8")
-    with pytest.raises(InputError, match=r"--start-from: .*tokenizer.json has other words than captions have now"):
-        adopt_text_encoder(tmp_path, other)
-    words.write_text("{", encoding="utf-8")
-    with pytest.raises(InputError, match=r"--start-from: .*tokenizer.json: is not a JSON file"):
-        adopt_text_encoder(tmp_path, other)
-    assert not (tmp_path / "text.pt").exists()
-
-
-def test_a_finished_models_text_encoder_is_taken_over_as_it_is(tmp_path: Path) -> None:
-    adopt_text_encoder(tmp_path, MODEL)
-    adopt_text_encoder(tmp_path, MODEL)  # as where the first step was not reached
-    found = native_text_encoder(trained_text_encoder(tmp_path).umt5)
-    finished = torch.load(MODEL / TEXT_ENCODER_FILE, weights_only=True)
-    assert found.keys() == finished.keys() and all(torch.equal(found[name], finished[name].float()) for name in found)
-    with pytest.raises(InputError, match=r"text.pt: is of a finished model that --start-from has named"):
-        train_text(tmp_path, ReadingRecipe(steps=2, batch=2))
-
-
-def test_a_text_encoder_that_has_been_trained_stays(begun: Path) -> None:
-    before = (begun / "text.pt").read_bytes()
-    with pytest.raises(InputError, match=r"--start-from: .*text.pt is another text encoder than .*; give another"):
-        adopt_text_encoder(begun, MODEL)
-    assert (begun / "text.pt").read_bytes() == before
-
-
-def test_a_finished_models_text_encoder_that_does_not_fit_is_said(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"--start-from: .*: there is no such text encoder of a finished model"):
-        adopt_text_encoder(tmp_path, tmp_path)
-    shutil.copytree(MODEL / TOKENIZER, tmp_path / TOKENIZER)
-    shutil.copy(MODEL / CONFIG_FILE, tmp_path)
-    save({"norm.weight": torch.ones(64)}, tmp_path / TEXT_ENCODER_FILE)
-    with pytest.raises(InputError, match=r"--start-from: .* is of another model"):
-        adopt_text_encoder(tmp_path, tmp_path)
-    assert not (tmp_path / "text.pt").exists()
 
 
 def test_the_command_that_makes_a_state_can_be_copied(tmp_path: Path) -> None:
