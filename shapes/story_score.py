@@ -33,7 +33,7 @@ from shapes.world import BACKGROUNDS, COLOURS, FRAMES, HEIGHT, WIDTH, Body, Floa
 from utils.errors import InputError
 
 SETTLED = 12  # pixel frames, a block, after which a caption must have been obeyed
-PATH_ERROR = 3.0  # pixels, from where it was when the caption had been obeyed: up to here a motion is right
+PATH_ERROR = 4.0  # pixels, from where it was when the caption had been obeyed: up to here a motion is right
 SIZE_ERROR = 0.13  # of the radius; sizes are at least a sixth apart
 SECOND = 16  # pixel frames
 GREY = 0.1  # more saturation than what can just be seen: there a video may be a frame early or late

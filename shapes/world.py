@@ -3,8 +3,7 @@
 A `Scene` is what a first caption says: which things, and what they do. A `Command` is what a later sentence changes;
 all that it does not name goes on. `Hidden` is what no caption says and what a video must therefore keep from its own
 first frames. Scene, hidden part and commands decide every pixel, for as long as one likes: what leaves the picture on
-one side comes in on the opposite one, and what goes round or bounces does so for ever. At the usual speed things move
-by 1.6 pixels a frame at most: what moved by 1.8 or more melted in the model's videos. The file knows no wording, no
+one side comes in on the opposite one, and what goes round or bounces does so for ever. The file knows no wording, no
 pixels and no model.
 Units: pixels (x to the right, y down, pixel centres at .5) and pixel frames at 16 a second.
 """
@@ -43,13 +42,11 @@ COMMANDS = (
 )
 BACKGROUNDS = ("light", "dark", "land", "stripes")
 MARKS = ("none", "white", "black")
-# What a first scene changes is over, or nearly, by frame 21, the first one at which a storyboard's next caption comes.
-# What still had to change then, which nothing in the picture told, stayed as it was in the model's videos.
-SMALLEST, LARGEST = 12.0, 21.0  # where shrinking and growing end
-GROWTH = (LARGEST - SMALLEST) / 24  # pixels a frame
-TURN_FRAMES = (9, 15)  # a first scene's colour changes between these frames
+SMALLEST, LARGEST = 10.0, 21.0  # where shrinking and growing end
+GROWTH = (LARGEST - SMALLEST) / 64  # pixels a frame
+TURN_FRAMES = (16, 48)  # a first scene's colour changes between these frames
 SWIFT = 6  # frames in which a command changes colour, shape, background or number: half a block
-FAST = 1.6  # times the usual speed
+FAST = 1.75  # times the usual speed
 BESIDE = WIDTH / 2  # where a second thing comes, to the right of the first
 
 
@@ -179,10 +176,10 @@ class Path:
             speed = DIRECTIONS[self.motion]
             x, y = x + speed[0] * u, y + speed[1] * u
         elif self.motion == "bounce":
-            y = y - 28.0 * np.abs(np.sin(u * np.float32(math.pi / 56)))
+            y = y - 34.0 * np.abs(np.sin(u * np.float32(math.pi / 40)))
         elif self.motion == "orbit":
-            angle = u * np.float32(2 * math.pi / 128)
-            x, y = x + 24.0 * np.sin(angle), y + 18.0 - 18.0 * np.cos(angle)
+            angle = u * np.float32(2 * math.pi / 96)
+            x, y = x + 28.0 * np.sin(angle), y + 20.0 - 20.0 * np.cos(angle)
         return as_floats(x % WIDTH), as_floats(y % HEIGHT)
 
     def later(self, frames: int) -> Path:
@@ -330,7 +327,7 @@ def _path(motion: str, way: int) -> Path:
         "down": (middle, 18.0),
         "up": (middle, HEIGHT - 18.0),
         "bounce": (middle, HEIGHT - 20.0),
-        "orbit": (middle, HEIGHT / 2 - 18.0),
+        "orbit": (middle, 20.0),
     }
     if motion not in places:
         return Path("still", middle, HEIGHT / 2)

@@ -20,13 +20,11 @@ from shapes.world import (
     BACKGROUNDS,
     COLOURS,
     COMMANDS,
-    DIRECTIONS,
     FAST,
     FRAMES,
     HEIGHT,
     LARGEST,
     MOTIONS,
-    MOVING,
     SHAPES,
     SWIFT,
     WIDTH,
@@ -78,13 +76,6 @@ def steps(track: Track) -> tuple[Floats, Floats]:
     return (dx + WIDTH / 2) % WIDTH - WIDTH / 2, (dy + HEIGHT / 2) % HEIGHT - HEIGHT / 2
 
 
-@pytest.mark.parametrize("motion", MOVING)
-def test_nothing_of_usual_speed_moves_so_fast_that_it_would_melt(motion: str) -> None:
-    (track,) = film(Scene((Thing("disc", "red"),), motion), Hidden(), FRAMES).tracks
-    speed = np.hypot(*steps(track))
-    assert speed.max() <= 1.6 and speed.mean() > 0.5
-
-
 @pytest.mark.parametrize(
     ("commands", "speed"),
     [
@@ -130,7 +121,7 @@ def test_what_is_there_becomes_a_new_scene() -> None:
     new = Thing("cross", "blue", "large")
     (track,) = after(Command("describe", target="up", new=new)).tracks
     (dx, dy), plain = steps(track), film(BALL, Hidden(), START + 1).tracks[0]
-    assert np.allclose(track.x[START:], plain.x[START]) and np.allclose(dy[START + 1 :], DIRECTIONS["up"][1], atol=1e-3)
+    assert np.allclose(track.x[START:], plain.x[START]) and np.allclose(dy[START + 1 :], -0.55, atol=1e-3)
     assert not dx[START:].any() and track.shape == "cross"
     assert track.radius[START] == 15 and track.radius[START + SWIFT] == 18
     assert np.allclose(track.colour[START + SWIFT], COLOURS["blue"])
