@@ -41,18 +41,18 @@ def adopt_text_encoder(folder: Path, finished: Path) -> None:
         raise InputError(f"{OPTION}: {state} is another text encoder than {path}; give another --work")
 
 
-def adopt_linear_code(folder: Path, finished: Path) -> None:
+def adopt_linear_code(folder: Path, finished: Path, clips: int = CLIPS) -> None:
     """`folder` gets the code by which the VAE of a finished model encodes, unless it has one. Raises InputError."""
     path = linear_code_file(folder)
     if path.exists():
         return
     weights = finished_vae(finished, OPTION)
-    code_of(VAE.from_state(weights, None, torch.float32, "cpu", finished / VAE_FILE)).save(path)
+    code_of(VAE.from_state(weights, None, torch.float32, "cpu", finished / VAE_FILE), clips).save(path)
     logger.info("linear code: read off the VAE in %s", finished)
 
 
-def code_of(vae: VAE, clips: int = CLIPS) -> LinearCode:
-    """The linear code that is nearest to what a VAE encodes."""
+def code_of(vae: VAE, clips: int) -> LinearCode:
+    """The linear code that is nearest to what a VAE encodes of so many clips."""
     seen: list[Tensor] = []
     latents: list[Tensor] = []
     for index in range(clips):

@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-from shapes.adopted import FRAMES, adopt_linear_code, adopt_text_encoder, code_of
+from shapes.adopted import FRAMES, adopt_linear_code, adopt_text_encoder
 from shapes.data import as_video, make_clip, pixel_frame
 from shapes.dit import CONFIG_FILE, TEXT_ENCODER_FILE, VAE_FILE
 from shapes.linear import LinearCode, patches
@@ -34,12 +34,13 @@ def test_a_linear_code_is_found_by_what_it_encodes() -> None:
 
 def test_a_finished_models_linear_code_is_read_off_its_vae(tmp_path: Path) -> None:
     vae = VAE.load(MODEL / VAE_FILE, torch.float32, "cpu")
-    code, video = code_of(vae, clips=4), as_video(make_clip(106, 0, (6,), pixel_frame(FRAMES)).video)[None]
+    adopt_linear_code(tmp_path, MODEL, clips=4)
+    code = LinearCode.load(tmp_path / "linear.pt")
+    video = as_video(make_clip(106, 0, (6,), pixel_frame(FRAMES)).video)[None]
     latents = vae.encode(video)
     assert 0.7 < latents.square().mean() < 1.5
     assert (code.encode(video) - latents).square().mean() < 0.1
     assert (code.decode(latents).clamp(-1, 1) - video).square().mean() < 0.03
-    code.save(tmp_path / "linear.pt")
     before = (tmp_path / "linear.pt").read_bytes()
     adopt_linear_code(tmp_path, MODEL)  # as where a run is resumed
     assert (tmp_path / "linear.pt").read_bytes() == before
